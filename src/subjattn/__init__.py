@@ -1,0 +1,67 @@
+"""How a language model uses a subject's name when it recalls a fact, and what fine-tuning does to that.
+
+    import subjattn as sa
+
+    model = sa.load_model("smollm2-135m")
+    facts = sa.load_facts("cities", n=100)
+    prompts = sa.make_prompts(facts, model.tokenizer, "City: {subject}\\nCountry:")
+    attention = sa.subject_attention(model, prompts)
+    sa.plot_attention(attention).show()
+
+Names load on first use, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from subjattn.evidence.contrasts import contrast as contrast
+    from subjattn.facts import load_facts as load_facts
+    from subjattn.measures.answers import answer_logprob as answer_logprob
+    from subjattn.measures.answers import predict as predict
+    from subjattn.measures.attention import subject_attention as subject_attention
+    from subjattn.measures.attention import token_attention as token_attention
+    from subjattn.measures.knockout import knockout as knockout
+    from subjattn.measures.patching import patch_grid as patch_grid
+    from subjattn.measures.patching import recovery as recovery
+    from subjattn.models import load_model as load_model
+    from subjattn.plots.heatmaps import plot_attention as plot_attention
+    from subjattn.plots.heatmaps import plot_patching as plot_patching
+    from subjattn.plots.heatmaps import plot_tokens as plot_tokens
+    from subjattn.prompts import make_prompts as make_prompts
+    from subjattn.prompts import swap_subjects as swap_subjects
+    from subjattn.study.config import load_study as load_study
+    from subjattn.study.run import run_study as run_study
+
+_HOMES = {
+    "answer_logprob": "measures.answers",
+    "contrast": "evidence.contrasts",
+    "knockout": "measures.knockout",
+    "load_facts": "facts",
+    "load_model": "models",
+    "load_study": "study.config",
+    "make_prompts": "prompts",
+    "patch_grid": "measures.patching",
+    "plot_attention": "plots.heatmaps",
+    "plot_patching": "plots.heatmaps",
+    "plot_tokens": "plots.heatmaps",
+    "predict": "measures.answers",
+    "recovery": "measures.patching",
+    "run_study": "study.run",
+    "subject_attention": "measures.attention",
+    "swap_subjects": "prompts",
+    "token_attention": "measures.attention",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'subjattn' has no attribute {name!r}")
+    return getattr(import_module(f"subjattn.{_HOMES[name]}"), name)
