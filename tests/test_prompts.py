@@ -1,0 +1,139 @@
+"""Spans, templates and subject swaps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts import draw
+from subjattn.models import LoadedModel
+from subjattn.prompts import ROLES, TEMPLATES, check_template, make_prompts, swap_subjects, token_span
+
+
+LIST = TEMPLATES["country"]["list"]
+SENTENCE = TEMPLATES["country"]["sentence"]
+NAMES = ["Nairobi", "São Paulo", "東京", "Kraków", "L'Aquila", 'St. "X"', "Beyoncé", "{odd}", "ʻEwa Beach", "a"]
+
+
+def facts_of(subjects: list[str], answer: str = "Kenya") -> pd.DataFrame:
+    return pd.DataFrame(
+        {"fact_id": [f"f{i}" for i in range(len(subjects))], "subject": subjects, "answers": [[answer]] * len(subjects)}
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [LIST, SENTENCE, "{subject}: a city in", 'Of "{subject}" (city):', "{{x}} {subject} is in"]
+)
+def test_span_decodes_to_the_subject(smollm2: LoadedModel, template: str) -> None:
+    for prompt in make_prompts(facts_of(NAMES), smollm2.tokenizer, template):
+        start, stop = prompt.subject_span
+        decoded = smollm2.tokenizer.decode(prompt.ids[start:stop])
+        assert prompt.subject in decoded
+        assert len(decoded.strip()) <= len(prompt.subject) + 2, "only punctuation that shares a token may be added"
+        assert smollm2.tokenizer.decode(prompt.ids[: prompt.prediction + 1]) == prompt.text
+        assert smollm2.tokenizer.decode(prompt.answer_ids) == " Kenya"
+
+
+def test_subject_that_occurs_twice_is_the_templates(smollm2: LoadedModel) -> None:
+    (prompt,) = make_prompts(facts_of(["City"]), smollm2.tokenizer, LIST)
+    assert prompt.tokens[prompt.subject_span[0]] == " City"
+    assert prompt.subject_span == (2, 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=12))
+def test_any_name_has_its_span(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Byte-level tokens: the span's text holds the name, and the tokens beside it hold none of it."""
+    (prompt,) = make_prompts(facts_of([name]), tokenizer, LIST)
+    start, stop = prompt.subject_span
+    assert name in tokenizer.decode(prompt.ids[start:stop])
+    assert tokenizer.decode(prompt.ids[:start]) in ("City:", "City: ")
+    assert tokenizer.decode(prompt.ids[stop : prompt.prediction + 1]) == "\nCountry:"
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.integers(0, 20),
+    st.integers(1, 10),
+)
+def test_token_span_is_what_overlaps(widths: list[int], start: int, length: int) -> None:
+    edges = np.concatenate([[0], np.cumsum(widths)])
+    offsets = [(int(a), int(b)) for a, b in pairwise(edges)]
+    span = token_span(offsets, start, start + length)
+    touching = {i for i, (a, b) in enumerate(offsets) if set(range(a, b)) & set(range(start, start + length))}
+    assert touching == (set() if span is None else {i for i in range(*span) if widths[i]})
+
+
+def test_roles_partition_the_prompt(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:
+    for template in (LIST, SENTENCE, "{subject} is in"):
+        for prompt in make_prompts(draw(cities, 30), tokenizer, template):
+            positions = [position for role in ROLES for position in prompt.role(role)]
+            assert positions == list(range(prompt.prediction + 1))
+            assert len(prompt.role("subject_last")) == len(prompt.role("prediction")) == 1
+            inside = [p for role in ROLES if role.startswith("subject") for p in prompt.role(role)]
+            assert inside == list(prompt.subject_positions)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("City:", "exactly once"),
+        ("{subject} {subject}", "exactly once"),
+        ("{subject} and {other} in", "exactly once"),
+        ("{subject!r} is in", "exactly once"),
+        ("{subject} is in ", "ends in white space"),
+        ("{subject} is {", "cannot be read"),
+    ],
+)
+def test_bad_templates(template: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        check_template(template)
+
+
+def test_answer_that_merges_with_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Merging:
+        """A tokenizer whose last prompt token changes when an answer follows."""
+
+        is_fast, bos_token_id = True, None
+
+        def __call__(self, text: str, **kwargs: bool) -> dict[str, list]:
+            words = text.split(" ")
+            ids = [len(text) if i == len(words) - 1 else i for i in range(len(words))]
+            return {"input_ids": ids, "offset_mapping": [(0, 99)] * len(ids), "special_tokens_mask": [0] * len(ids)}
+
+    with pytest.raises(SpanNotFound, match="fact f0: the tokens of the answer 'Kenya' merge"):
+        make_prompts(facts_of(["Nairobi"]), Merging(), LIST)
+
+
+def test_double_bos_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BadInput, match="two BOS tokens"):
+        make_prompts(facts_of(["Nairobi"]), tokenizer, "<s><s>{subject} is in")
+
+
+def test_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(BadInput, match="use_fast=True"):
+        make_prompts(facts_of(["Nairobi"]), Slow(), LIST)
+
+
+def test_swapped_subjects_align(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 80), tokenizer, SENTENCE)
+    pairs = swap_subjects(prompts, np.random.default_rng(0))
+    assert len(pairs) > 20
+    assert len({clean.fact_id for clean, _ in pairs}) == len(pairs)
+    for clean, corrupt in pairs:
+        assert clean.subject != corrupt.subject
+        assert clean.subject_span == corrupt.subject_span
+        assert clean.answer_ids[0] != corrupt.answer_ids[0]
+        start, stop = clean.subject_span
+        end = clean.prediction + 1
+        assert (clean.ids[:start], clean.ids[stop:end]) == (corrupt.ids[:start], corrupt.ids[stop:end])
