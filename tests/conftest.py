@@ -1,0 +1,155 @@
+"""Small random models with a tokenizer trained here, and SmolLM2, shared by the whole session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+
+from subjattn.facts import load_facts
+from subjattn.models import LoadedModel, load_model
+from subjattn.study.config import StudyConfig, load_study
+from subjattn.study.run import run_study
+
+
+torch.set_num_threads(2)
+
+VOCAB = 512
+CITIES = Path(__file__).parent.parent / "experiments" / "cities.yaml"
+SMALL = [
+    "facts.n_train=32",
+    "facts.n_test=24",
+    "training.learning_rate=0.01",
+    "measures={by_layer_facts: 2, patching_pairs: 2, example_prompts: 2}",
+]
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    # A window shorter than the prompts, so that the sliding mask matters.
+    "mistral": MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=6,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def cities() -> pd.DataFrame:
+    return load_facts("cities")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(cities: pd.DataFrame) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens learnt from city names."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    text = [
+        f"City: {subject}\nCountry: {answers[0]}"
+        for subject, answers in zip(cities.subject, cities.answers, strict=True)
+    ]
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(text[:5000], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """Saved random models, one folder per architecture."""
+    folders = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        folders[name] = tmp_path_factory.mktemp("models") / name
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_folders: dict[str, Path]) -> dict[str, LoadedModel]:
+    return {name: load_model(str(folder)) for name, folder in tiny_folders.items()}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, LoadedModel]) -> LoadedModel:
+    """Each small architecture in turn."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter made by plain peft, trained enough to do something."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folders["llama"]), LoraConfig(r=4, target_modules="all-linear")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("adapters") / "plain"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tiny_folders: dict[str, Path]) -> StudyConfig:
+    """The demo's study on a random model with few facts."""
+    return load_study(CITIES, [*SMALL, f"model={tiny_folders['llama']}"])
+
+
+@pytest.fixture(scope="session")
+def done(small: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("runs") / "small"
+    return out, run_study(small, out)
