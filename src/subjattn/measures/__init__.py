@@ -1,0 +1,54 @@
+"""Measures: a model and prompts in, an `xarray.DataArray` with named dimensions out.
+
+Every array says in its attributes what it is: `unit`, `definition` and the `paper` it comes from.
+The dimension `fact` carries fact ids, with the subject beside it as a second coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from subjattn.errors import BadInput
+from subjattn.models import LoadedModel
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from subjattn.prompts import Prompt
+
+    Model = LoadedModel | PreTrainedModel
+
+
+def hf_model(model: Model) -> PreTrainedModel:
+    """The Hugging Face model inside; a peft wrapper is opened, its adapter stays live."""
+    inner = model.model if isinstance(model, LoadedModel) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[no-any-return, operator]
+
+
+def labelled(
+    name: str, values: np.ndarray, prompts: Sequence[Prompt], dims: Sequence[str] = (), **attrs: Any
+) -> xr.DataArray:
+    """An array over facts and `dims`, with its definition in its attributes."""
+    coords: dict[str, Any] = {
+        "fact": [prompt.fact_id for prompt in prompts],
+        "subject": ("fact", [prompt.subject for prompt in prompts]),
+    }
+    coords |= {dim: np.arange(size) for dim, size in zip(dims, values.shape[1:], strict=True)}
+    return xr.DataArray(values, coords, ("fact", *dims), name, attrs)
+
+
+def check_askable(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts whose prediction position belongs to the subject itself, or no prompts at all."""
+    if not prompts:
+        raise BadInput("there are no prompts to measure")
+    for prompt in prompts:
+        if prompt.prediction < prompt.subject_span[1]:
+            raise BadInput(
+                f"fact {prompt.fact_id}: the prompt {prompt.text!r} ends with its subject, so attention from the "
+                "prediction position to it is attention to itself: use a template that goes on after the subject"
+            )

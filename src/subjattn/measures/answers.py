@@ -1,0 +1,138 @@
+"""What a model answers: greedy text against the accepted answers, and the answer's log-probability."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from subjattn.engine.forward import BATCH_TOKENS, Output, Row, check_causal, forward
+from subjattn.measures import hf_model, labelled
+from subjattn.prompts import Prompt
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from subjattn.measures import Model
+
+NEW_TOKENS = 8
+LOGPROB_ATTRS = {
+    "unit": "nats",
+    "definition": "log-probability of the first accepted answer, summed over its tokens, the prompt given",
+}
+
+
+def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
+    """Summed log-probability of each prompt's first accepted answer, in nats: an array `(fact,)`."""
+    values = row_logprobs(model, [Row(prompt) for prompt in prompts])
+    return labelled("answer_logprob", values, prompts, **LOGPROB_ATTRS)
+
+
+def row_logprobs(model: Model, rows: Sequence[Row]) -> np.ndarray:
+    """`answer_logprob` of rows under interventions, in the order given: `[row]`, float64."""
+    values = np.empty(len(rows))
+    for output in forward(hf_model(model), rows):
+        values[output.index] = output_logprobs(output).cpu().numpy()
+    return values
+
+
+def output_logprobs(output: Output) -> Float[Tensor, " row"]:
+    """Summed answer log-probability of a batch's rows, in float64."""
+    logprobs = output.logits.log_softmax(-1)
+    answers = [row.prompt.answer_ids for row in output.rows]
+    longest = logprobs.shape[1]
+    ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in answers], device=logprobs.device)
+    counts = torch.tensor([len(ids) for ids in answers], device=logprobs.device)
+    picked = logprobs.gather(2, ids[..., None])[..., 0].double()
+    return (picked * (torch.arange(longest, device=ids.device) < counts[:, None])).sum(1)
+
+
+@torch.inference_mode()
+def predict(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """Greedy answers: the first line of at most eight tokens.
+
+    Prompts of equal length are generated together, so nothing is padded.
+
+    Returns:
+        One row per prompt with `fact_id`, `prediction` and `correct`, which is
+        `is_correct(prediction, answers)`.
+    """
+    hf = hf_model(model)
+    check_causal(hf)
+    eos, newline = _ending_tokens(hf, tokenizer)
+    lengths: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        lengths.setdefault(prompt.prediction + 1, []).append(i)
+    texts = [""] * len(prompts)
+    for length, members in lengths.items():
+        step = max(1, BATCH_TOKENS // (length + NEW_TOKENS))
+        for index in (members[i : i + step] for i in range(0, len(members), step)):
+            ids = torch.tensor([prompts[i].ids[:length] for i in index], device=hf.device)
+            for i, tokens in zip(index, _greedy(hf, ids, eos, newline), strict=True):
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                texts[i] = text.splitlines()[0].strip() if text else ""
+    return pd.DataFrame(
+        {
+            "fact_id": [prompt.fact_id for prompt in prompts],
+            "prediction": texts,
+            "correct": [is_correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)],
+        }
+    )
+
+
+def _ending_tokens(hf: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Tokens that end the text, and those that are a new line."""
+    configured = hf.generation_config.eos_token_id if hf.generation_config else None  # type: ignore[union-attr]
+    eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    newline = [token for token, text in enumerate(texts) if text == "\n"]
+    device = hf.get_input_embeddings().weight.device  # type: ignore[operator]
+    return torch.tensor(sorted(eos), dtype=torch.long, device=device), torch.tensor(newline, device=device)
+
+
+def _greedy(hf: torch.nn.Module, ids: Tensor, eos: Tensor, newline: Tensor) -> list[list[int]]:
+    """Argmax decoding with the model's own cache; a row leaves the batch when its text or line ends.
+
+    A new line as the first token does not end the line, since the answer may stand below it.
+    """
+    tokens: list[list[int]] = [[] for _ in range(len(ids))]
+    running = torch.arange(len(ids), device=ids.device)
+    output = hf(input_ids=ids, use_cache=True, logits_to_keep=1)
+    for step in range(NEW_TOKENS):
+        new = output.logits[:, -1].argmax(-1)
+        for row, token in zip(running.tolist(), new.tolist(), strict=True):
+            tokens[row].append(token)
+        going = ~torch.isin(new, torch.cat([eos, newline]) if step else eos)
+        if not going.any() or step == NEW_TOKENS - 1:
+            break
+        cache = output.past_key_values
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        running = running[going]
+        output = hf(input_ids=new[going][:, None], past_key_values=cache, use_cache=True)
+    return tokens
+
+
+def is_correct(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction starts with an accepted answer that ends at a word's end.
+
+    Case, accents and a leading "the" do not count; "Nigeria" is no answer to "Niger", and
+    "Guinea-Bissau" none to "Guinea".
+    """
+    text = _normalise(prediction)
+    return any(re.match(re.escape(_normalise(answer)) + r"(?![\w-])", text) is not None for answer in answers)
+
+
+def _normalise(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(char for char in decomposed if not unicodedata.combining(char))
+    return re.sub(r"^the\s+", "", re.sub(r"\s+", " ", plain.strip(" \t\"'.,:;")))

@@ -1,0 +1,273 @@
+"""Every measured number against an independent slow computation (oracles.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pandas as pd
+import pytest
+import torch
+
+from subjattn.engine.forward import Block, Patch, Row, decoder_layers, forward, residual_streams
+from subjattn.errors import BadInput, NotFired, UnsupportedModel
+from subjattn.facts import draw
+from subjattn.measures.answers import answer_logprob, is_correct, predict, row_logprobs
+from subjattn.measures.attention import subject_attention, token_attention
+from subjattn.measures.knockout import knockout
+from subjattn.measures.patching import patch_grid, recovery
+from subjattn.models import LoadedModel
+from subjattn.prompts import ROLES, TEMPLATES, PromptSet, make_prompts, swap_subjects
+
+
+STYLES = TEMPLATES["country"]
+
+
+@pytest.fixture
+def prompts(tiny: LoadedModel, cities: pd.DataFrame) -> PromptSet:
+    """Prompts of different lengths with answers of different lengths."""
+    made = make_prompts(draw(cities, 12, seed=3), tiny.tokenizer, STYLES["list"])
+    assert len({len(prompt) for prompt in made}) > 3
+    assert len({len(prompt.answer_ids) for prompt in made}) > 2
+    return made
+
+
+@pytest.fixture(scope="module", params=list(STYLES))
+def real(request: pytest.FixtureRequest, smollm2: LoadedModel, cities: pd.DataFrame) -> PromptSet:
+    return make_prompts(draw(cities, 10, seed=5), smollm2.tokenizer, STYLES[request.param])
+
+
+def check_logprobs(model: LoadedModel, prompts: PromptSet) -> None:
+    found = answer_logprob(model, prompts)
+    expected = [oracles.answer_logprob(model.model, prompt) for prompt in prompts]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def check_attention(model: LoadedModel, prompts: PromptSet) -> None:
+    found, tokens = subject_attention(model, prompts), token_attention(model, prompts)
+    for i, prompt in enumerate(prompts):
+        expected = oracles.attention_weights(model.model, prompt)
+        np.testing.assert_allclose(found[i], expected[..., list(prompt.subject_positions)].sum(-1), atol=1e-5)
+        np.testing.assert_allclose(tokens[i, :, : prompt.prediction + 1], expected.mean(1), atol=1e-5)
+        assert np.isnan(tokens[i, :, prompt.prediction + 1 :]).all()
+
+
+def check_knockout(model: LoadedModel, prompts: PromptSet) -> None:
+    direct, total = knockout(model, prompts), knockout(model, prompts, "total")
+    for i, prompt in enumerate(prompts):
+        subject = list(prompt.subject_positions)
+        base = oracles.answer_logprob(model.model, prompt)
+        for found, queries in (
+            (direct, list(prompt.predicting)),
+            (total, list(range(prompt.subject_span[1], len(prompt)))),
+        ):
+            mask = oracles.hand_mask(model.model, prompt, queries, subject)
+            assert float(found[i]) == pytest.approx(base - oracles.answer_logprob(model.model, prompt, mask), abs=2e-4)
+
+
+def check_patching(model: LoadedModel, prompts: PromptSet, n_pairs: int, layers: list[int]) -> None:
+    pairs = swap_subjects(prompts, np.random.default_rng(0))[:n_pairs]
+    assert pairs, "the sample of prompts gives no pairs; draw another"
+    grid = patch_grid(model, pairs)
+    for i, (clean, corrupt) in enumerate(pairs):
+        base = oracles.patched_logit_diff(model.model, clean, corrupt, 0, [])
+        assert float(grid["corrupt_logit_diff"][i]) == pytest.approx(base, abs=2e-4)
+        for layer in layers:
+            for role in ROLES:
+                positions = list(clean.role(role))
+                found = float(grid.sel(role=role)[i, layer])
+                if not positions:
+                    assert np.isnan(found)
+                    continue
+                expected = oracles.patched_logit_diff(model.model, clean, corrupt, layer, positions) - base
+                assert found == pytest.approx(expected, abs=3e-4), (role, layer)
+
+
+def test_answer_logprob_is_the_models_own(tiny: LoadedModel, prompts: PromptSet) -> None:
+    check_logprobs(tiny, prompts)
+
+
+def test_attention_is_output_attentions(tiny: LoadedModel, prompts: PromptSet) -> None:
+    check_attention(tiny, prompts)
+
+
+def test_knockout_is_a_hand_masked_forward(tiny: LoadedModel, prompts: PromptSet) -> None:
+    check_knockout(tiny, prompts)
+    assert float(abs(knockout(tiny, prompts)).max()) > 0.1, "the knock-out moves these models too little to test it"
+
+
+def test_patching_is_a_plain_hook(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
+    check_patching(tiny, prompts, 3, [0, 1, 2])
+
+
+def test_smollm2_answers_attention_and_knockout(smollm2: LoadedModel, real: PromptSet) -> None:
+    check_logprobs(smollm2, real[:4])
+    check_attention(smollm2, real[:4])
+    check_knockout(smollm2, real[:3])
+
+
+def test_smollm2_patching(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 40, seed=2), smollm2.tokenizer, STYLES["list"])
+    check_patching(smollm2, prompts, 1, [0, 14, 29])
+
+
+def test_knockout_by_layer_blocks_one_layer(tiny: LoadedModel, prompts: PromptSet) -> None:
+    """Blocking in one layer is the model run by hand with the mask of that layer alone."""
+    found = knockout(tiny, prompts[:4], by_layer=True)
+    assert found.dims == ("fact", "layer")
+    assert found.shape == (4, 3)
+    layers = decoder_layers(tiny.model)
+    for i, prompt in enumerate(prompts[:4]):
+        base = oracles.answer_logprob(tiny.model, prompt)
+        mask = oracles.hand_mask(tiny.model, prompt, list(prompt.predicting), list(prompt.subject_positions))
+        plain = oracles.hand_mask(tiny.model, prompt, [], [])
+        for layer, module in enumerate(layers):
+
+            def block(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                if "attention_mask" in kwargs:
+                    return args, {**kwargs, "attention_mask": mask}
+                places = [isinstance(a, torch.Tensor) and a.shape == mask.shape for a in args]
+                assert sum(places) == 1, "no mask among the layer's arguments"
+                return tuple(mask if place else a for a, place in zip(args, places, strict=True)), kwargs
+
+            handle = module.register_forward_pre_hook(block, with_kwargs=True)
+            expected = base - oracles.answer_logprob(tiny.model, prompt, plain)
+            handle.remove()
+            assert float(found[i, layer]) == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_facts_numbers_do_not_depend_on_its_batch(tiny: LoadedModel, prompts: PromptSet) -> None:
+    """Alone, among shorter and longer ones, in any order and any batch size: the same to rounding."""
+    together = answer_logprob(tiny, prompts), subject_attention(tiny, prompts), knockout(tiny, prompts, "total")
+    alone = [
+        [function(tiny, [prompt], *rest)[0] for prompt in prompts]
+        for function, *rest in ((answer_logprob,), (subject_attention,), (knockout, "total"))
+    ]
+    for batch, single in zip(together, alone, strict=True):
+        np.testing.assert_allclose(batch, np.stack(single), atol=2e-5)
+    turned = PromptSet(prompts.template, prompts.prompts[::-1])
+    np.testing.assert_allclose(subject_attention(tiny, turned)[::-1], together[1], atol=2e-5)
+    rows = [Row(prompt) for prompt in prompts]
+    small = {i: output.logits for output in forward(tiny.model, rows, batch_tokens=40) for i in output.index}
+    assert len(small) == len(prompts)
+
+
+def test_an_identity_patch_changes_nothing(tiny: LoadedModel, prompts: PromptSet) -> None:
+    states = residual_streams(tiny.model, prompts)
+    rows = [
+        Row(prompt, patch=Patch(1, tuple(range(len(prompt))), stream[1]))
+        for prompt, stream in zip(prompts, states, strict=True)
+    ]
+    np.testing.assert_allclose(row_logprobs(tiny, rows), answer_logprob(tiny, prompts), atol=1e-5)
+
+
+def test_a_full_clean_patch_is_the_clean_run(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
+    (clean, corrupt), *_ = swap_subjects(prompts, np.random.default_rng(0))
+    stream = residual_streams(tiny.model, [clean])[0]
+    positions = tuple(range(clean.prediction + 1))
+    rows = [Row(clean), Row(corrupt, patch=Patch(0, positions, stream[0, : len(positions)]))]
+    first = {i: output.logits[row, 0] for output in forward(tiny.model, rows) for row, i in enumerate(output.index)}
+    torch.testing.assert_close(first[0], first[1], atol=1e-4, rtol=0)
+
+
+def test_blocking_nothing_changes_nothing(tiny: LoadedModel, prompts: PromptSet) -> None:
+    rows = [Row(prompt, block=Block((len(prompt) - 1,), (0,), layers=())) for prompt in prompts]
+    np.testing.assert_allclose(row_logprobs(tiny, rows), answer_logprob(tiny, prompts), atol=1e-5)
+
+
+def test_the_models_attention_comes_back(tiny: LoadedModel, prompts: PromptSet) -> None:
+    before = tiny.model.config._attn_implementation
+    subject_attention(tiny, prompts)
+    assert tiny.model.config._attn_implementation == before != "subjattn"
+    assert not any(module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_a_query_without_keys_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
+    prompt = prompts[0]
+    with pytest.raises(NotFired, match="without any key"):
+        row_logprobs(tiny, [Row(prompt, block=Block((3,), (0, 1, 2, 3)))])
+
+
+def test_training_mode_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
+    tiny.model.train()
+    try:
+        with pytest.raises(UnsupportedModel, match=r"call model\.eval\(\)"):
+            answer_logprob(tiny, prompts)
+    finally:
+        tiny.model.eval()
+
+
+def test_attention_outside_the_interface_is_refused(tokenizer: object, cities: pd.DataFrame) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)).eval()
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    with pytest.raises((UnsupportedModel, NotFired)):
+        subject_attention(model, prompts)
+
+
+def test_soft_capped_scores_are_refused(tokenizer: object, cities: pd.DataFrame) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="softcap"):
+        subject_attention(Gemma2ForCausalLM(config).eval(), prompts)
+
+
+def test_a_prompt_that_ends_with_its_subject_is_refused(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 2), tiny.tokenizer, "The country of {subject}")
+    for measure in (subject_attention, knockout):
+        with pytest.raises(BadInput, match="ends with its subject"):
+            measure(tiny, prompts)
+    assert np.isfinite(answer_logprob(tiny, prompts)).all()
+
+
+def test_a_plain_hugging_face_model_will_do(tiny: LoadedModel, prompts: PromptSet) -> None:
+    np.testing.assert_array_equal(subject_attention(tiny.model, prompts), subject_attention(tiny, prompts))
+
+
+def test_a_baseline_of_other_facts_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
+    with pytest.raises(BadInput, match="other facts"):
+        knockout(tiny, prompts[:3], baseline=answer_logprob(tiny, prompts[3:6]))
+
+
+def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: PromptSet) -> None:
+    found = predict(smollm2, smollm2.tokenizer, real)
+    for prompt, text in zip(real, found["prediction"], strict=True):
+        ids = torch.tensor([prompt.ids[: prompt.prediction + 1]])
+        out = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+        new = smollm2.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert text == (new.splitlines() or [""])[0].strip()
+    assert found["correct"].any(), "SmolLM2 knows some of these"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "correct"),
+    [
+        ("Kenya", ["Kenya"], True),
+        ("kenya, in East Africa", ["Kenya"], True),
+        ("the United States of America", ["United States"], True),
+        ("Nigeria", ["Niger"], False),
+        ("Guinea-Bissau", ["Guinea"], False),
+        ("Türkiye.", ["Turkey", "Turkiye"], True),
+        ("in Kenya", ["Kenya"], False),
+        ("", ["Kenya"], False),
+        ("U.S.", ["U.S."], True),
+    ],
+)
+def test_is_correct(prediction: str, answers: list[str], correct: bool) -> None:
+    assert is_correct(prediction, answers) is correct
+
+
+def test_recovery_is_a_ratio_of_means(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
+    grid = patch_grid(tiny, swap_subjects(prompts, np.random.default_rng(0))[:4])
+    gap = (grid["clean_logit_diff"] - grid["corrupt_logit_diff"]).values
+    cell = grid.sel(layer=1, role="prediction").values
+    assert float(recovery(grid).sel(layer=1, role="prediction")) == pytest.approx(cell.sum() / gap.sum())
+    assert (grid.sel(role="before_subject") == 0).all()
