@@ -1,0 +1,1 @@
+"""Fine-tuning arms: LoRA adapters trained on an arm's facts."""
