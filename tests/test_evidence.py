@@ -1,0 +1,102 @@
+"""Intervals and verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subjattn.errors import BadInput
+from subjattn.evidence.claims import Claim
+from subjattn.evidence.contrasts import Interval, contrast, mean_interval
+
+
+def per_fact(values: np.ndarray) -> xr.DataArray:
+    return xr.DataArray(values, {"fact": [f"f{i}" for i in range(len(values))]}, ("fact",))
+
+
+def claim(direction: str = "decrease", smallest_effect: float = 1.0) -> Claim:
+    return Claim(
+        id="c", statement="s", measure="accuracy", arms=("a", "b"), direction=direction, smallest_effect=smallest_effect
+    )
+
+
+def test_interval_is_close_to_the_t_interval() -> None:
+    """For 300 normal differences the bootstrap and Student's interval nearly agree."""
+    values = np.random.default_rng(0).normal(0.3, 1.0, 300)
+    found = mean_interval(values)
+    half = 1.968 * values.std(ddof=1) / np.sqrt(300)
+    assert found.estimate == pytest.approx(values.mean())
+    assert found.ci_low == pytest.approx(values.mean() - half, abs=0.01)
+    assert found.ci_high == pytest.approx(values.mean() + half, abs=0.01)
+
+
+def test_interval_covers_at_its_level() -> None:
+    rng = np.random.default_rng(1)
+    hits = [low <= 0.5 <= high for low, high in (vars_of(rng.exponential(0.5, 80)) for _ in range(200))]
+    assert 0.88 <= np.mean(hits) <= 0.99
+
+
+def vars_of(values: np.ndarray) -> tuple[float, float]:
+    interval = mean_interval(values)
+    return interval.ci_low, interval.ci_high
+
+
+def test_contrast_pairs_facts_by_name() -> None:
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 10, 100)
+    a, b = per_fact(difficulty + 0.5 + rng.normal(0, 0.1, 100)), per_fact(difficulty)
+    found = contrast(a, b.isel(fact=rng.permutation(100)))
+    assert found.estimate == pytest.approx(0.5, abs=0.05)
+    assert found.ci_high - found.ci_low < 0.1, "an unpaired interval would be about 5 wide"
+
+
+def test_contrast_refuses_other_facts_and_gaps() -> None:
+    a = per_fact(np.ones(5))
+    with pytest.raises(BadInput, match="not measured on the same facts"):
+        contrast(a, a[:4])
+    with pytest.raises(BadInput, match="1 of 5 facts have no finite value"):
+        contrast(a, a.where(a["fact"] != "f2"))
+    with pytest.raises(BadInput, match="one value per fact"):
+        contrast(a.expand_dims(layer=2), a)
+
+
+def test_no_change_of_a_binary_measure_is_not_certainty() -> None:
+    """Planted: 30 facts of which none changed must not give an interval of width 0."""
+    same = per_fact(np.tile([0.0, 1.0], 15))
+    found = contrast(same, same)
+    assert (found.ci_low, found.ci_high) == pytest.approx((-0.1, 0.1))
+    assert claim(smallest_effect=0.02).verdict(found) == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-3.0, -1.5, "supported"),
+        (-3.0, -0.5, "undecided"),
+        (-0.5, -0.1, "no effect that matters"),
+        (-0.9, 0.9, "no effect that matters"),
+        (-0.5, 1.5, "undecided"),
+        (-3.0, 3.0, "undecided"),
+        (1.5, 3.0, "contradicted"),
+    ],
+)
+def test_verdicts(low: float, high: float, verdict: str) -> None:
+    interval = Interval((low + high) / 2, low, high, 100)
+    assert claim("decrease").verdict(interval) == verdict
+    mirrored = Interval(-(low + high) / 2, -high, -low, 100)
+    assert claim("increase").verdict(mirrored) == verdict
+
+
+@given(st.floats(-5, 5), st.floats(0, 5), st.sampled_from(["increase", "decrease"]))
+def test_every_interval_has_one_verdict_and_its_mirror_the_opposite(low: float, width: float, direction: str) -> None:
+    opposite = {"supported": "contradicted", "contradicted": "supported"}
+    interval, mirror = Interval(low, low, low + width, 50), Interval(-low, -low - width, -low, 50)
+    found = claim(direction).verdict(interval)
+    assert claim(direction).verdict(mirror) == opposite.get(found, found)
+
+
+def test_few_facts_decide_nothing() -> None:
+    assert claim().verdict(Interval(-9.0, -10.0, -8.0, 19)) == "undecided"
