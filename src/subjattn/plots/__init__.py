@@ -1,0 +1,1 @@
+"""Figures of measures, and the report that a person reads."""

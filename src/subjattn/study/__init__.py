@@ -1,0 +1,1 @@
+"""Studies: one YAML file, run in stages that survive being killed."""

@@ -1,0 +1,251 @@
+"""Run a study: facts, arms, measures, contrasts, claims, report; finished stages are reused.
+
+out/facts/facts.parquet              facts, their split, thirds and lengths
+out/arms/ARM/adapter/                what was trained
+out/arms/ARM/STYLE/                  measures of one arm in one style
+out/measures.nc, patching.nc, tokens.nc, predictions.parquet
+out/summary.json, manifest.json, study.yaml, report.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from subjattn.errors import BadInput
+from subjattn.facts import draw, load_facts
+from subjattn.facts.splits import popularity_thirds, split
+from subjattn.finetune.lora import train_adapter
+from subjattn.measures.answers import predict
+from subjattn.models import (
+    LoadedModel,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    resolve_adapter,
+    resolve_model,
+)
+from subjattn.plots import report
+from subjattn.prompts import Prompt, PromptSet, make_prompts
+from subjattn.study import measuring, summary
+from subjattn.study.config import Arm, StudyConfig
+from subjattn.study.progress import Progress
+from subjattn.study.stages import finished, key_of, writing
+
+
+TRAINING_ROWS = 4.0
+"""Cost of training on a fact once in forward passes of a prompt, for time estimates."""
+BASE_CHECK_FACTS = 150
+"""Training facts per arm on which the reference arm's accuracy is shown."""
+SCHEMA = 1
+"""Raised when a stage's files change meaning, so that older ones are made anew."""
+
+
+def run_study(config: StudyConfig, out: Path, console: Console | None = None) -> dict[str, Any]:
+    """Run a study into a folder and return its summary; what is finished there already is reused.
+
+    Raises:
+        SubjattnError: something about the study cannot be right; finished stages stay.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console) as progress:
+        Runner(config, out, progress).run()
+        progress.stage("contrasts, claims and report")
+        result = summary.write(config, out)
+        report.write(out)
+    return result
+
+
+@dataclass
+class Runner:
+    """One run of a study into a folder."""
+
+    config: StudyConfig
+    out: Path
+    progress: Progress
+
+    def run(self) -> None:
+        """All stages in order, after a look that every arm's model and adapter are there."""
+        for arm in self.config.arms.values():
+            resolve_model(arm.model or self.config.model)
+            if arm.adapter is not None:
+                resolve_adapter(arm.adapter)
+        training = len(self.config.trained) * self._training_cost
+        self.progress.plan(training + len(self.config.arms) * len(self.config.styles) * self._measuring_cost)
+        facts = self.facts_stage()
+        for name, split_name in self.config.trained.items():
+            self.training_stage(name, split_name, facts)
+        for name in self.config.arms:
+            self.measuring_stages(name, facts)
+
+    @cached_property
+    def facts_key(self) -> str:
+        config = self.config
+        return key_of(
+            schema=SCHEMA,
+            facts=config.facts.model_dump(),
+            file=fingerprint(config.facts.source),
+            splits=list(config.trained.values()),
+            tokenizer=config.model,
+            seed=config.seed,
+        )
+
+    def facts_stage(self) -> pd.DataFrame:
+        """Facts with their split, one row each, as `facts/facts.parquet`."""
+        folder, config = self.out / "facts", self.config
+        if not finished(folder, self.facts_key):
+            self.progress.stage("facts and splits")
+            facts = load_facts(config.facts.source)
+            lengths = _subject_lengths(facts, config)
+            splits = list(dict.fromkeys(config.trained.values()))
+            if splits:
+                table = split(facts, lengths, splits, config.facts.n_train, config.facts.n_test, config.seed)
+            else:
+                table = facts.assign(n_tokens=lengths, third=popularity_thirds(facts), answer=facts["answers"].str[0])
+                chosen = draw(table, config.facts.n_test, config.seed)["fact_id"]
+                table["test"] = table["fact_id"].isin(chosen)
+            used = table[[name for name in map(str, table) if name == "test" or name.startswith("train_")]].any(axis=1)
+            with writing(folder, self.facts_key) as temporary:
+                table[used].to_parquet(temporary / "facts.parquet", index=False)
+        return pd.read_parquet(folder / "facts.parquet")
+
+    def training_key(self, name: str) -> str:
+        config = self.config
+        return key_of(
+            facts=self.facts_key,
+            model=fingerprint(config.model),
+            split=config.arms[name].train,
+            styles=config.styles,
+            training=config.training.model_dump(),
+            dtype=config.dtype,
+            seed=config.seed,
+        )
+
+    def training_stage(self, name: str, split_name: str, facts: pd.DataFrame) -> None:
+        """The arm's adapter, as `arms/ARM/adapter`."""
+        folder, key, config = self.out / "arms" / name / "adapter", self.training_key(name), self.config
+        units = self._training_cost
+        if finished(folder, key):
+            self.progress.skip(units)
+            return
+        self.progress.stage(f"train {name}")
+        base = load_model(config.model, dtype=config.dtype)
+        n_steps = config.training.n_steps(config.facts.n_train)
+        prompts = self._training_prompts(facts[facts[f"train_{split_name}"]], base)
+        with writing(folder, key) as temporary:
+            train_adapter(
+                base,
+                prompts,
+                config.training,
+                temporary,
+                seed=config.seed,
+                on_step=lambda: self.progress.advance(units / n_steps),
+            )
+
+    @property
+    def _training_cost(self) -> float:
+        return self.config.facts.n_train * self.config.training.epochs * TRAINING_ROWS
+
+    def _training_prompts(self, facts: pd.DataFrame, base: LoadedModel) -> list[Prompt]:
+        """One prompt per fact, the styles taking turns."""
+        styles = [make_prompts(facts, base.tokenizer, template) for template in self.config.styles.values()]
+        return [styles[i % len(styles)][i] for i in range(len(facts))]
+
+    def measuring_key(self, name: str, style: str) -> str:
+        config, arm = self.config, self.config.arms[name]
+        return key_of(
+            facts=self.facts_key,
+            model=fingerprint(arm.model or config.model),
+            adapter=self.training_key(name) if arm.train else arm.adapter and fingerprint(arm.adapter),
+            template=config.styles[style],
+            measures=config.measures.model_dump(),
+            dtype=config.dtype,
+            reference=None if name == config.reference else self.measuring_key(config.reference, style),
+        )
+
+    def measuring_stages(self, name: str, facts: pd.DataFrame) -> None:
+        """The arm's measures in every style, as `arms/ARM/STYLE`."""
+        config, model = self.config, None
+        for style, template in config.styles.items():
+            folder, key = self.out / "arms" / name / style, self.measuring_key(name, style)
+            if finished(folder, key):
+                self.progress.skip(self._measuring_cost)
+                continue
+            self.progress.stage(f"measure {name} ({style})")
+            if model is None:
+                model = self.load_arm(name)
+                self._check_shape(name, model)
+            prompts = self._prompts(name, model, facts[facts["test"]], template)
+            with writing(folder, key) as temporary:
+                measuring.measure(
+                    model,
+                    prompts,
+                    config.measures,
+                    temporary,
+                    known=self._known_to_reference(name, style),
+                    seed=config.seed,
+                    advance=self.progress.advance,
+                )
+                if (name, style) == (config.reference, next(iter(config.styles))):
+                    self._predict_training_facts(model, template, facts, temporary)
+
+    def _known_to_reference(self, name: str, style: str) -> set[str] | None:
+        if name == self.config.reference:
+            return None
+        predictions = pd.read_parquet(self.out / "arms" / self.config.reference / style / "predictions.parquet")
+        return set(predictions["fact_id"][predictions["correct"]])
+
+    def _predict_training_facts(self, model: LoadedModel, template: str, facts: pd.DataFrame, folder: Path) -> None:
+        """The reference arm's answers to some of each arm's training facts, as `training_facts.parquet`."""
+        tables = []
+        for split_name in dict.fromkeys(self.config.trained.values()):
+            own = facts[facts[f"train_{split_name}"]]
+            some = draw(own, min(BASE_CHECK_FACTS, len(own)), self.config.seed)
+            predictions = predict(model, model.tokenizer, make_prompts(some, model.tokenizer, template))
+            tables.append(predictions.assign(split=split_name))
+        if tables:
+            pd.concat(tables).to_parquet(folder / "training_facts.parquet", index=False)
+
+    @cached_property
+    def _measuring_cost(self) -> float:
+        n_layers = model_shape(self.config.model)[0]
+        return measuring.cost(self.config.facts.n_test, self.config.measures, n_layers)
+
+    def load_arm(self, name: str) -> LoadedModel:
+        """The arm's model: the study's, the trained adapter on it, or what the user brought."""
+        arm: Arm = self.config.arms[name]
+        adapter = str(self.out / "arms" / name / "adapter") if arm.train else arm.adapter
+        return load_model(arm.model or self.config.model, adapter=adapter, dtype=self.config.dtype)
+
+    def _check_shape(self, name: str, model: LoadedModel) -> None:
+        config = model.model.config.get_text_config()
+        shape, expected = (config.num_hidden_layers, config.num_attention_heads), model_shape(self.config.model)
+        if shape != expected:
+            raise BadInput(
+                f"arm {name!r} has {shape[0]} layers of {shape[1]} heads, the study's model {expected[0]} of "
+                f"{expected[1]}: only models of one architecture can be compared head by head"
+            )
+
+    def _prompts(self, name: str, model: LoadedModel, facts: pd.DataFrame, template: str) -> PromptSet:
+        """The arm's prompts, which must have the same tokens as the study model's."""
+        prompts = make_prompts(facts, model.tokenizer, template)
+        if self.config.arms[name].model is not None:
+            for a, b in zip(prompts, make_prompts(facts, load_tokenizer(self.config.model), template), strict=True):
+                if a.ids != b.ids:
+                    raise BadInput(
+                        f"arm {name!r} reads {a.text!r} as other tokens than the study's model does, so their numbers "
+                        "are of different prompts: save the same tokenizer with both"
+                    )
+        return prompts
+
+
+def _subject_lengths(facts: pd.DataFrame, config: StudyConfig) -> list[int]:
+    tokenizer = load_tokenizer(config.model)
+    spaced = [f" {subject}" for subject in facts["subject"]]
+    return [len(ids) for ids in tokenizer(spaced, add_special_tokens=False).input_ids]

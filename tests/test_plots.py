@@ -1,0 +1,167 @@
+"""Figures show the numbers they are given; the report is one safe file; the scripts of viz/ run."""
+
+from __future__ import annotations
+
+import html
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from subjattn.errors import BadInput
+from subjattn.measures.patching import recovery
+from subjattn.plots import report
+from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
+from subjattn.plots.verdicts import plot_claims
+from subjattn.prompts import ROLES
+from subjattn.study.run import run_study
+
+
+VIZ = sorted((Path(__file__).parent.parent / "viz").glob("*.py"))
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def attention() -> xr.DataArray:
+    values = np.random.default_rng(0).random((2, 5, 3, 4))
+    return xr.DataArray(values, {"arm": ["base", EVIL]}, ("arm", "fact", "layer", "head"))
+
+
+def test_attention_shows_means_and_the_difference(attention: xr.DataArray) -> None:
+    figure = plot_attention(attention, (EVIL, "base"))
+    base, other, difference = (np.asarray(trace.z) for trace in figure.data)
+    np.testing.assert_allclose(base, attention.sel(arm="base").mean("fact"))
+    np.testing.assert_allclose(difference, other - base)
+    assert figure.layout.coloraxis2.cmin == -figure.layout.coloraxis2.cmax, "a difference is centred at 0"
+    assert figure.data[0].coloraxis == figure.data[1].coloraxis == "coloraxis", "one scale for all arms"
+    assert "<script>" not in "".join(note.text for note in figure.layout.annotations)
+
+
+def test_attention_of_one_model_needs_no_arm(attention: xr.DataArray) -> None:
+    assert len(plot_attention(attention.isel(arm=0, drop=True)).data) == 1
+    with pytest.raises(BadInput, match="expected dimensions"):
+        plot_attention(attention.expand_dims(style=2))
+    with pytest.raises(BadInput, match="no arm 'x'"):
+        plot_attention(attention, ("x", "base"))
+
+
+def test_tokens_mark_the_subject() -> None:
+    values = np.full((1, 2, 4), 0.25)
+    values[0, :, 3] = np.nan
+    coords = {
+        "fact": ["f"],
+        "subject": ("fact", [EVIL]),
+        "token": (("fact", "position"), [["City:", "<b>", "\n", ""]]),
+        "in_subject": (("fact", "position"), [[False, True, False, False]]),
+    }
+    figure = plot_tokens(xr.DataArray(values, coords, ("fact", "layer", "position")))
+    assert list(figure.layout.xaxis.ticktext) == ["City:", "&lt;b&gt;*", "\\n"]
+    assert np.asarray(figure.data[0].z).shape == (2, 3)
+    assert "<script>" not in figure.layout.yaxis.title.text
+
+
+def test_patching_shows_recovery() -> None:
+    rng = np.random.default_rng(0)
+    effect = xr.DataArray(
+        rng.random((3, 2, 6)),
+        {
+            "role": list(ROLES),
+            "clean_logit_diff": ("fact", rng.random(3) + 3),
+            "corrupt_logit_diff": ("fact", rng.random(3)),
+        },
+        ("fact", "layer", "role"),
+    )
+    figure = plot_patching(effect)
+    np.testing.assert_allclose(np.asarray(figure.data[0].z), recovery(effect).transpose("layer", "role"))
+
+
+def test_claims_turn_towards_their_direction() -> None:
+    style = {"verdict": "supported", "estimate": -2.0, "ci_low": -3.0, "ci_high": -1.5}
+    claim = {"id": "c", "direction": "decrease", "smallest_effect": 1.0, "styles": {"list": style}}
+    trace = plot_claims([claim]).data[0]
+    assert (trace.x[0], trace.error_x.array[0], trace.error_x.arrayminus[0]) == (2.0, 1.0, 0.5)
+
+
+class Links(HTMLParser):
+    """Everything a page would fetch, and its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href") and tag != "a"]
+
+
+def test_report_is_one_file_with_its_parts(done: tuple[Path, dict]) -> None:
+    out, summary = done
+    page = (out / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.fetched == [], "the report fetches nothing"
+    assert page.count("Plotly.newPlot(") >= 1 + 2 * 3, "claims, and three heatmaps per style"
+    for claim in summary["claims"]:
+        assert html.escape(claim["statement"], quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
+    for text in ("one seed: interval over facts only", "accuracy before training", "Definitions and provenance"):
+        assert text in page
+    readings = {"direct": "reads the subject directly", "relay": "arrives by relay", "hardly used": "is hardly used"}
+    for style in ("list", "sentence"):
+        assert readings[summary["arms"]["base"]["styles"][style]["route"]["reading"]] in page
+
+
+def test_report_escapes_what_comes_from_data(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Planted: markup in a subject, an answer and a claim must stay text."""
+    from subjattn.study.config import parse_study
+
+    own = tmp_path / "own.csv"
+    rows = [f"{EVIL} {i},{EVIL}Kenya{i % 3},{i}" for i in range(12)]
+    own.write_text("\n".join(["subject,answer,popularity", *rows]))
+    claim = {
+        "id": EVIL,
+        "statement": EVIL,
+        "measure": "accuracy",
+        "arms": ["base", "same"],
+        "direction": "increase",
+        "smallest_effect": 1,
+    }
+    raw = {
+        "name": "evil",
+        "model": str(tiny_folders["llama"]),
+        "facts": {"source": str(own), "n_test": 12},
+        "styles": {"s": "<i>{subject}</i> is in"},
+        "arms": {"base": {}, "same": {"model": str(tiny_folders["llama"])}},
+        "claims": [claim],
+        "contrasts": [["same", "base"]],
+    }
+    run_study(parse_study(raw, "evil"), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert EVIL not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds no finished study"):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize("script", VIZ, ids=lambda path: path.stem)
+def test_viz_redraws_from_a_finished_run(
+    done: tuple[Path, dict],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: Path,
+) -> None:
+    target = tmp_path / "figure.html"
+    monkeypatch.setattr(sys, "argv", [str(script), str(done[0]), "--style", "sentence", "--out", str(target)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "Plotly.newPlot(" in target.read_text()
+
+
+def test_there_is_a_script_per_heatmap() -> None:
+    assert [path.stem for path in VIZ] == ["attention_heatmap", "patching_heatmap", "token_attention"]
