@@ -1,0 +1,42 @@
+"""The public names, and what importing them costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import subjattn
+
+
+def test_public_names_are_pinned() -> None:
+    assert subjattn.__all__ == [
+        "answer_logprob",
+        "contrast",
+        "knockout",
+        "load_facts",
+        "load_model",
+        "load_study",
+        "make_prompts",
+        "patch_grid",
+        "plot_attention",
+        "plot_patching",
+        "plot_tokens",
+        "predict",
+        "recovery",
+        "run_study",
+        "subject_attention",
+        "swap_subjects",
+        "token_attention",
+    ]
+    assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)
+    assert all(getattr(subjattn, name).__doc__ for name in subjattn.__all__)
+
+
+def test_version_is_the_packages() -> None:
+    assert subjattn.__version__ == version("subjattn")
+
+
+def test_import_and_help_do_not_load_torch() -> None:
+    code = "import sys, subjattn, subjattn.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

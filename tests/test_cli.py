@@ -1,0 +1,177 @@
+"""Every command as a user types it; bad input ends with status 2 and one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CITIES, SMALL
+
+from subjattn import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["subjattn", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def model(tiny_folders: dict[str, Path]) -> Path:
+    return tiny_folders["llama"]
+
+
+def test_facts_marks_the_subject(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "facts", "cities", "--n", 3) == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^City:\[ .*\]\\nCountry:  → ", shown, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("what", ["attention", "knockout", "patch"])
+def test_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, what: str
+) -> None:
+    target = tmp_path / "new" / "out.json"
+    assert run(monkeypatch, "measure", what, "--model", model, "--n", 40, "--json", target) == 0
+    content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert list(content["styles"]) == ["list", "sentence"]
+    array = content["styles"]["list"]["arrays"][0]
+    assert len(array["data"]) == len(array["coords"]["fact"]["data"]) > 0
+    assert "list: " in capsys.readouterr().out
+
+
+def test_measure_with_own_facts_and_template(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
+    own, target = tmp_path / "own.csv", tmp_path / "out.json"
+    own.write_text("subject,answer\nAda Lovelace,London\nAlan Turing,London\n")
+    arguments = ["--model", model, "--facts", own, "--n", 2, "--json", target]
+    assert run(monkeypatch, "measure", "knockout", *arguments, "--template", "{subject} was born in") == 0
+    content = json.loads(target.read_text())["styles"]["style1"]
+    assert content["template"] == "{subject} was born in"
+    assert run(monkeypatch, "measure", "knockout", *arguments) == 2, "no built-in prompt for these"
+
+
+def test_measured_numbers_are_the_apis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
+    import subjattn as sa
+
+    target = tmp_path / "out.json"
+    assert run(monkeypatch, "measure", "attention", "--model", model, "--n", 5, "--seed", 3, "--json", target) == 0
+    loaded = sa.load_model(str(model))
+    prompts = sa.make_prompts(sa.load_facts("cities", 5, seed=3), loaded.tokenizer, "City: {subject}\nCountry:")
+    expected = sa.subject_attention(loaded, prompts)
+    found = json.loads(target.read_text())["styles"]["list"]
+    assert found["mean"]["attention_to_subject"] == pytest.approx(float(expected.mean()))
+
+
+def test_compare_with_a_plain_peft_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    adapter: Path,
+) -> None:
+    out = tmp_path / "pair"
+    assert run(monkeypatch, "compare", "--base", model, "--adapter", adapter, "--n", 25, "--out", out) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["arms"]) == ["base", "tuned"]
+    assert {row["measure"] for row in summary["contrasts"]} >= {"attention_to_subject", "knockout_drop"}
+    assert any(row["estimate"] != 0 for row in summary["contrasts"])
+    assert (out / "report.html").is_file()
+    assert capsys.readouterr().out.rstrip().endswith("report.html")
+
+
+def test_compare_with_a_full_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, adapter: Path
+) -> None:
+    """A merged checkpoint compares as its adapter does."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "merged")
+    found = []
+    for name, tuned in (("full", ["--tuned", tmp_path / "merged"]), ("adapter", ["--adapter", adapter])):
+        assert run(monkeypatch, "compare", "--base", model, *tuned, "--n", 12, "--out", tmp_path / name) == 0
+        found.append(json.loads((tmp_path / name / "summary.json").read_text())["contrasts"])
+    for full, live in zip(*found, strict=True):
+        assert full["estimate"] == pytest.approx(live["estimate"], abs=1e-4)
+
+
+def test_report_alone(monkeypatch: pytest.MonkeyPatch, done: tuple[Path, dict]) -> None:
+    out, _ = done
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert run(monkeypatch, "report", out) == 0
+    ids = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
+    assert ids.sub("", (out / "report.html").read_text()) == ids.sub("", before)
+
+
+def test_run_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    done: tuple[Path, dict],
+    model: Path,
+) -> None:
+    """The study of the fixtures, found finished."""
+    out, summary = done
+    settings = [part for setting in [*SMALL, f"model={model}"] for part in ("--set", setting)]
+    assert run(monkeypatch, "run", CITIES, "--out", out, *settings) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("report.html")
+    for claim in summary["claims"]:
+        assert claim["id"] in shown and claim["verdict"] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run nope.yaml", "no such study"),
+        ("run {study} --set facts.ntest=3", "no such field; did you mean 'n_test'?"),
+        ("run {study} --set facts.n_test=99999 --out {tmp}", "n_test=99999 is not between 1 and the"),
+        ("run {study} --set model=nosuch --out {tmp}", "unknown model 'nosuch'"),
+        ("run {study} --set model=/no/such --out {tmp}", "no such folder: '/no/such'"),
+        ("run {study} --set facts.source=x.csv --out {tmp}", "no such file of facts"),
+        ("report {tmp}", "holds no finished study"),
+        ("facts nope", "unknown facts 'nope'"),
+        ("facts cities --n 0", "--n"),
+        ("facts cities --n 999999", "n=999999 is not between 1 and the"),
+        ("measure attention --model nosuch", "unknown model"),
+        ("measure nothing", "'attention', 'knockout', 'patch'"),
+        ("measure attention --dtype int4", "dtype 'int4' is not one of"),
+        ("measure attention --template x --n 1", "exactly once"),
+        ("compare --base smollm2-135m --out {tmp}", "give either --tuned or --adapter"),
+        ("compare --base smollm2-135m --adapter /no/such --out {tmp} --n 9", "no such adapter folder"),
+        ("compare --base smollm2-135m --adapter x --tuned y --out {tmp}", "give either --tuned or --adapter"),
+        ("compare", "Missing option"),
+        ("nope", "No such command"),
+    ],
+)
+def test_bad_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str
+) -> None:
+    assert run(monkeypatch, *shlex.split(arguments.format(tmp=tmp_path, study=CITIES))) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if not line.startswith("[")] == [lines[-1]], "one line beside the progress"
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+
+
+def test_bad_input_loses_nothing(monkeypatch: pytest.MonkeyPatch, done: tuple[Path, dict], model: Path) -> None:
+    out, _ = done
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(monkeypatch, "run", CITIES, "--out", out, "--set", f"model={model}", "--set", "facts.n_test=99999") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["", "run", "report", "facts", "measure", "compare"])
+def test_help_shows_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(monkeypatch, *command.split(), "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("Example: subjattn " + command in shown) if command else all(name in shown for name in ("run", "compare"))
