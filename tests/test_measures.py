@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import oracles
 import pandas as pd
 import pytest
 import torch
 
-from subjattn.engine.forward import Block, Patch, Row, decoder_layers, forward, residual_streams
+from subjattn.engine import cones
+from subjattn.engine.forward import decoder_layers, forward, residual_streams
+from subjattn.engine.interventions import Block, Output, Patch, Row
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.facts import draw
 from subjattn.measures.answers import answer_logprob, is_correct, predict, row_logprobs
 from subjattn.measures.attention import subject_attention, token_attention
 from subjattn.measures.knockout import knockout
 from subjattn.measures.patching import patch_grid, recovery
-from subjattn.models import LoadedModel
+from subjattn.models import LoadedModel, load_model
 from subjattn.prompts import ROLES, TEMPLATES, PromptSet, make_prompts, swap_subjects
 
 
@@ -52,16 +58,19 @@ def check_attention(model: LoadedModel, prompts: PromptSet) -> None:
 
 
 def check_knockout(model: LoadedModel, prompts: PromptSet) -> None:
-    direct, total = knockout(model, prompts), knockout(model, prompts, "total")
+    drop = knockout(model, prompts)
+    np.testing.assert_allclose(drop["answer_logprob"], answer_logprob(model, prompts), atol=1e-5)
     for i, prompt in enumerate(prompts):
         subject = list(prompt.subject_positions)
         base = oracles.answer_logprob(model.model, prompt)
-        for found, queries in (
-            (direct, list(prompt.predicting)),
-            (total, list(range(prompt.subject_span[1], len(prompt)))),
+        for route, queries in (
+            ("direct", list(prompt.predicting)),
+            ("total", list(range(prompt.subject_span[1], len(prompt)))),
         ):
             mask = oracles.hand_mask(model.model, prompt, queries, subject)
-            assert float(found[i]) == pytest.approx(base - oracles.answer_logprob(model.model, prompt, mask), abs=2e-4)
+            assert float(drop.sel(route=route)[i]) == pytest.approx(
+                base - oracles.answer_logprob(model.model, prompt, mask), abs=2e-4
+            )
 
 
 def check_patching(model: LoadedModel, prompts: PromptSet, n_pairs: int, layers: list[int]) -> None:
@@ -113,7 +122,7 @@ def test_smollm2_patching(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
 
 def test_knockout_by_layer_blocks_one_layer(tiny: LoadedModel, prompts: PromptSet) -> None:
     """Blocking in one layer is the model run by hand with the mask of that layer alone."""
-    found = knockout(tiny, prompts[:4], by_layer=True)
+    found = knockout(tiny, prompts[:4], ["direct"], by_layer=True).sel(route="direct")
     assert found.dims == ("fact", "layer")
     assert found.shape == (4, 3)
     layers = decoder_layers(tiny.model)
@@ -138,18 +147,19 @@ def test_knockout_by_layer_blocks_one_layer(tiny: LoadedModel, prompts: PromptSe
 
 def test_a_facts_numbers_do_not_depend_on_its_batch(tiny: LoadedModel, prompts: PromptSet) -> None:
     """Alone, among shorter and longer ones, in any order and any batch size: the same to rounding."""
-    together = answer_logprob(tiny, prompts), subject_attention(tiny, prompts), knockout(tiny, prompts, "total")
+    together = answer_logprob(tiny, prompts), subject_attention(tiny, prompts), knockout(tiny, prompts)
     alone = [
         [function(tiny, [prompt], *rest)[0] for prompt in prompts]
-        for function, *rest in ((answer_logprob,), (subject_attention,), (knockout, "total"))
+        for function, *rest in ((answer_logprob,), (subject_attention,), (knockout,))
     ]
     for batch, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(batch, np.stack(single), atol=2e-5)
     turned = PromptSet(prompts.template, prompts.prompts[::-1])
     np.testing.assert_allclose(subject_attention(tiny, turned)[::-1], together[1], atol=2e-5)
     rows = [Row(prompt) for prompt in prompts]
-    small = {i: output.logits for output in forward(tiny.model, rows, batch_tokens=40) for i in output.index}
-    assert len(small) == len(prompts)
+    for run in (forward, cones.forward):
+        small = [i for output in run(tiny.model, rows, batch_tokens=40) for i in output.index]
+        assert sorted(small) == list(range(len(prompts)))
 
 
 def test_an_identity_patch_changes_nothing(tiny: LoadedModel, prompts: PromptSet) -> None:
@@ -231,9 +241,75 @@ def test_a_plain_hugging_face_model_will_do(tiny: LoadedModel, prompts: PromptSe
     np.testing.assert_array_equal(subject_attention(tiny.model, prompts), subject_attention(tiny, prompts))
 
 
-def test_a_baseline_of_other_facts_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
-    with pytest.raises(BadInput, match="other facts"):
-        knockout(tiny, prompts[:3], baseline=answer_logprob(tiny, prompts[3:6]))
+def random_rows(model: LoadedModel, prompts: PromptSet, n: int, seed: int) -> list[Row]:
+    """Rows with blocks, patches, both and neither, anywhere in their prompts."""
+    rng = np.random.default_rng(seed)
+    n_layers = len(decoder_layers(model.model))
+    width = model.model.config.hidden_size
+    rows = []
+    for _ in range(n):
+        prompt = prompts[int(rng.integers(len(prompts)))]
+        block = patch = None
+        if rng.random() < 0.6:
+            queries = rng.choice(np.arange(2, len(prompt)), rng.integers(1, 4))
+            layers = tuple(int(layer) for layer in rng.choice(n_layers, rng.integers(1, n_layers + 1), replace=False))
+            keys = tuple(int(key) for key in rng.choice(2, rng.integers(1, 3), replace=False))
+            block = Block(tuple(map(int, queries)), keys, None if rng.random() < 0.3 else layers)
+        if rng.random() < 0.6:
+            positions = rng.choice(prompt.prediction + 1, rng.integers(1, 4), replace=False)
+            values = torch.tensor(rng.normal(size=(len(positions), width)), dtype=torch.float32)
+            patch = Patch(int(rng.integers(n_layers)), tuple(map(int, positions)), values)
+        rows.append(Row(prompt, block, patch))
+    return rows
+
+
+def all_logits(outputs: Iterator[Output]) -> dict[int, torch.Tensor]:
+    found = {}
+    for output in outputs:
+        for i, row, logits in zip(output.index, output.rows, output.logits, strict=True):
+            found[i] = logits[: len(row.prompt.predicting)]
+    return found
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 60])
+def test_cones_are_whole_forward_passes(tiny: LoadedModel, prompts: PromptSet, batch_tokens: int) -> None:
+    """Every logit of 80 random interventions, in large and in small batches."""
+    rows = random_rows(tiny, prompts, 80, seed=0)
+    expected = all_logits(forward(tiny.model, rows))
+    found = all_logits(cones.forward(tiny.model, rows, batch_tokens=batch_tokens))
+    assert found.keys() == expected.keys() == set(range(80))
+    for i, logits in expected.items():
+        torch.testing.assert_close(found[i], logits, atol=1e-4, rtol=0)
+
+
+def test_cones_are_whole_forward_passes_on_smollm2(smollm2: LoadedModel, real: PromptSet) -> None:
+    """In float64, where rounding cannot hide a small error; random states amplify float32's."""
+    double = copy.deepcopy(smollm2.model).double()
+    rows = random_rows(smollm2, real, 12, seed=1)
+    expected = all_logits(forward(double, rows))
+    for i, logits in all_logits(cones.forward(double, rows)).items():
+        torch.testing.assert_close(logits, expected[i], atol=1e-9, rtol=0)
+
+
+def test_cones_under_a_live_adapter(tiny_folders: dict[str, Path], adapter: Path, cities: pd.DataFrame) -> None:
+    tuned = load_model(str(tiny_folders["llama"]), adapter=adapter)
+    prompts = make_prompts(draw(cities, 8), tuned.tokenizer, STYLES["list"])
+    rows = random_rows(tuned, prompts, 30, seed=2)
+    expected = all_logits(forward(tuned.model, rows))
+    for i, logits in all_logits(cones.forward(tuned.model, rows)).items():
+        torch.testing.assert_close(logits, expected[i], atol=1e-4, rtol=0)
+
+
+def test_a_model_whose_cones_are_not_exact_is_refused(
+    tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a layer that looks at the mean over positions, so that a suffix alone is not enough."""
+    model = load_model(str(tiny_folders["llama"]))
+    layer = decoder_layers(model.model)[1]
+    layer.mlp.register_forward_hook(lambda _module, _args, output: output + output.mean(1, keepdim=True))
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="would not be exact"):
+        knockout(model, prompts)
 
 
 def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: PromptSet) -> None:

@@ -100,7 +100,7 @@ def test_arrays_open_in_one_line_and_say_what_they_are(done: tuple[Path, dict[st
     out, _ = done
     arrays = xr.open_dataset(out / "measures.nc")
     assert arrays["attention_to_subject"].dims == ("arm", "style", "fact", "layer", "head")
-    assert arrays["knockout_drop_by_layer"].dims == ("arm", "style", "layer_fact", "layer")
+    assert arrays["knockout_drop_by_layer"].dims == ("arm", "style", "layer_fact", "route", "layer")
     for array in arrays.data_vars.values():
         assert array.attrs["unit"] and array.attrs["definition"]
     patching = xr.open_dataarray(out / "patching-list.nc")

@@ -185,8 +185,9 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
         array = subject_attention(model, prompts)
         mean, arrays = {array.name: float(array.mean())}, [array]
     elif what is MeasureName.knockout:
-        arrays = [knockout(model, prompts, "direct"), knockout(model, prompts, "total")]
-        mean = {array.name: float(array.mean()) for array in arrays}
+        array = knockout(model, prompts)
+        mean = {f"knockout_drop, {route}": float(array.sel(route=route).mean()) for route in array["route"].values}
+        arrays = [array]
     else:
         pairs = swap_subjects(prompts, np.random.default_rng(seed))
         array = patch_grid(model, pairs)

@@ -2,18 +2,19 @@
 
 It is registered under the name `subjattn` with transformers' attention interface, so every
 architecture that dispatches through it keeps its own projections, norms, rotary embeddings and
-masks. The output is SDPA's. Beside it, a `Tap` may
+masks. The output is SDPA's. A `Tap` may, layer by layer,
 
-* block edges (query, key) per batch row and layer, before the softmax, so that the remaining
-  weights renormalise (Geva et al. 2023);
-* keep the attention rows of chosen queries, `[row, head, query, key]`, in float32.
+* block edges (query, key) of each batch row before the softmax, so that the remaining weights
+  renormalise (Geva et al. 2023);
+* keep the attention rows of chosen queries, `[row, head, query, key]`, in float32;
+* keep keys, values and mask of a base run, or put them beside a cone's own (cones.py).
 
 A tap is seen only inside `tapped`; without one the function is plain SDPA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,11 +35,12 @@ NAME = "subjattn"
 
 @dataclass
 class Tap:
-    """What to block and what to keep in one forward pass."""
+    """What to block and what to keep in one forward pass; callables are told the layer."""
 
-    blocked: Bool[Tensor, "row query key"] | None = None
-    blocked_layers: Bool[Tensor, "row layer"] | None = None
+    blocked: Callable[[int], Bool[Tensor, "row query key"] | None] = lambda _layer: None
     keep_queries: Int[Tensor, "row query"] | None = None
+    keep: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
+    join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     weights: dict[int, Float[Tensor, "row head query key"]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
@@ -47,12 +49,12 @@ _TAP: ContextVar[Tap | None] = ContextVar("subjattn_tap", default=None)
 
 
 @contextmanager
-def tapped(model: nn.Module, tap: Tap, n_layers: int) -> Iterator[Tap]:
+def tapped(model: nn.Module, tap: Tap, layers: range) -> Iterator[Tap]:
     """Let `model` attend through this module; the implementation it had comes back afterwards.
 
     Raises:
         UnsupportedModel: the model's attention does not dispatch through transformers' interface.
-        NotFired: a layer did not pass through the tap.
+        NotFired: one of `layers` did not pass through the tap.
     """
     before = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(NAME)  # type: ignore[operator]
@@ -67,8 +69,8 @@ def tapped(model: nn.Module, tap: Tap, n_layers: int) -> Iterator[Tap]:
     finally:
         _TAP.reset(token)
         model.set_attn_implementation(before)  # type: ignore[operator]
-    if tap.seen != set(range(n_layers)):
-        raise NotFired(f"attention of layers {sorted(set(range(n_layers)) - tap.seen)} was never reached")
+    if tap.seen != set(layers):
+        raise NotFired(f"attention of layers {sorted(set(layers) ^ tap.seen)} was not reached as it should be")
 
 
 def _attention(
@@ -86,25 +88,27 @@ def _attention(
             raise UnsupportedModel(
                 f"{type(module).__name__} changes its scores by '{name}', which is not supported yet"
             )
-    tap = _TAP.get()
-    mask = attention_mask
+    tap, mask = _TAP.get(), attention_mask
     if tap is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         tap.seen.add(layer)
-        mask = _blocked_mask(mask, tap, layer, query.shape[2], key.shape[2])
+        if tap.keep is not None:
+            tap.keep(layer, key, value, mask)
+        if tap.join is not None:
+            key, value, mask = tap.join(layer, key, value)
+        mask = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2])
         if tap.keep_queries is not None:
             tap.weights[layer] = _attention_rows(query, key, mask, tap.keep_queries, scaling)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
 
 
-def _blocked_mask(mask: Tensor | None, tap: Tap, layer: int, n_query: int, n_key: int) -> Tensor | None:
-    """The model's mask (None: plain causal) with the tap's edges of this layer taken out."""
-    if tap.blocked is None or tap.blocked_layers is None:
+def _without_edges(
+    mask: Tensor | None, blocked: Bool[Tensor, "row query key"] | None, n_query: int, n_key: int
+) -> Tensor | None:
+    """The model's mask (None: plain causal) with edges taken out."""
+    if blocked is None or not blocked.any():
         return mask
-    active = tap.blocked_layers[:, layer]
-    if not active.any():
-        return mask
-    allowed = ~(tap.blocked & active[:, None, None])[:, None]
+    allowed = ~blocked[:, None]
     if mask is None:
         allowed = allowed & torch.ones(n_query, n_key, dtype=torch.bool, device=allowed.device).tril()
     elif mask.dtype == torch.bool:

@@ -14,7 +14,9 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from subjattn.engine.forward import BATCH_TOKENS, Output, Row, check_causal, forward
+from subjattn.engine import cones
+from subjattn.engine.forward import check_causal
+from subjattn.engine.interventions import BATCH_TOKENS, Output, Row
 from subjattn.measures import hf_model, labelled
 from subjattn.prompts import Prompt
 
@@ -40,7 +42,7 @@ def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
 def row_logprobs(model: Model, rows: Sequence[Row]) -> np.ndarray:
     """`answer_logprob` of rows under interventions, in the order given: `[row]`, float64."""
     values = np.empty(len(rows))
-    for output in forward(hf_model(model), rows):
+    for output in cones.forward(hf_model(model), rows):
         values[output.index] = output_logprobs(output).cpu().numpy()
     return values
 

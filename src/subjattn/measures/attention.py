@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from subjattn.engine.forward import Output, Row, forward
+from subjattn.engine.forward import forward
+from subjattn.engine.interventions import Output, Row
 from subjattn.measures import check_askable, hf_model, labelled
 from subjattn.prompts import Prompt
 
@@ -90,5 +91,5 @@ def token_attention(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
 
 def _prediction_rows(output: Output) -> np.ndarray:
     """`[row, layer, head, key]` of the prediction position."""
-    weights = output.tap.weights
+    weights = output.attention
     return np.stack([weights[layer][:, :, 0].cpu().numpy() for layer in sorted(weights)], axis=1)

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import xarray as xr
 
-from subjattn.engine.forward import Block, Row, decoder_layers
-from subjattn.errors import BadInput
+from subjattn.engine.forward import decoder_layers
+from subjattn.engine.interventions import Block, Row
 from subjattn.measures import check_askable, hf_model, labelled
-from subjattn.measures.answers import answer_logprob, row_logprobs
+from subjattn.measures.answers import row_logprobs
 from subjattn.prompts import Prompt
 
 
@@ -26,57 +27,49 @@ if TYPE_CHECKING:
     from subjattn.measures import Model
 
 Route = Literal["direct", "total"]
-_QUERIES = {
-    "direct": "every answer-predicting position",
-    "total": "every position after the subject",
-}
+ROUTES: tuple[Route, ...] = ("direct", "total")
 
 
 def knockout(
-    model: Model,
-    prompts: Sequence[Prompt],
-    route: Route = "direct",
-    *,
-    by_layer: bool = False,
-    baseline: xr.DataArray | None = None,
+    model: Model, prompts: Sequence[Prompt], routes: Sequence[Route] = ROUTES, *, by_layer: bool = False
 ) -> xr.DataArray:
     """Fall in the answer's summed log-probability when edges to the subject are blocked, in nats.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         prompts: whom to ask.
-        route: which edges, see the module's text.
-        by_layer: block one layer at a time (a pass per layer) instead of all together.
-        baseline: `answer_logprob` of the same model and prompts, where it is at hand already.
+        routes: which edges, see the module's text.
+        by_layer: block one layer at a time instead of all together.
 
     Returns:
-        `(fact,)`, or `(fact, layer)` by layer. Positive: the answer got less likely.
+        `(fact, route)`, or `(fact, route, layer)` by layer. Positive: the answer got less likely. The
+        coordinate `answer_logprob` `(fact,)` is the answer's log-probability with nothing blocked.
 
     Raises:
-        BadInput: a prompt ends with its subject, or the baseline is of other facts.
+        BadInput: a prompt ends with its subject.
         UnsupportedModel, NotFired: the edges could not be blocked.
     """
     check_askable(prompts)
-    layers = [(layer,) for layer in range(len(decoder_layers(hf_model(model))))] if by_layer else [None]
-    if baseline is None:
-        baseline = answer_logprob(model, prompts)
-    if list(baseline["fact"].values) != [prompt.fact_id for prompt in prompts]:
-        raise BadInput("the baseline was measured on other facts than the prompts ask")
-    rows = [
-        Row(p, block=Block(_queries(p, route), tuple(p.subject_positions), layer)) for p in prompts for layer in layers
-    ]
-    drop = baseline.values[:, None] - row_logprobs(model, rows).reshape(len(prompts), len(layers))
-    return labelled(
-        "knockout_drop" if route == "direct" else "knockout_drop_total",
-        drop if by_layer else drop[:, 0],
+    n_layers = len(decoder_layers(hf_model(model)))
+    layers: list[tuple[int, ...] | None] = [(layer,) for layer in range(n_layers)] if by_layer else [None]
+    rows = [Row(prompt) for prompt in prompts]
+    for prompt in prompts:
+        keys = tuple(prompt.subject_positions)
+        rows += [Row(prompt, block=Block(_queries(prompt, r), keys, layer)) for r in routes for layer in layers]
+    baseline, blocked = np.split(row_logprobs(model, rows), [len(prompts)])
+    drop = baseline[:, None, None] - blocked.reshape(len(prompts), len(routes), len(layers))
+    array = labelled(
+        "knockout_drop",
+        drop if by_layer else drop[..., 0],
         prompts,
-        ("layer",) if by_layer else (),
+        ("route", "layer") if by_layer else ("route",),
         unit="nats",
-        definition="fall in the answer's summed log-probability when the edges from "
-        f"{_QUERIES[route]} to the subject are blocked before the softmax, in "
-        + ("one layer" if by_layer else "all layers"),
+        definition="fall in the answer's summed log-probability when edges to the subject are blocked before the "
+        f"softmax in {'one layer' if by_layer else 'all layers'}: from every answer-predicting position (direct) or "
+        "from every position after the subject (total)",
         paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
     )
+    return array.assign_coords(route=list(routes), answer_logprob=("fact", baseline))
 
 
 def _queries(prompt: Prompt, route: Route) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import xarray as xr
 
-from subjattn.engine.forward import Patch, Row, forward, residual_streams
+from subjattn.engine import cones
+from subjattn.engine.forward import residual_streams
+from subjattn.engine.interventions import Patch, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled
 from subjattn.prompts import ROLES, Prompt
@@ -70,7 +72,7 @@ def patch_grid(model: Model, pairs: Sequence[tuple[Prompt, Prompt]]) -> xr.DataA
     pair_of_row = [*range(len(pairs))] * 2 + [cell[0] for cell in cells]
     answers = np.array([(a.answer_ids[0], b.answer_ids[0]) for a, b in pairs])[pair_of_row]
     diff = np.empty(len(rows))
-    for output in forward(hf, rows):
+    for output in cones.forward(hf, rows):
         first = output.logits[:, 0].double()
         picked = first.gather(1, torch.as_tensor(answers[output.index], device=first.device))
         diff[output.index] = (picked[:, 0] - picked[:, 1]).cpu().numpy()

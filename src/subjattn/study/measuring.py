@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from subjattn.measures.answers import answer_logprob, predict
+from subjattn.measures.answers import LOGPROB_ATTRS, predict
 from subjattn.measures.attention import subject_attention, token_attention
 from subjattn.measures.knockout import knockout
 from subjattn.measures.patching import patch_grid
@@ -20,17 +19,17 @@ from subjattn.prompts import Prompt, PromptSet, swap_subjects
 from subjattn.study.config import MeasureConfig
 
 
+# Costs in forward passes of a prompt, for time estimates.
 ROWS_TO_PREDICT = 2.5
-"""Cost of a greedy answer in forward passes of a prompt, for time estimates."""
+ROWS_OF_KNOCKOUT = 2.0
 ROLES_PATCHED = 4
-"""Roles of a typical prompt in which clean and corrupt run differ, for time estimates."""
-ROUTES: dict[str, Literal["direct", "total"]] = {"knockout_drop": "direct", "knockout_drop_total": "total"}
+CELL = 0.25
 
 
 def cost(n_test: int, measures: MeasureConfig, n_layers: int) -> float:
     """Forward passes of prompts that `measure` will make, roughly."""
-    by_layer = measures.by_layer_facts + measures.patching_pairs * ROLES_PATCHED
-    return n_test * (4 + ROWS_TO_PREDICT) + by_layer * n_layers
+    cells = (measures.by_layer_facts + measures.patching_pairs * ROLES_PATCHED) * n_layers
+    return n_test * (1 + ROWS_OF_KNOCKOUT + ROWS_TO_PREDICT) + cells * CELL
 
 
 def measure(
@@ -58,27 +57,31 @@ def measure(
     n_layers = model.model.config.get_text_config().num_hidden_layers
     predictions = predict(model, model.tokenizer, prompts)
     advance(len(prompts) * ROWS_TO_PREDICT)
-    logprob = answer_logprob(model, prompts)
+    attention = subject_attention(model, prompts)
     advance(len(prompts))
-    arrays = {"accuracy": accuracy(predictions, logprob), "answer_logprob": logprob}
-    arrays["attention_to_subject"] = subject_attention(model, prompts)
-    advance(len(prompts))
-    for name, route in ROUTES.items():
-        arrays[name] = knockout(model, prompts, route, baseline=logprob)
-        advance(len(prompts))
+    drop = knockout(model, prompts)
+    advance(len(prompts) * ROWS_OF_KNOCKOUT)
+    logprob = drop["answer_logprob"].drop_vars("answer_logprob").assign_attrs(LOGPROB_ATTRS)
+    arrays = {
+        "accuracy": accuracy(predictions, logprob),
+        "answer_logprob": logprob,
+        "attention_to_subject": attention,
+        "knockout_drop": drop.sel(route="direct", drop=True).drop_vars("answer_logprob"),
+        "knockout_drop_total": drop.sel(route="total", drop=True).drop_vars("answer_logprob"),
+    }
 
     rng = np.random.default_rng(seed)
     shuffled = [prompts[int(i)] for i in rng.permutation(len(prompts))]
     if known is None:
         known = set(predictions["fact_id"][predictions["correct"]])
     if few := shuffled[: settings.by_layer_facts]:
-        by_layer = knockout(model, few, by_layer=True)
+        by_layer = knockout(model, few, by_layer=True).drop_vars("answer_logprob")
         arrays["knockout_drop_by_layer"] = by_layer.rename(fact="layer_fact", subject="layer_subject")
-        advance(len(few) * n_layers)
+        advance(len(few) * n_layers * CELL)
     xr.Dataset(arrays).to_netcdf(folder / "measures.nc", engine="h5netcdf")
     if pairs := choose_pairs(shuffled, known, settings.patching_pairs, rng):
         patch_grid(model, pairs).to_netcdf(folder / "patching.nc", engine="h5netcdf")
-    advance(settings.patching_pairs * ROLES_PATCHED * n_layers)
+    advance(settings.patching_pairs * ROLES_PATCHED * n_layers * CELL)
     if examples := sorted(shuffled, key=lambda prompt: prompt.fact_id not in known)[: settings.example_prompts]:
         token_attention(model, examples).to_netcdf(folder / "tokens.nc", engine="h5netcdf")
     predictions.assign(answer_logprob=logprob.values).to_parquet(folder / "predictions.parquet", index=False)
