@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -253,7 +254,7 @@ def _run(config: Any, out: Path) -> None:
 
 
 def _arms_table(summary: dict[str, Any], style: str) -> Table:
-    table = Table(title=f"arms, style “{style}”", title_justify="left")
+    table = _table(f"arms, style “{style}”")
     for heading in ("arm", "accuracy", "log-prob.", "attention", "knock-out direct", "knock-out total", "route"):
         table.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
     for name, arm in summary["arms"].items():
@@ -264,13 +265,18 @@ def _arms_table(summary: dict[str, Any], style: str) -> Table:
     return table
 
 
+def _table(title: str) -> Table:
+    """A table that fits a terminal of 80 columns."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
 def _claims_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"claims ({summary['caveat']})", title_justify="left")
+    table = _table(f"claims ({summary['caveat']})")
     for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
-        table.add_column(heading, justify="right" if heading == "estimate" else "left")
+        table.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
     for claim in summary["claims"]:
         for style, found in claim["styles"].items():
-            interval = f"{found['ci_low']:+.4f} … {found['ci_high']:+.4f}"
+            interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
             table.add_row(Text(claim["id"]), Text(style), found["verdict"], f"{found['estimate']:+.4f}", interval)
     return table
 

@@ -95,7 +95,7 @@ def plot_tokens(tokens: xr.DataArray) -> go.Figure:
     # The first token is a sink that would drown the rest.
     top = float(np.nanmax(tokens.isel(position=slice(1, None)).values))
     figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": top, "colorbar": _bar("share", 0)})
-    return _styled(figure, height=height, width=min(1180, 270 * len(arms) + 160))
+    return _styled(figure, height=height, width=min(1120, 270 * len(arms) + 160))
 
 
 def plot_patching(effect: xr.DataArray) -> go.Figure:
@@ -151,7 +151,17 @@ def _diverging(values: np.ndarray, title: str, place: int) -> dict[str, object]:
 
 
 def _bar(title: str, place: int) -> dict[str, object]:
-    return {"title": {"text": title, "side": "top"}, "thickness": 12, "x": 1.01 + 0.075 * place, "len": 0.9}
+    return {
+        "title": {"text": title, "side": "top"},
+        "thickness": 12,
+        "x": 1.01 + 0.075 * place,
+        "len": 260,
+        "lenmode": "pixels",
+        **_TOP,
+    }
+
+
+_TOP = {"y": 1, "yanchor": "top"}
 
 
 def _tick(size: int) -> int:

@@ -93,7 +93,7 @@ class Progress:
             )
         elif force or time.monotonic() - self._line_at > _LINE_EVERY:
             self._line_at = time.monotonic()
-            share = self.done / max(self.done + max(self.left, 0.0), 1e-9)
+            share = self.done / (self.done + self.left) if self.left > 0 else 1.0
             elapsed = _clock(time.monotonic() - self._start)
             self.console.print(
                 f"[{share:4.0%} {elapsed}] {self._text} ({self.remaining()})", highlight=False, markup=False

@@ -72,6 +72,7 @@ class Runner:
 
     def run(self) -> None:
         """All stages in order, after a look that every arm's model and adapter are there."""
+        self.progress.stage("looking for models")
         for arm in self.config.arms.values():
             resolve_model(arm.model or self.config.model)
             if arm.adapter is not None:

@@ -1,0 +1,61 @@
+"""The README's Python and the walkthrough are run, and say what really comes out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "experiments" / "walkthrough.ipynb"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_python_prints_what_the_readme_shows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, shown = blocks("python")[0], blocks("text")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    printed = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    expected = [float(number) for number in re.findall(r"-?\d+\.\d+", shown)]
+    assert printed == pytest.approx(expected, abs=0.002)
+    assert expected, "the README shows numbers"
+    assert (tmp_path / "attention.html").is_file()
+
+
+def test_readme_names_commands_and_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"^subjattn (\w+)", text, re.MULTILINE):
+        assert command in ("run", "report", "facts", "measure", "compare")
+
+
+def test_walkthrough_is_executed() -> None:
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    assert (
+        sum("application/vnd.plotly.v1+json" in output.get("data", {}) for cell in cells for output in cell.outputs)
+        >= 4
+    )
+
+
+def test_walkthrough_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """Its code on a small random model, as the notebook has it otherwise."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "cities.yaml").write_text((ROOT / "experiments" / "cities.yaml").read_text())
+    monkeypatch.chdir(tmp_path / "experiments")
+    cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    code = "\n".join(cells).replace('"smollm2-135m"', repr(str(tiny_folders["llama"])))
+    code = code.replace('["facts.n_train=64"', f'["model={tiny_folders["llama"]}", "facts.n_train=64"')
+    code = code.replace("layer=slice(15, None)", "layer=slice(1, None)")
+    exec(compile(code, str(NOTEBOOK), "exec"), {})
+    assert (tmp_path / "runs" / "walkthrough" / "report.html").is_file()
