@@ -34,43 +34,20 @@ SMALL = [
     "training.learning_rate=0.01",
     "measures={by_layer_facts: 2, patching_pairs: 2, example_prompts: 2}",
 ]
+IDS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
+LLAMA: dict[str, Any] = IDS | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=128,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
+    "llama": LlamaConfig(**LLAMA),
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **IDS),
     # A window shorter than the prompts, so that the sliding mask matters.
-    "mistral": MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        sliding_window=6,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
+    "mistral": MistralConfig(sliding_window=6, **LLAMA),
 }
 
 

@@ -69,6 +69,8 @@ def test_no_change_of_a_binary_measure_is_not_certainty() -> None:
     found = contrast(same, same)
     assert (found.ci_low, found.ci_high) == pytest.approx((-0.1, 0.1))
     assert claim(smallest_effect=0.02).verdict(found) == "undecided"
+    flipped = contrast(same * 0 + 1, same * 0)
+    assert (flipped.ci_low, flipped.ci_high) == pytest.approx((0.9, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,9 @@ def test_own_file(tmp_path: Path, suffix: str) -> None:
         ("name,answer\nA,B\n", "needs the columns 'subject' and 'answer'"),
         ("subject,answer\n", "no facts"),
         ("subject,answer\n ,B\n", "fact own-0 .row 0. has no subject"),
-        ("subject,answer\nA,\n", "has an empty answer"),
+        ("subject,answer\nA,\n", "has no answer, or an empty one"),
+        ("subject,answer\nA,...\n", "has no answer, or an empty one"),
+        ('subject,answer,popularity\nA,B,"1,000"\n', "popularity '1,000' in row 0 is not a number"),
         ("fact_id,subject,answer\nx,A,B\nx,C,D\n", "'x' occurs more than once"),
         ('subject,answer\n"A,B\n', "cannot be read as csv"),
         (b"subject,answer\n\xff\xfe,B\n", "cannot be read as csv"),
@@ -149,3 +151,18 @@ def test_unknown_facts(name: str, message: str) -> None:
 def test_n_larger_than_the_data() -> None:
     with pytest.raises(BadInput, match="n=99999 is not between 1 and the"):
         load_facts("cities", n=99_999)
+
+
+@pytest.mark.parametrize("row", [{"subject": "Bonn", "answer": None}, {"subject": "Bonn", "answer": {"a": 1}}])
+def test_a_missing_answer_is_not_nan(tmp_path: Path, row: dict) -> None:
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, [{"subject": "Rome", "answer": "Italy"}, row])))
+    with pytest.raises(BadInput, match="has no answer"):
+        load_facts(str(tmp_path / "own.jsonl"))
+
+
+def test_a_repeated_subject_is_not_split() -> None:
+    """Planted: the same name under two ids could be learnt and tested."""
+    facts = some_facts(200, 3)
+    facts.loc[7, "subject"] = "S8"
+    with pytest.raises(BadInput, match="is in several facts and could be learnt and tested"):
+        split(facts, [1] * 200, ARMS, 10, 12)

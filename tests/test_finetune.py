@@ -42,6 +42,11 @@ def test_training_makes_its_answers_likelier(trained: tuple[Path, PromptSet], ti
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("epochs", "n_facts", "steps"), [(1, 640, 20), (10, 40, 20), (0.5, 64, 1), (0.1, 3, 1)])
+def test_an_epoch_is_every_fact_once(epochs: float, n_facts: int, steps: int) -> None:
+    assert Training(epochs=epochs, batch_size=32).n_steps(n_facts) == steps
+
+
 def test_training_repeats_exactly_and_depends_on_its_seed(trained: tuple[Path, PromptSet]) -> None:
     folder, _ = trained
     one, again, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "again", "other"))

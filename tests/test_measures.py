@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -165,7 +166,7 @@ def test_a_facts_numbers_do_not_depend_on_its_batch(tiny: LoadedModel, prompts: 
 def test_an_identity_patch_changes_nothing(tiny: LoadedModel, prompts: PromptSet) -> None:
     states = residual_streams(tiny.model, prompts)
     rows = [
-        Row(prompt, patch=Patch(1, tuple(range(len(prompt))), stream[1]))
+        Row(prompt, patch=Patch(1, tuple(range(len(prompt) - 1)), stream[1, :-1]))
         for prompt, stream in zip(prompts, states, strict=True)
     ]
     np.testing.assert_allclose(row_logprobs(tiny, rows), answer_logprob(tiny, prompts), atol=1e-5)
@@ -182,7 +183,8 @@ def test_a_full_clean_patch_is_the_clean_run(tiny: LoadedModel, cities: pd.DataF
 
 
 def test_blocking_nothing_changes_nothing(tiny: LoadedModel, prompts: PromptSet) -> None:
-    rows = [Row(prompt, block=Block((len(prompt) - 1,), (0,), layers=())) for prompt in prompts]
+    """Edges to later positions carry nothing anyway."""
+    rows = [Row(prompt, block=Block((1,), (prompt.prediction,))) for prompt in prompts]
     np.testing.assert_allclose(row_logprobs(tiny, rows), answer_logprob(tiny, prompts), atol=1e-5)
 
 
@@ -197,6 +199,43 @@ def test_a_query_without_keys_is_refused(tiny: LoadedModel, prompts: PromptSet) 
     prompt = prompts[0]
     with pytest.raises(NotFired, match="without any key"):
         row_logprobs(tiny, [Row(prompt, block=Block((3,), (0, 1, 2, 3)))])
+
+
+@pytest.mark.parametrize("run", [forward, cones.forward])
+def test_an_intervention_that_reaches_nothing_is_refused(tiny: LoadedModel, prompts: PromptSet, run: Any) -> None:
+    prompt = prompts[0]
+    values = torch.zeros(1, tiny.model.config.hidden_size)
+    outside = [
+        Row(prompt, block=Block((3,), (1,), layers=(99,))),
+        Row(prompt, block=Block((3,), (1,), layers=())),
+        Row(prompt, block=Block((len(prompt),), (1,))),
+        Row(prompt, patch=Patch(99, (1,), values)),
+        Row(prompt, patch=Patch(1, (len(prompt) - 1,), values)),
+    ]
+    for row in outside:
+        with pytest.raises(NotFired, match="outside the prompt or model"):
+            list(run(tiny.model, [row]))
+
+
+def test_a_bidirectional_model_is_refused(tokenizer: object, cities: pd.DataFrame) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="not a causal decoder"):
+        subject_attention(BertLMHeadModel(config).eval(), prompts)
+
+
+def test_prefix_tuning_is_refused(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = load_model(str(tiny_folders["llama"]))
+    wrapped = get_peft_model(model.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="adds prompt tokens"):
+        answer_logprob(wrapped, prompts)
 
 
 def test_training_mode_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
@@ -303,10 +342,10 @@ def test_cones_under_a_live_adapter(tiny_folders: dict[str, Path], adapter: Path
 def test_a_model_whose_cones_are_not_exact_is_refused(
     tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted: a layer that looks at the mean over positions, so that a suffix alone is not enough."""
+    """Planted: a causal layer that looks at running sums, so that a suffix alone is not enough."""
     model = load_model(str(tiny_folders["llama"]))
     layer = decoder_layers(model.model)[1]
-    layer.mlp.register_forward_hook(lambda _module, _args, output: output + output.mean(1, keepdim=True))
+    layer.mlp.register_forward_hook(lambda _module, _args, output: output + output.cumsum(1))
     prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
     with pytest.raises(UnsupportedModel, match="would not be exact"):
         knockout(model, prompts)
@@ -334,6 +373,12 @@ def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: P
         ("in Kenya", ["Kenya"], False),
         ("", ["Kenya"], False),
         ("U.S.", ["U.S."], True),
+        ("Guinea Bissau", ["Guinea"], False),
+        ("United States Virgin Islands", ["United States"], False),
+        ("France. Paris is", ["France"], True),
+        ("Côte d’Ivoire", ["Cote d'Ivoire"], True),
+        ("**France**", ["France"], True),
+        ("(The) Netherlands", ["Netherlands"], False),
     ],
 )
 def test_is_correct(prediction: str, answers: list[str], correct: bool) -> None:

@@ -57,7 +57,7 @@ def test_unmatched_keys_are_refused(
 
 
 def test_adapter_of_another_architecture_is_refused(tiny_folders: dict[str, Path], adapter: Path) -> None:
-    with pytest.raises(AdapterMismatch, match="does not"):
+    with pytest.raises(AdapterMismatch, match="not found in the base model"):
         load_model(str(tiny_folders["gpt2"]), adapter=adapter)
 
 
@@ -91,7 +91,7 @@ def test_unknown_model(name: str, message: str) -> None:
 
 
 def test_folder_that_is_no_model(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="holds an adapter, not a model"):
+    with pytest.raises(BadInput, match="holds an adapter: give its base model"):
         load_model(str(adapter))
     with pytest.raises(BadInput, match=r"holds no config\.json"):
         load_model(str(tmp_path))
@@ -120,3 +120,43 @@ def test_fingerprint_notices_a_changed_folder(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("22")
     assert fingerprint(tmp_path) != before
     assert fingerprint("org/name") == "org/name"
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Planted: transformers would fill them with random numbers and go on."""
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "holes"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.1.self_attn" not in k}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="lacks 4 of its weights, which would be random"):
+        load_model(str(folder))
+    save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="of its weights, which would be random"):
+        load_model(str(folder))
+
+
+def test_a_model_with_an_adapter_inside_is_refused(
+    tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    """Planted: transformers applies it unasked, and "base" would be the tuned model."""
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "both"))
+    for file in adapter.glob("adapter_*"):
+        shutil.copy(file, folder)
+    with pytest.raises(BadInput, match="holds an adapter"):
+        load_model(str(folder))
+
+
+def test_unexpected_adapter_keys_are_refused(tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    folder = changed(adapter, tmp_path / "more")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.head_typo.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterMismatch, match="1 keys without a partner, such as .*head_typo"):
+        load_model(str(tiny_folders["llama"]), adapter=folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_corrupt_files_are_one_line(tiny_folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "corrupt"))
+    (folder / name).write_bytes(b"not what it should be")
+    with pytest.raises(BadInput, match="cannot be loaded: ") as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)

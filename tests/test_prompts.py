@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import draw
 from subjattn.models import LoadedModel
-from subjattn.prompts import ROLES, TEMPLATES, check_template, make_prompts, swap_subjects, token_span
+from subjattn.prompts import ROLES, TEMPLATES, check_template, make_prompts, subject_lengths, swap_subjects, token_span
 
 
 LIST = TEMPLATES["country"]["list"]
@@ -123,6 +123,18 @@ def test_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(BadInput, match="use_fast=True"):
         make_prompts(facts_of(["Nairobi"]), Slow(), LIST)
+
+
+def test_lengths_are_those_of_the_spans(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:
+    some = draw(cities, 100)
+    lengths = subject_lengths(some["subject"].tolist(), tokenizer, SENTENCE)
+    assert lengths == [len(prompt.subject_positions) for prompt in make_prompts(some, tokenizer, SENTENCE)]
+
+
+def test_a_subject_is_not_swapped_for_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    facts = facts_of(["Lyon", "lyon", "Lima"]).assign(answers=[["France"], ["Gaul"], ["Peru", "France"]])
+    pairs = swap_subjects(make_prompts(facts, tokenizer, LIST), np.random.default_rng(0))
+    assert {(clean.subject, corrupt.subject) for clean, corrupt in pairs} <= {("lyon", "Lima"), ("Lima", "lyon")}
 
 
 def test_swapped_subjects_align(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import yaml
 from conftest import CITIES
 
 from subjattn.errors import BadInput
+from subjattn.plots import report
 from subjattn.study.config import StudyConfig, load_study, parse_study
-from subjattn.study.run import run_study
-from subjattn.study.stages import finished, writing
+from subjattn.study.progress import Progress
+from subjattn.study.run import Runner, run_study
+from subjattn.study.stages import alone, finished, writing
 from subjattn.study.summary import MEASURES
 
 
@@ -196,6 +199,43 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(
     assert not list(out.rglob(".*.unfinished"))
 
 
+def test_a_summary_never_stands_beside_other_stages(
+    done: tuple[Path, dict[str, Any]], small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a changed study is stopped half-way, and a report is asked for."""
+    out = Path(shutil.copytree(done[0], tmp_path / "copy"))
+    raw = small.model_dump(mode="json")
+    raw["facts"]["n_test"] = 21
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subjattn.study.run.train_adapter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(parse_study(raw, "test"), out)
+    with pytest.raises(BadInput, match="holds no finished study"):
+        report.write(out)
+
+
+def test_styles_in_another_order_are_another_training(small: StudyConfig, tmp_path: Path) -> None:
+    raw = small.model_dump(mode="json")
+    raw["styles"] = dict(reversed(raw["styles"].items()))
+    keys = [Runner(config, tmp_path, Progress()).training_key("known") for config in (small, parse_study(raw, "test"))]
+    assert keys[0] != keys[1]
+
+
+def test_a_style_may_be_called_adapter(small: StudyConfig, tmp_path: Path) -> None:
+    raw = small.model_dump(mode="json") | {"styles": {"adapter": "{subject} is in"}}
+    raw |= {"arms": {"base": {}, "known": {"train": "known"}}, "contrasts": [], "claims": []}
+    run_study(parse_study(raw, "test"), tmp_path)
+    assert (tmp_path / "arms" / "known" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_one_process_a_folder(small: StudyConfig, tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(BadInput, match="another process is writing"):
+        run_study(small, tmp_path)
+
+
 def test_a_failed_stage_leaves_the_finished_one(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
     with writing(folder, "a") as temporary:
@@ -229,8 +269,6 @@ def test_arm_of_another_shape_is_refused(tiny_folders: dict[str, Path], small: S
 def test_arm_with_another_tokenizer_is_refused(
     tiny_folders: dict[str, Path], small: StudyConfig, tmp_path: Path, smollm2: Any
 ) -> None:
-    import shutil
-
     other = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "other"))
     smollm2.tokenizer.save_pretrained(other)
     raw = small.model_dump(mode="json") | {

@@ -61,6 +61,8 @@ def main() -> None:
         status = _fail(str(error))
     except _UsageError as error:
         status = _fail(f"{error.format_message().rstrip('.')} (see --help)")
+    except OSError as error:
+        status = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = _fail("interrupted; finished stages are kept", 130)
     sys.exit(status if isinstance(status, int) else 0)
@@ -113,11 +115,12 @@ def facts(
 
     Example: `subjattn facts cities --n 5`
     """
-    from subjattn.facts import load_facts
+    from subjattn.facts import draw, load_facts
     from subjattn.models import load_tokenizer
     from subjattn.prompts import make_prompts
 
-    table, every = load_facts(name, n, seed), load_facts(name)
+    every = load_facts(name)
+    table = draw(every, n, seed)
     tokenizer, console = load_tokenizer(model), Console()
     console.print(Text(f"{len(every)} facts in {name}; {n} of them, tokens of {model}, subject marked, answer after →"))
     for style, text in _styles(table, template).items():
@@ -151,6 +154,10 @@ def measure(
     from subjattn.facts import load_facts
     from subjattn.models import load_model
 
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        if json_.is_dir():
+            raise BadInput(f"--json {str(json_)!r} is a folder: name a file in it")
     table = load_facts(facts, n, seed)
     styles = _styles(table, template)
     loaded = load_model(model, adapter=adapter, dtype=dtype)
@@ -167,7 +174,6 @@ def measure(
             "seed": seed,
             "styles": found,
         }
-        json_.parent.mkdir(parents=True, exist_ok=True)
         json_.write_text(json.dumps(content, indent=1))
         typer.echo(json_)
 

@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subjattn.errors import AdapterMismatch, BadInput
+from subjattn.errors import AdapterMismatch, BadInput, SubjattnError
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LoadedModel:
     adapter: str | None = None
 
     def provenance(self) -> dict[str, Any]:
-        """What a reader needs to get the same numbers: hashes, dtype, merge state, versions' side left out."""
+        """What a reader needs to get the same numbers: hashes, dtype, merge state, versions."""
         return {
             "model": self.name,
             "adapter": self.adapter,
@@ -60,6 +60,7 @@ class LoadedModel:
             "attention": "subjattn (SDPA, edges blocked before the softmax)",
             "n_layers": self.model.config.get_text_config().num_hidden_layers,
             "n_heads": self.model.config.get_text_config().num_attention_heads,
+            "versions": {package: version(package) for package in ("subjattn", "torch", "transformers", "peft")},
             "bos_added": bool(self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id),
         }
 
@@ -81,24 +82,40 @@ def load_model(
         BadInput: the model or adapter cannot be found or read.
         AdapterMismatch: adapter keys that match no module, or an adapter that changes nothing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in _DTYPES:
         raise BadInput(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(name)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation="sdpa"
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    tokenizer = load_tokenizer(name)
+    with _reading(f"model {name!r}"):
+        model: Any
+        loading: dict[str, Any]
+        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    _refuse_incomplete(name, model, loading)
     if adapter is not None:
-        model = _with_adapter(model, tokenizer, str(adapter))  # type: ignore[assignment]
-    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        model = _with_adapter(model, tokenizer, str(adapter))
+    model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, str(name), None if adapter is None else str(adapter))
+
+
+def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse weights that would be random, and an adapter that transformers applied by itself."""
+    absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if absent:
+        raise BadInput(
+            f"model {name!r} lacks {len(absent)} of its weights, which would be random: {', '.join(absent[:3])}; "
+            "save it again with save_pretrained()"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BadInput(f"model {name!r} brings an adapter of its own: give its base model, and the adapter apart")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -106,11 +123,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(source)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from None
+    with _reading(f"tokenizer of {name!r}"):
+        return AutoTokenizer.from_pretrained(source)  # type: ignore[no-any-return]
+
+
+def model_shape(name: str) -> tuple[int, int]:
+    """Layers and query heads of a model, from its configuration alone."""
+    from transformers import AutoConfig
+
+    source = resolve_model(name)
+    with _reading(f"model {name!r}"):
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def identity(name: str) -> str:
+    """What a model or adapter is, for stage keys: a digest of what lies on disk, or a hub id."""
+    return packaged_model().name if name == PACKAGED else fingerprint(name)
 
 
 def resolve_model(name: str) -> str:
@@ -119,28 +148,16 @@ def resolve_model(name: str) -> str:
         return str(packaged_model())
     path = Path(name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise BadInput(f"folder {name!r} holds an adapter: give its base model, and the folder as the adapter")
         if (path / "config.json").is_file():
             return str(path)
-        if (path / "adapter_config.json").is_file():
-            raise BadInput(f"folder {name!r} holds an adapter, not a model: give its base model, and it as the adapter")
         raise BadInput(f"folder {name!r} holds no config.json: give a folder saved by save_pretrained()")
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise BadInput(f"no such folder: {name!r}")
     if "/" not in name:
         raise BadInput(f"unknown model {name!r}: use {PACKAGED}, a hub id such as 'org/name', or an existing folder")
     return name
-
-
-def model_shape(name: str) -> tuple[int, int]:
-    """Layers and query heads of a model, from its configuration alone."""
-    from transformers import AutoConfig
-
-    source = resolve_model(name)
-    try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
-    return config.num_hidden_layers, config.num_attention_heads
 
 
 def packaged_model() -> Path:
@@ -191,25 +208,21 @@ def _with_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ad
 
     folder = resolve_adapter(adapter)
     ids = torch.tensor([tokenizer("The capital of France is").input_ids])
-    try:
-        with quiet(), torch.inference_mode():
-            before = model(ids).logits
-            config = PeftConfig.from_pretrained(folder)
-            if config.is_prompt_learning:
-                raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
-            tuned = PeftModel(model, config)
-            loaded = tuned.load_adapter(folder, "default")
-            unmatched = [key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if "lora_" in key]
-            if unmatched:
-                raise AdapterMismatch(
-                    f"adapter {adapter!r} does not match this model's modules (another base model?): "
-                    f"{len(unmatched)} keys without a partner, such as {', '.join(unmatched[:3])}"
-                )
-            after = tuned.eval()(ids).logits
-    except AdapterMismatch:
-        raise
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-        raise AdapterMismatch(f"adapter {adapter!r} does not fit this model: {_first_line(error)}") from None
+    with _reading(f"adapter {adapter!r}", AdapterMismatch), torch.inference_mode():
+        before = model(ids).logits
+        config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
+        tuned = PeftModel(model, config)
+        loaded = tuned.load_adapter(folder, "default")
+        missing = [key for key in loaded.missing_keys if "lora_" in key or "modules_to_save" in key]
+        unmatched = [*missing, *loaded.unexpected_keys]
+        if unmatched:
+            raise AdapterMismatch(
+                f"adapter {adapter!r} does not match this model's modules (another base model?): "
+                f"{len(unmatched)} keys without a partner, such as {', '.join(unmatched[:3])}"
+            )
+        after = tuned.eval()(ids).logits
     if torch.equal(before, after):
         raise AdapterMismatch(
             f"adapter {adapter!r} changes nothing in this model (an untrained adapter, or one of another model): "
@@ -230,7 +243,8 @@ def resolve_adapter(adapter: str) -> str:
             wanted = ["adapter_config.json", "adapter_model.safetensors"]
             folder = Path(snapshot_download(adapter, allow_patterns=wanted))
         except (OSError, ValueError) as error:
-            raise BadInput(f"adapter {adapter!r} is no folder and cannot be fetched: {_first_line(error)}") from None
+            reason = str(error).splitlines()[0][:300]
+            raise BadInput(f"adapter {adapter!r} is no folder and cannot be fetched: {reason}") from None
     if not (folder / "adapter_config.json").is_file():
         raise BadInput(
             f"folder {adapter!r} holds no adapter_config.json: give a folder saved by peft's save_pretrained()"
@@ -246,8 +260,8 @@ def _weights_sha256(model: PreTrainedModel, adapter: bool) -> str:
     """One digest over names and bytes of the base weights, or of the adapter's; the same however they are stored."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if (".lora_" in name) == adapter:
-            digest.update(name.replace(".base_layer", "").encode())
+        if (".lora_" in name or ".modules_to_save." in name) == adapter:
+            digest.update(name.replace(".base_layer", "").replace(".original_module", "").encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -283,5 +297,16 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+@contextmanager
+def _reading(what: str, error: type[SubjattnError] = BadInput) -> Iterator[None]:
+    """Read files quietly, and turn what goes wrong with them into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as cause:
+        if isinstance(cause, SubjattnError):
+            raise
+        line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise error(f"{what} cannot be loaded: {line[:300]}") from None

@@ -127,6 +127,17 @@ def make_prompts(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templa
     return PromptSet(template, tuple(_make_prompt(fact, tokenizer, template) for fact in facts.to_dict("records")))  # type: ignore[arg-type]
 
 
+def subject_lengths(subjects: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Tokens of each subject where the template puts it."""
+    start = len(_text_before_subject(template))
+    encoded = tokenizer([template.format(subject=subject) for subject in subjects], return_offsets_mapping=True)
+    spans = [
+        token_span(offsets, start, start + len(subject))
+        for offsets, subject in zip(encoded["offset_mapping"], subjects, strict=True)
+    ]
+    return [0 if span is None else span[1] - span[0] for span in spans]
+
+
 def check_template(template: str) -> str:
     """The template itself, if it can be asked; BadInput otherwise."""
     try:
@@ -213,16 +224,18 @@ def swap_subjects(prompts: Sequence[Prompt], rng: np.random.Generator) -> list[t
         partners = [
             other
             for other in prompts
-            if _aligned(clean, other)
+            if aligned(clean, other)
+            and other.subject.casefold() != clean.subject.casefold()
             and other.answer_ids[0] != clean.answer_ids[0]
-            and other.answers[0] not in clean.answers
+            and not {answer.casefold() for answer in other.answers} & {answer.casefold() for answer in clean.answers}
         ]
         if partners:
             pairs.append((clean, partners[int(rng.integers(len(partners)))]))
     return pairs
 
 
-def _aligned(a: Prompt, b: Prompt) -> bool:
+def aligned(a: Prompt, b: Prompt) -> bool:
+    """Whether two prompts have the same tokens outside their subjects, at the same positions."""
     start, stop = a.subject_span
     end = a.prediction + 1
     return (b.subject_span, b.prediction) == (a.subject_span, a.prediction) and (

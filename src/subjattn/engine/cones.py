@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.attention import Tap, tapped
-from subjattn.engine.forward import check_causal, decoder_layers, only_positions, padded_ids, predicting_positions
+from subjattn.engine.forward import (
+    check_causal,
+    check_rows,
+    decoder_layers,
+    only_positions,
+    padded_ids,
+    predicting_positions,
+)
 from subjattn.engine.interventions import BATCH_TOKENS, Output, Patch, Row, batches, blocked_edges, blocks_at, wide
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
@@ -63,6 +70,7 @@ def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 
         NotFired: see errors.py.
     """
     check_causal(model)
+    check_rows(rows, len(decoder_layers(model)))
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     for chosen in batches([len(prompt) for prompt in prompts], batch_tokens):
         base = _run_base(model, [prompts[i] for i in chosen])

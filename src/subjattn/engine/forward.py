@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,9 @@ from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.interventions import BATCH_TOKENS, Output, Patch, Row, batches, blocked_edges, blocks_at, wide
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
+
+
+_causal: WeakSet[nn.Module] = WeakSet()
 
 
 def forward(
@@ -47,6 +51,7 @@ def forward(
         UnsupportedModel, NotFired: see errors.py.
     """
     check_causal(model)
+    check_rows(rows, len(decoder_layers(model)))
     for index in batches([len(row.prompt) for row in rows], batch_tokens):
         yield _forward_batch(model, index, [rows[i] for i in index], keep_prediction_row)
 
@@ -80,11 +85,42 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Refuse a model in training mode or one whose later positions can reach earlier ones."""
+    """Refuse a model in training mode, or one whose later positions reach earlier ones (tried out once a model)."""
     if model.training:
         raise UnsupportedModel("the model is in training mode, where dropout changes every number: call model.eval()")
-    if model.config.is_encoder_decoder or not getattr(model.config, "is_causal", True):
-        raise UnsupportedModel(f"{type(model).__name__} is not a causal decoder")
+    if model in _causal:
+        return
+    config = model.config.get_text_config()
+    ids = torch.arange(2, 10)[None].to(model.device) % config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 1
+    with torch.inference_mode():
+        first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, other))
+    if model.config.is_encoder_decoder or float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a causal decoder: a later token changes what earlier positions predict"
+        )
+    _causal.add(model)
+
+
+def check_rows(rows: Sequence[Row], n_layers: int) -> None:
+    """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing."""
+    for row in rows:
+        length, last = len(row.prompt), row.prompt.predicting[-1]
+        block, patch = row.block, row.patch
+        if block is not None:
+            layers = range(n_layers) if block.layers is None else block.layers
+            inside = [0 <= layer < n_layers for layer in layers]
+            inside += [0 <= position < length for position in (*block.queries, *block.keys)]
+            if not (all(inside) and layers and block.queries and block.keys):
+                raise NotFired(f"fact {row.prompt.fact_id}: {block} is empty, or lies outside the prompt or model")
+        if patch is not None and not (
+            0 <= patch.layer < n_layers and patch.positions and all(0 <= p <= last for p in patch.positions)
+        ):
+            raise NotFired(
+                f"fact {row.prompt.fact_id}: a patch of layer {patch.layer} at positions {patch.positions} "
+                "lies outside the prompt or model"
+            )
 
 
 def padded_ids(prompts: Sequence[Prompt], device: torch.device) -> Int[Tensor, "row pos"]:

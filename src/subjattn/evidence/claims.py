@@ -27,7 +27,7 @@ MIN_FACTS = 20
 class Claim(BaseModel):
     """A statement about the difference of a measure between two arms."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: Annotated[str, Field(min_length=1)]
     statement: Annotated[str, Field(min_length=1)]

@@ -50,8 +50,8 @@ def contrast(a: xr.DataArray, b: xr.DataArray, *, seed: int = 0) -> Interval:
     if interval.ci_low == interval.ci_high and np.isin([first, second], [0, 1]).all():
         # No fact changed sides, which a bootstrap takes for certainty. At 95 % fewer than 3/n of facts do
         # (rule of three).
-        margin = min(1.0, 3 / interval.n)
-        return Interval(interval.estimate, interval.estimate - margin, interval.estimate + margin, interval.n)
+        low, high = np.clip([interval.estimate - 3 / interval.n, interval.estimate + 3 / interval.n], -1, 1)
+        return Interval(interval.estimate, float(low), float(high), interval.n)
     return interval
 
 

@@ -32,7 +32,8 @@ def load_facts(name: str, n: int | None = None, seed: int = 0) -> pd.DataFrame:
         name: a source's name or a path. A file needs the columns `subject` and `answer` (or `answers`,
             separated by `|`); `fact_id`, `relation` and `popularity` are optional.
         n: draw this many facts at random; None for all.
-        seed: of the draw, which does not depend on the order of the rows.
+        seed: of the draw, which depends on fact ids and not on the order of rows; without a column
+            `fact_id` a file's row numbers are its ids.
 
     Raises:
         BadInput: unknown source, unreadable file or row, or `n` larger than the data.
@@ -48,7 +49,7 @@ def load_facts(name: str, n: int | None = None, seed: int = 0) -> pd.DataFrame:
 
 
 def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
-    """`n` facts at random, independent of the table's row order."""
+    """`n` facts at random; the draw depends on fact ids and not on the order of rows."""
     if not 1 <= n <= len(facts):
         raise BadInput(f"n={n} is not between 1 and the {len(facts)} facts there are")
     rng = np.random.default_rng(seed)

@@ -51,8 +51,12 @@ def split(
         seed: of every draw.
 
     Raises:
-        BadInput: too few facts; the message says how many there are.
+        BadInput: too few facts (the message says how many there are), or a subject in several facts,
+            which could be learnt and tested at once.
     """
+    repeated = facts["subject"][facts["subject"].str.casefold().duplicated()]
+    if len(repeated):
+        raise BadInput(f"subject {repeated.iloc[0]!r} is in several facts and could be learnt and tested: merge them")
     rng = np.random.default_rng(seed)
     table = facts.assign(n_tokens=list(n_tokens), third=popularity_thirds(facts), answer=facts["answers"].str[0])
     table = table[table["third"].notna()].sort_values("fact_id", ignore_index=True)

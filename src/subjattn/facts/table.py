@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
@@ -42,7 +43,7 @@ def load(path: Path) -> pd.DataFrame:
             "subject": raw["subject"],
             "relation": raw["relation"] if "relation" in raw else "unnamed",
             "answers": [_answers(value) for value in raw[answer_column]],
-            "popularity": pd.to_numeric(popularity.replace("", float("nan")), errors="coerce"),
+            "popularity": _popularity(popularity, path),
             "source": str(path),
         }
     )
@@ -59,8 +60,8 @@ def check(facts: pd.DataFrame) -> pd.DataFrame:
     for row, (subject, answers) in enumerate(zip(facts["subject"], facts["answers"], strict=True)):
         if not isinstance(subject, str) or not subject.strip():
             raise BadInput(f"fact {facts['fact_id'].iloc[row]} (row {row}) has no subject")
-        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise BadInput(f"fact {facts['fact_id'].iloc[row]} (row {row}) has an empty answer")
+        if not answers or not all(isinstance(a, str) and any(map(str.isalnum, a)) for a in answers):
+            raise BadInput(f"fact {facts['fact_id'].iloc[row]} (row {row}) has no answer, or an empty one")
     repeated = facts["fact_id"][facts["fact_id"].duplicated()]
     if len(repeated):
         raise BadInput(f"fact_id {repeated.iloc[0]!r} occurs more than once")
@@ -68,6 +69,18 @@ def check(facts: pd.DataFrame) -> pd.DataFrame:
 
 
 def _answers(value: object) -> list[str]:
+    """Accepted answers of a cell: text parted by `|`, a list, or a number; none for a missing value."""
     if isinstance(value, str):
         return [part.strip() for part in value.split("|")]
-    return [str(part) for part in value] if hasattr(value, "__iter__") else [str(value)]
+    if isinstance(value, list | np.ndarray):
+        return list(value)
+    return [str(value)] if isinstance(value, int) else []
+
+
+def _popularity(values: pd.Series, path: Path) -> pd.Series:
+    present = values.notna() & (values.astype(str).str.strip() != "")
+    numbers = pd.to_numeric(values.where(present), errors="coerce").astype(float)
+    wrong = values[present & numbers.isna()]
+    if len(wrong):
+        raise BadInput(f"{path}: popularity {wrong.iloc[0]!r} in row {wrong.index[0]} is not a number")
+    return numbers

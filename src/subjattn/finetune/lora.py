@@ -7,6 +7,7 @@ the adapter's initial weights and the order of facts; on one machine a run repea
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ IGNORED = -100
 class Training(BaseModel):
     """Hyper-parameters of an arm, the same for all arms of a study."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: PositiveFloat = Field(1, description="passes over the arm's facts")
     learning_rate: PositiveFloat = 5e-4
@@ -37,7 +38,7 @@ class Training(BaseModel):
 
     def n_steps(self, n_facts: int) -> int:
         """Optimiser steps of a run."""
-        return max(1, -(-int(n_facts * self.epochs) // self.batch_size))
+        return max(1, math.ceil(self.epochs * math.ceil(n_facts / self.batch_size)))
 
 
 def train_adapter(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.models import LoadedModel
 
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 def hf_model(model: Model) -> PreTrainedModel:
     """The Hugging Face model inside; a peft wrapper is opened, its adapter stays live."""
     inner = model.model if isinstance(model, LoadedModel) else model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[no-any-return, operator]
+    if not hasattr(inner, "get_base_model"):
+        return inner
+    if inner.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        raise UnsupportedModel("an adapter that adds prompt tokens moves every position: use a LoRA-like one")
+    return inner.get_base_model()  # type: ignore[no-any-return, operator]
 
 
 def labelled(

@@ -125,16 +125,16 @@ def _greedy(hf: torch.nn.Module, ids: Tensor, eos: Tensor, newline: Tensor) -> l
 
 
 def is_correct(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the prediction starts with an accepted answer that ends at a word's end.
+    """Whether the prediction starts with an accepted answer that ends where a name ends.
 
-    Case, accents and a leading "the" do not count; "Nigeria" is no answer to "Niger", and
-    "Guinea-Bissau" none to "Guinea".
+    Case, accents, leading punctuation and a leading "the" do not count. A name that goes on is another
+    name: "Nigeria" is no answer to "Niger", "Guinea-Bissau" and "Guinea Bissau" are none to "Guinea".
     """
-    text = _normalise(prediction)
-    return any(re.match(re.escape(_normalise(answer)) + r"(?![\w-])", text) is not None for answer in answers)
+    text = _plain(prediction)
+    return any(re.match(re.escape(_plain(a)) + r"(?![\w-])(?!\s+(?-i:[A-Z]))", text, re.IGNORECASE) for a in answers)
 
 
-def _normalise(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    plain = "".join(char for char in decomposed if not unicodedata.combining(char))
-    return re.sub(r"^the\s+", "", re.sub(r"\s+", " ", plain.strip(" \t\"'.,:;")))
+def _plain(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.replace("’", "'"))
+    plain = re.sub(r"\s+", " ", "".join(char for char in decomposed if not unicodedata.combining(char)))
+    return re.sub(r"^\W*(the\s+)?", "", plain, flags=re.IGNORECASE).rstrip(" .,:;")

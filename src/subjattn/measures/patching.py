@@ -19,7 +19,7 @@ from subjattn.engine.forward import residual_streams
 from subjattn.engine.interventions import Patch, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled
-from subjattn.prompts import ROLES, Prompt
+from subjattn.prompts import ROLES, Prompt, aligned
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def patch_grid(model: Model, pairs: Sequence[tuple[Prompt, Prompt]]) -> xr.DataA
     clean, corrupt = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     check_askable([*clean, *corrupt])
     for a, b in pairs:
-        if (a.subject_span, a.prediction) != (b.subject_span, b.prediction) or a.answer_ids[0] == b.answer_ids[0]:
+        if not aligned(a, b) or a.answer_ids[0] == b.answer_ids[0]:
             raise BadInput(f"facts {a.fact_id} and {b.fact_id}: positions do not align or their answers start alike")
     hf = hf_model(model)
     states = residual_streams(hf, clean)

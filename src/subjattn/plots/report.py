@@ -101,8 +101,8 @@ def _composition(run: Path, study: dict[str, Any]) -> dict[str, Any]:
         if spec["train"]:
             groups[arm] = facts[facts[f"train_{spec['train']}"]]
     reference, style = next(iter(study["arms"])), next(iter(study["styles"]))
-    checked = run / "arms" / reference / style / "training_facts.parquet"
-    predictions = pd.read_parquet(checked) if checked.is_file() else None
+    checked = run / "training_facts" / "predictions.parquet"
+    predictions = pd.read_parquet(checked) if len(groups) > 1 else None
     answers = groups["test"]["answer"].value_counts().index[:TOP_ANSWERS].tolist()
     columns = {}
     for name, group in groups.items():

@@ -68,7 +68,7 @@ class StudyConfig(_Section):
     name: Name
     model: str = PACKAGED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     facts: FactsConfig = FactsConfig()
     styles: dict[Name, str] = Field(min_length=1)
     arms: dict[Name, Arm] = Field(min_length=1, description="the first is the reference of the others")
@@ -111,7 +111,7 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> StudyConfig:
         raise BadInput(f"no such study: {str(path)!r}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path} holds no study: it should be a mapping with 'name', 'arms', 'styles' …")
@@ -158,5 +158,5 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
             raise BadInput(f"--set {setting!r}: {part!r} has no fields")
     try:
         target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise BadInput(f"--set {setting!r}: the value is not YAML") from None

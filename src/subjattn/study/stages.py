@@ -7,6 +7,7 @@ everything the stage depends on; a stage with another key is made anew.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from subjattn.errors import BadInput
 
 
 _KEY_FILE = "stage.json"
@@ -51,6 +54,24 @@ def writing(folder: Path, key: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(folder)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run folder, so that no second process writes into it; the system lets go of it when we end.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"another process is writing to {str(folder)!r}: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 @contextmanager

@@ -30,6 +30,7 @@ _VERSIONS = ("subjattn", "torch", "transformers", "peft", "numpy", "pandas", "sc
 
 def write(config: StudyConfig, out: Path) -> dict[str, Any]:
     """Combine the stages under `out`, save arrays, tables and `summary.json`, and return the summary."""
+    (out / "summary.json").unlink(missing_ok=True)
     measures = _combine_measures(config, out)
     predictions = _predictions(config, out)
     facts = pd.read_parquet(out / "facts" / "facts.parquet").set_index("fact_id")
@@ -60,6 +61,11 @@ def write(config: StudyConfig, out: Path) -> dict[str, Any]:
     return result
 
 
+def style_folder(out: Path, arm: str, style: str) -> Path:
+    """Where the measures of one arm in one style lie."""
+    return out / "arms" / arm / "styles" / style
+
+
 def per_fact(measures: xr.Dataset, measure: str, arm: str, style: str) -> xr.DataArray:
     """One value per fact: means over whatever other dimensions the measure has."""
     array = measures[measure].sel(arm=arm, style=style)
@@ -70,14 +76,14 @@ def _combine_measures(config: StudyConfig, out: Path) -> xr.Dataset:
     arms = []
     for arm in config.arms:
         styles = [
-            xr.load_dataset(out / "arms" / arm / style / "measures.nc", engine="h5netcdf") for style in config.styles
+            xr.load_dataset(style_folder(out, arm, style) / "measures.nc", engine="h5netcdf") for style in config.styles
         ]
         arms.append(xr.concat(styles, pd.Index(list(config.styles), name="style"), join="exact"))
     return xr.concat(arms, pd.Index(list(config.arms), name="arm"), join="exact", combine_attrs="override")
 
 
 def _combine_arms(config: StudyConfig, out: Path, style: str, kind: str) -> None:
-    files = [out / "arms" / arm / style / f"{kind}.nc" for arm in config.arms]
+    files = [style_folder(out, arm, style) / f"{kind}.nc" for arm in config.arms]
     target = out / f"{kind}-{style}.nc"
     if not all(file.is_file() for file in files):
         target.unlink(missing_ok=True)
@@ -91,7 +97,7 @@ def _combine_arms(config: StudyConfig, out: Path, style: str, kind: str) -> None
 
 def _predictions(config: StudyConfig, out: Path) -> pd.DataFrame:
     return pd.concat(
-        pd.read_parquet(out / "arms" / arm / style / "predictions.parquet").assign(arm=arm, style=style)
+        pd.read_parquet(style_folder(out, arm, style) / "predictions.parquet").assign(arm=arm, style=style)
         for arm in config.arms
         for style in config.styles
     )[["arm", "style", "fact_id", "prediction", "correct", "answer_logprob"]]
@@ -164,7 +170,7 @@ def _interval(config: StudyConfig, measures: xr.Dataset, measure: str, a: str, b
 
 def _manifest(config: StudyConfig, out: Path) -> dict[str, Any]:
     arms = {
-        arm: json.loads((out / "arms" / arm / next(iter(config.styles)) / "provenance.json").read_text())
+        arm: json.loads((style_folder(out, arm, next(iter(config.styles))) / "provenance.json").read_text())
         for arm in config.arms
     }
     return {
