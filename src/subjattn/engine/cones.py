@@ -225,13 +225,16 @@ def _unembed(model: PreTrainedModel, hidden: Float[Tensor, "row answer d_model"]
 @contextmanager
 def _layers_giving(layers: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
     """Every layer does nothing and the last one gives `hidden`."""
+    replaced = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = lambda *_args, **_kwargs: hidden
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, replaced, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _check_exact(model: PreTrainedModel, base: _Base) -> None:

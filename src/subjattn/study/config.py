@@ -101,12 +101,13 @@ class StudyConfig(_Section):
         return {name: arm.train for name, arm in self.arms.items() if arm.train}
 
 
-def load_study(path: Path, settings: Sequence[str] = ()) -> StudyConfig:
+def load_study(path: str | Path, settings: Sequence[str] = ()) -> StudyConfig:
     """Read a study's YAML and apply `key=value` settings, such as `facts.n_test=50`.
 
     Raises:
         BadInput: no such file, no YAML, or a field with a wrong name or value; the message names it.
     """
+    path = Path(path)
     if not path.is_file():
         raise BadInput(f"no such study: {str(path)!r}")
     try:

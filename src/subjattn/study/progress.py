@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.left = self.done = 0.0
-        self._start = self._line_at = time.monotonic()
+        self._start = self._planned = self._line_at = time.monotonic()
         self._text = ""
         self._bar: RichProgress | None = None
         if self.console.is_terminal:
@@ -55,8 +55,9 @@ class Progress:
             self._bar.stop()
 
     def plan(self, units: float) -> None:
-        """Work that lies ahead."""
+        """Work that lies ahead; the time it takes is counted from here."""
         self.left += units
+        self._planned = time.monotonic()
 
     def stage(self, text: str) -> None:
         """Name what begins now."""
@@ -76,7 +77,7 @@ class Progress:
 
     def remaining(self) -> str:
         """A reader's words for the time left."""
-        elapsed = time.monotonic() - self._start
+        elapsed = time.monotonic() - self._planned
         if not self.done or elapsed < 5:
             return "estimating …"
         seconds = max(0.0, self.left) * elapsed / max(self.done, 1e-9)

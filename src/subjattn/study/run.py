@@ -56,12 +56,13 @@ SCHEMA = 1
 """Raised when a stage's files change meaning, so that older ones are made anew."""
 
 
-def run_study(config: StudyConfig, out: Path, console: Console | None = None) -> dict[str, Any]:
+def run_study(config: StudyConfig, out: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Run a study into a folder and return its summary; what is finished there already is reused.
 
     Raises:
         SubjattnError: something about the study cannot be right; finished stages stay.
     """
+    out = Path(out)
     with alone(out), Progress(console) as progress:
         Runner(config, out, progress).run()
         progress.stage("contrasts, claims and report")
