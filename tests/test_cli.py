@@ -125,6 +125,7 @@ def test_run_from_the_command_line(
     assert shown.rstrip().endswith("report.html")
     for claim in summary["claims"]:
         assert claim["id"] in shown and claim["verdict"] in shown
+        assert f"[{claim['ci_low']:+.4f}, {claim['ci_high']:+.4f}]" in shown, "tables fit 80 columns"
 
 
 @pytest.mark.parametrize(

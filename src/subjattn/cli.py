@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -253,15 +252,15 @@ def _run(config: Any, out: Path) -> None:
     summary = run_study(config, out)
     console = Console()
     for style in config.styles:
-        console.print(_arms_table(summary, style))
+        console.print(_arms_table(summary, style), "")
     if summary["claims"]:
-        console.print(_claims_table(summary))
+        console.print(_claims_table(summary), "")
     typer.echo(out / "report.html")
 
 
 def _arms_table(summary: dict[str, Any], style: str) -> Table:
     table = _table(f"arms, style “{style}”")
-    for heading in ("arm", "accuracy", "log-prob.", "attention", "knock-out direct", "knock-out total", "route"):
+    for heading in ("arm", "accuracy", "log-prob.", "attention", "direct drop", "total drop", "route"):
         table.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
     for name, arm in summary["arms"].items():
         found = arm["styles"][style]
@@ -273,7 +272,7 @@ def _arms_table(summary: dict[str, Any], style: str) -> Table:
 
 def _table(title: str) -> Table:
     """A table that fits a terminal of 80 columns."""
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
 def _claims_table(summary: dict[str, Any]) -> Table:

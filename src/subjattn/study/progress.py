@@ -20,13 +20,13 @@ _LINE_EVERY = 20.0
 class Progress:
     """Counts units of work, one being the forward pass of one prompt.
 
-    The estimate scales what is left by the speed of what is done; work found finished takes no time
-    and counts for neither.
+    The estimate scales what is left by the speed of what was done just now; work found finished on disk
+    counts as done, but not for the speed.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.left = self.done = 0.0
+        self.total = self.left = self.done = 0.0
         self._start = self._planned = self._line_at = time.monotonic()
         self._text = ""
         self._bar: RichProgress | None = None
@@ -56,6 +56,7 @@ class Progress:
 
     def plan(self, units: float) -> None:
         """Work that lies ahead; the time it takes is counted from here."""
+        self.total += units
         self.left += units
         self._planned = time.monotonic()
 
@@ -88,13 +89,13 @@ class Progress:
             self._bar.update(
                 self._task,
                 description=self._text,
-                completed=self.done,
-                total=self.done + max(self.left, 0.0),
+                completed=self.total - max(self.left, 0.0),
+                total=self.total or None,
                 left=self.remaining(),
             )
         elif force or time.monotonic() - self._line_at > _LINE_EVERY:
             self._line_at = time.monotonic()
-            share = self.done / (self.done + self.left) if self.left > 0 else 1.0
+            share = 1 - max(self.left, 0.0) / self.total if self.total else 0.0
             elapsed = _clock(time.monotonic() - self._start)
             self.console.print(
                 f"[{share:4.0%} {elapsed}] {self._text} ({self.remaining()})", highlight=False, markup=False
