@@ -192,7 +192,11 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
         mean, arrays = {array.name: float(array.mean())}, [array]
     elif what is MeasureName.knockout:
         array = knockout(model, prompts)
-        mean = {f"knockout_drop, {route}": float(array.sel(route=route).mean()) for route in array["route"].values}
+        by_route = array.mean("fact")
+        mean = {
+            "knockout_drop": float(by_route.sel(route="direct")),
+            "knockout_drop_total": float(by_route.sel(route="total")),
+        }
         arrays = [array]
     else:
         pairs = swap_subjects(prompts, np.random.default_rng(seed))
