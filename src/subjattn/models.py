@@ -75,8 +75,7 @@ def load_model(
         name: `smollm2-135m` (packaged, no network), a hub id such as `meta-llama/Llama-2-7b-hf`, or a
             local folder in Hugging Face layout.
         adapter: a PEFT adapter folder or hub id, kept live and unmerged.
-        dtype: `float32`, `bfloat16` or `float16`. The two short ones are faster on a GPU and change the
-            third digit of small differences.
+        dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device; by default `cuda` if there is one, else `cpu`.
 
     Raises:

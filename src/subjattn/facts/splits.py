@@ -45,9 +45,10 @@ def split(
     Args:
         facts: a table of facts with popularity.
         n_tokens: the subject's length in tokens, one per fact.
-        arms: some of `known`, `unknown`, `random`.
+        arms: at least one of `known`, `unknown`, `random`; which ones are asked for changes the draw, since
+            all draw from the cells in which every one of them has facts.
         n_train: facts per arm.
-        n_test: held-out facts.
+        n_test: held-out facts, a third from each third (to one).
         seed: of every draw.
 
     Raises:
@@ -66,16 +67,15 @@ def split(
     room = pd.concat(
         [left[left["third"].isin(_POOLS[arm])].groupby(cells).size().rename(arm) for arm in arms], axis=1
     ).fillna(0)
-    slots = room.min(axis=1).astype(int) if len(arms) else pd.Series(dtype=int)
-    if arms and not 1 <= n_train <= slots.sum():
+    slots = room.min(axis=1).astype(int)
+    if not 1 <= n_train <= slots.sum():
         raise BadInput(
             f"n_train={n_train} is not between 1 and the {slots.sum()} facts that each arm can have "
             "with equal answers and subject lengths"
         )
-    if arms:
-        cell_of_slot = np.repeat(np.arange(len(slots)), slots.to_numpy())
-        taken = pd.Series(rng.choice(cell_of_slot, n_train, replace=False)).value_counts().sort_index()
-        wanted = {slots.index[cell]: int(count) for cell, count in taken.items()}  # type: ignore[call-overload]
+    cell_of_slot = np.repeat(np.arange(len(slots)), slots.to_numpy())
+    taken = pd.Series(rng.choice(cell_of_slot, n_train, replace=False)).value_counts().sort_index()
+    wanted = {slots.index[cell]: int(count) for cell, count in taken.items()}  # type: ignore[call-overload]
     for arm in arms:
         pool = left[left["third"].isin(_POOLS[arm])]
         chosen = [
