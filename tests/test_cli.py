@@ -40,7 +40,7 @@ def test_measure(
     assert run(monkeypatch, "measure", what, "--model", model, "--n", 40, "--json", target) == 0
     content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content["styles"]) == ["list", "sentence"]
-    array = content["styles"]["list"]["arrays"][0]
+    array = content["styles"]["list"]["array"]
     assert len(array["data"]) == len(array["coords"]["fact"]["data"]) > 0
     assert "list: " in capsys.readouterr().out
 

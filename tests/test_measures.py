@@ -228,6 +228,16 @@ def test_a_bidirectional_model_is_refused(tokenizer: object, cities: pd.DataFram
         subject_attention(BertLMHeadModel(config).eval(), prompts)
 
 
+def test_logits_that_are_not_finite_are_refused(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> None:
+    """Planted: one weight that overflowed; no comparison with NaN may let it through."""
+    model = load_model(str(tiny_folders["llama"]))
+    model.model.lm_head.weight.data[5, 5] = torch.nan
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    for measure in (subject_attention, knockout):
+        with pytest.raises(UnsupportedModel, match="not finite in torch.float32"):
+            measure(model, prompts)
+
+
 def test_prefix_tuning_is_refused(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 

@@ -106,6 +106,8 @@ def test_arrays_open_in_one_line_and_say_what_they_are(done: tuple[Path, dict[st
     assert arrays["knockout_drop_by_layer"].dims == ("arm", "style", "layer_fact", "route", "layer")
     for array in arrays.data_vars.values():
         assert array.attrs["unit"] and array.attrs["definition"]
+    assert "every answer-predicting position to" in arrays["knockout_drop"].attrs["definition"]
+    assert "every position after the subject to" in arrays["knockout_drop_total"].attrs["definition"]
     patching = xr.open_dataarray(out / "patching-list.nc")
     assert patching.dims == ("arm", "fact", "layer", "role")
     assert xr.open_dataarray(out / "tokens-sentence.nc").sizes["arm"] == 4

@@ -178,7 +178,7 @@ def measure(
 
 
 def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int) -> dict[str, Any]:
-    """Means and arrays of one measure in one style, as plain data."""
+    """Means and array of one measure in one style, as plain data."""
     import numpy as np
 
     from subjattn.measures.attention import subject_attention
@@ -189,7 +189,7 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
     prompts = make_prompts(table, model.tokenizer, template)
     if what is MeasureName.attention:
         array = subject_attention(model, prompts)
-        mean, arrays = {array.name: float(array.mean())}, [array]
+        mean = {array.name: float(array.mean())}
     elif what is MeasureName.knockout:
         array = knockout(model, prompts)
         by_route = array.mean("fact")
@@ -197,7 +197,6 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
             "knockout_drop": float(by_route.sel(route="direct")),
             "knockout_drop_total": float(by_route.sel(route="total")),
         }
-        arrays = [array]
     else:
         pairs = swap_subjects(prompts, np.random.default_rng(seed))
         array = patch_grid(model, pairs)
@@ -207,8 +206,7 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
             "pairs": len(pairs),
             f"largest recovery (layer {int(best['layer'])}, {best['role'].values!s})": float(best),
         }
-        arrays = [array]
-    return {"template": template, "mean": mean, "arrays": [_plain(array) for array in arrays]}
+    return {"template": template, "mean": mean, "array": _plain(array)}
 
 
 def _plain(array: Any) -> dict[str, Any]:

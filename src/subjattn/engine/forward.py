@@ -96,6 +96,8 @@ def check_causal(model: PreTrainedModel) -> None:
     other[0, -1] = 1
     with torch.inference_mode():
         first, second = (model(input_ids=x, use_cache=False).logits[0, :-1] for x in (ids, other))
+    if not first.isfinite().all():
+        raise UnsupportedModel(f"{type(model).__name__} gives logits that are not finite in {model.dtype}: try float32")
     if model.config.is_encoder_decoder or float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
         raise UnsupportedModel(
             f"{type(model).__name__} is not a causal decoder: a later token changes what earlier positions predict"

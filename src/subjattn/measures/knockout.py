@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Route = Literal["direct", "total"]
 ROUTES: tuple[Route, ...] = ("direct", "total")
+_QUERIES = {"direct": "every answer-predicting position", "total": "every position after the subject"}
 
 
 def knockout(
@@ -64,12 +65,25 @@ def knockout(
         prompts,
         ("route", "layer") if by_layer else ("route",),
         unit="nats",
-        definition="fall in the answer's summed log-probability when edges to the subject are blocked before the "
-        f"softmax in {'one layer' if by_layer else 'all layers'}: from every answer-predicting position (direct) or "
-        "from every position after the subject (total)",
+        definition=_definition(
+            " or ".join(f"{_QUERIES[r]} ({r})" for r in routes), "one layer" if by_layer else "all layers"
+        ),
         paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
     )
     return array.assign_coords(route=list(routes), answer_logprob=("fact", baseline))
+
+
+def one_route(drop: xr.DataArray, route: Route) -> xr.DataArray:
+    """One route of `knockout` in all layers, `(fact,)`, with its own definition."""
+    array = drop.sel(route=route, drop=True).drop_vars("answer_logprob")
+    return array.assign_attrs(definition=_definition(_QUERIES[route], "all layers"))
+
+
+def _definition(queries: str, layers: str) -> str:
+    return (
+        f"fall in the answer's summed log-probability when the edges from {queries} to the subject are blocked "
+        f"before the softmax in {layers}"
+    )
 
 
 def _queries(prompt: Prompt, route: Route) -> tuple[int, ...]:

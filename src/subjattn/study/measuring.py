@@ -12,7 +12,7 @@ import xarray as xr
 
 from subjattn.measures.answers import LOGPROB_ATTRS, predict
 from subjattn.measures.attention import subject_attention, token_attention
-from subjattn.measures.knockout import knockout
+from subjattn.measures.knockout import knockout, one_route
 from subjattn.measures.patching import patch_grid
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, PromptSet, swap_subjects
@@ -66,8 +66,8 @@ def measure(
         "accuracy": accuracy(predictions, logprob),
         "answer_logprob": logprob,
         "attention_to_subject": attention,
-        "knockout_drop": drop.sel(route="direct", drop=True).drop_vars("answer_logprob"),
-        "knockout_drop_total": drop.sel(route="total", drop=True).drop_vars("answer_logprob"),
+        "knockout_drop": one_route(drop, "direct"),
+        "knockout_drop_total": one_route(drop, "total"),
     }
 
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def accuracy(predictions: pd.DataFrame, like: xr.DataArray) -> xr.DataArray:
         "accuracy",
         {
             "unit": "share correct",
-            "definition": "greedy answer starts with an accepted answer that ends at a word's end; "
-            "case, accents and a leading 'the' do not count",
+            "definition": "greedy answer starts with an accepted answer that ends where a name ends; "
+            "case, accents, leading punctuation and a leading 'the' do not count",
         },
     )
