@@ -10,13 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from zoo import CONFIGS, VOCAB, config
 
 from subjattn.facts import load_facts
 from subjattn.models import LoadedModel, load_model
@@ -26,7 +21,6 @@ from subjattn.study.run import run_study
 
 torch.set_num_threads(2)
 
-VOCAB = 512
 CITIES = Path(__file__).parent.parent / "experiments" / "cities.yaml"
 SMALL = [
     "facts.n_train=32",
@@ -34,21 +28,8 @@ SMALL = [
     "training.learning_rate=0.01",
     "measures={by_layer_facts: 2, patching_pairs: 2, example_prompts: 2}",
 ]
-IDS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
-LLAMA: dict[str, Any] = IDS | {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**LLAMA),
-    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **IDS),
-    # A window shorter than the prompts, so that the sliding mask matters.
-    "mistral": MistralConfig(sliding_window=6, **LLAMA),
-}
+USUAL = ("llama", "gpt2", "mistral")
+"""Architectures that every measure is tested on; test_engine.py goes through all of the zoo."""
 
 
 @pytest.fixture(scope="session")
@@ -81,10 +62,10 @@ def tokenizer(cities: pd.DataFrame) -> PreTrainedTokenizerFast:
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """Saved random models, one folder per architecture."""
     folders = {}
-    for name, config in CONFIGS.items():
+    for name in CONFIGS:
         torch.manual_seed(0)
         folders[name] = tmp_path_factory.mktemp("models") / name
-        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        AutoModelForCausalLM.from_config(config(name)).save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
 
@@ -94,7 +75,7 @@ def tiny_models(tiny_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {name: load_model(str(folder)) for name, folder in tiny_folders.items()}
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=USUAL)
 def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, LoadedModel]) -> LoadedModel:
     """Each small architecture in turn."""
     return tiny_models[request.param]

@@ -5,7 +5,7 @@ Nothing here imports the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,24 +26,41 @@ def eager(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @torch.no_grad()
-def answer_logprob(model: PreTrainedModel, prompt: Prompt, mask: Tensor | None = None) -> float:
-    """Summed log-probability of the answer, with an optional additive `[1, 1, T, T]` mask of one's own."""
+def logits(model: PreTrainedModel, prompt: Prompt, mask: Mask | None = None) -> Tensor:
+    """All logits of one unpadded prompt, with an optional mask of one's own."""
     ids = torch.tensor([prompt.ids])
     extra = {} if mask is None else {"attention_mask": mask}
     with eager(model):
-        logprobs = model(ids, use_cache=False, **extra).logits[0].double().log_softmax(-1)
+        return model(ids, use_cache=False, **extra).logits[0]
+
+
+def answer_logprob(model: PreTrainedModel, prompt: Prompt, mask: Mask | None = None) -> float:
+    """Summed log-probability of the answer."""
+    logprobs = logits(model, prompt, mask).double().log_softmax(-1)
     return sum(float(logprobs[at, token]) for at, token in zip(prompt.predicting, prompt.answer_ids, strict=True))
 
 
-def hand_mask(model: PreTrainedModel, prompt: Prompt, queries: list[int], keys: list[int]) -> Tensor:
-    """Causal (and sliding) mask built by hand with edges taken out."""
-    n, window = len(prompt), getattr(model.config, "sliding_window", None) or 10**9
-    mask = torch.full((n, n), torch.finfo(torch.float32).min)
-    for query in range(n):
-        for key in range(n):
-            if key <= query and query - key < window and not (query in queries and key in keys):
-                mask[query, key] = 0.0
-    return mask[None, None]
+Mask = Tensor | dict[str, Tensor]
+
+
+def hand_mask(model: PreTrainedModel, length: int, edges: set[tuple[int, int]], heads: list[int] | None = None) -> Mask:
+    """Additive `[1, head, T, T]` mask built by hand with edges taken out of some heads: causal, sliding, or both."""
+
+    def build(window: int) -> Tensor:
+        n_heads = model.config.num_attention_heads
+        mask = torch.full((1, n_heads, length, length), torch.finfo(torch.float32).min)
+        for head in range(n_heads):
+            for query in range(length):
+                for key in range(max(0, query - window + 1), query + 1):
+                    if (query, key) not in edges or (heads is not None and head not in heads):
+                        mask[0, head, query, key] = 0.0
+        return mask
+
+    kinds = set(getattr(model.config, "layer_types", None) or [])
+    window = getattr(model.config, "sliding_window", None) or length
+    if len(kinds) > 1:
+        return {"full_attention": build(length), "sliding_attention": build(window)}
+    return build(window)
 
 
 @torch.no_grad()
@@ -55,23 +72,71 @@ def attention_weights(model: PreTrainedModel, prompt: Prompt) -> Tensor:
     return torch.stack(attentions)[:, 0, :, -1]
 
 
+@contextmanager
+def replacing(model: PreTrainedModel, where: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Change what goes into (`path:in`) or comes out of a module, by a plain hook."""
+    path, _, side = where.partition(":")
+    module = model.get_submodule(path)
+
+    def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        states = args[0] if args else kwargs["hidden_states"]
+        changed = change(states)
+        changed = states if changed is None else changed
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+
+    def after(_: torch.nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        states = output[0] if isinstance(output, tuple) else output
+        changed = change(states)
+        changed = states if changed is None else changed
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = (
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if side == "in"
+        else module.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def place(model: PreTrainedModel, component: str, layer: int, parts: tuple[str, str, str]) -> str:
+    """Where a component is, given the names of a layer's attention, MLP and output projection."""
+    layers = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)
+    attention, mlp, projection = parts
+    names = {"resid_pre": ":in", "attn_out": f".{attention}", "mlp_out": f".{mlp}", "z": f".{projection}:in"}
+    return f"{layers}.{layer}{names[component]}"
+
+
 @torch.no_grad()
+def patched_logits(
+    model: PreTrainedModel,
+    source: Prompt,
+    target: Prompt,
+    where: str,
+    positions: list[int],
+    columns: slice = slice(None),
+) -> Tensor:
+    """All logits of `target` with a module's states (in some columns) taken from `source` at positions."""
+    kept: list[Tensor] = []
+    with replacing(model, where, lambda states: kept.append(states.clone())):
+        model(torch.tensor([source.ids]), use_cache=False)
+
+    def put(states: Tensor) -> Tensor:
+        states = states.clone()
+        for position in positions:
+            states[:, position, columns] = kept[0][:, position, columns]
+        return states
+
+    with replacing(model, where, put):
+        return model(torch.tensor([target.ids]), use_cache=False).logits[0]
+
+
 def patched_logit_diff(
     model: PreTrainedModel, clean: Prompt, corrupt: Prompt, layer: int, positions: list[int]
 ) -> float:
-    """Logit difference of the corrupt prompt with the clean residual before a layer at positions, by plain hooks."""
-    module = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)[layer]
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    model(torch.tensor([clean.ids[: clean.prediction + 1]]), use_cache=False)
-    handle.remove()
-
-    def put(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0].clone()
-        hidden[:, positions] = kept[0][:, positions]
-        return (hidden, *args[1:])
-
-    handle = module.register_forward_pre_hook(put)
-    logits = model(torch.tensor([corrupt.ids[: corrupt.prediction + 1]]), use_cache=False).logits[0, -1].double()
-    handle.remove()
-    return float(logits[clean.answer_ids[0]] - logits[corrupt.answer_ids[0]])
+    """Logit difference of the corrupt prompt with the clean residual before a layer at positions."""
+    where = place(model, "resid_pre", layer, ("", "", ""))
+    found = patched_logits(model, clean, corrupt, where, positions)[clean.prediction].double()
+    return float(found[clean.answer_ids[0]] - found[corrupt.answer_ids[0]])

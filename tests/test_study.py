@@ -253,11 +253,11 @@ def test_a_failed_stage_leaves_the_finished_one(tmp_path: Path) -> None:
 
 
 def test_arm_of_another_shape_is_refused(tiny_folders: dict[str, Path], small: StudyConfig, tmp_path: Path) -> None:
-    from conftest import CONFIGS
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import zoo
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    config = CONFIGS["llama"].to_dict() | {"num_hidden_layers": 2}
-    AutoModelForCausalLM.from_config(type(CONFIGS["llama"]).from_dict(config)).save_pretrained(tmp_path / "two")
+    config = LlamaConfig(**zoo.SHAPE | {"num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "two")
     AutoTokenizer.from_pretrained(tiny_folders["llama"]).save_pretrained(tmp_path / "two")
     raw = small.model_dump(mode="json") | {
         "arms": {"base": {}, "tuned": {"model": str(tmp_path / "two")}},

@@ -96,7 +96,6 @@ def load_model(
             source,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     _refuse_incomplete(name, model, loading)

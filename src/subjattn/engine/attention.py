@@ -2,12 +2,12 @@
 
 It is registered under the name `subjattn` with transformers' attention interface, so every
 architecture that dispatches through it keeps its own projections, norms, rotary embeddings and
-masks. The output is SDPA's. A `Tap` may, layer by layer,
+masks. The output is SDPA's, or plain arithmetic where scores are soft-capped. A `Tap` may, layer by layer,
 
 * block edges (query, key) of each batch row before the softmax, so that the remaining weights
   renormalise (Geva et al. 2023);
 * keep the attention rows of chosen queries, `[row, head, query, key]`, in float32;
-* keep keys, values and mask of a base run, or put them beside a cone's own (cones.py).
+* see keys, values and mask of a base run, attend in its own way (cones.py), or change `z`.
 
 A tap is seen only inside `tapped`; without one the function is plain SDPA.
 """
@@ -24,37 +24,41 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from subjattn.engine.interventions import wide
 from subjattn.errors import NotFired, UnsupportedModel
 
 
 NAME = "subjattn"
+QUERIES_AT_ONCE = 128
+"""Queries whose soft-capped scores are held at a time, so that memory grows with T, not with its square."""
 
 
 @dataclass
 class Tap:
-    """What to block and what to keep in one forward pass; callables are told the layer."""
+    """What to block, keep and change in one forward pass; callables are told the layer."""
 
-    blocked: Callable[[int], Bool[Tensor, "row query key"] | None] = lambda _layer: None
+    blocked: Callable[[int], Bool[Tensor, "row head query key"] | None] = lambda _layer: None
     keep_queries: Int[Tensor, "row query"] | None = None
     keep: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
-    join: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    attend: Callable[[int, Tensor, Tensor, Tensor, float, float | None], Tensor] | None = None
+    change_z: Callable[[int, Tensor], Tensor | None] | None = None
     weights: dict[int, Float[Tensor, "row head query key"]] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
+    seen: dict[int, nn.Module] = field(default_factory=dict)
 
 
 _TAP: ContextVar[Tap | None] = ContextVar("subjattn_tap", default=None)
 
 
 @contextmanager
-def tapped(model: nn.Module, tap: Tap, layers: range) -> Iterator[Tap]:
+def tapped(model: nn.Module, tap: Tap, layers: range | None) -> Iterator[Tap]:
     """Let `model` attend through this module; the implementation it had comes back afterwards.
 
     Raises:
         UnsupportedModel: the model's attention does not dispatch through transformers' interface.
-        NotFired: one of `layers` did not pass through the tap.
+        NotFired: the layers that passed through the tap are not `layers` (None: any will do).
     """
     before = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(NAME)  # type: ignore[operator]
@@ -69,8 +73,8 @@ def tapped(model: nn.Module, tap: Tap, layers: range) -> Iterator[Tap]:
     finally:
         _TAP.reset(token)
         model.set_attn_implementation(before)  # type: ignore[operator]
-    if tap.seen != set(layers):
-        raise NotFired(f"attention of layers {sorted(set(layers) ^ tap.seen)} was not reached as it should be")
+    if layers is not None and set(tap.seen) != set(layers):
+        raise NotFired(f"attention of layers {sorted(set(layers) ^ set(tap.seen))} was not reached as it should be")
 
 
 def _attention(
@@ -81,61 +85,114 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "row query head d_head"], None]:
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedModel(
-                f"{type(module).__name__} changes its scores by '{name}', which is not supported yet"
+                f"{type(module).__name__} changes its softmax by '{name}' (sinks or biases): its weights do not sum "
+                "to one over the tokens, so attention to the subject is not defined"
             )
     tap, mask = _TAP.get(), attention_mask
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer = -1
     if tap is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        tap.seen.add(layer)
+        tap.seen[layer] = module
         if tap.keep is not None:
             tap.keep(layer, key, value, mask)
-        if tap.join is not None:
-            key, value, mask = tap.join(layer, key, value)
         mask = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2])
         if tap.keep_queries is not None:
-            tap.weights[layer] = _attention_rows(query, key, mask, tap.keep_queries, scaling)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+            tap.weights[layer] = _attention_rows(query, key, mask, tap.keep_queries, scale, softcap)
+    if tap is not None and tap.attend is not None:
+        z = tap.attend(layer, query, key, value, scale, softcap)
+    elif softcap is not None:
+        z = _capped_attention(query, key, value, mask, scale, softcap)
+    else:
+        z = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    if tap is not None and tap.change_z is not None:
+        changed = tap.change_z(layer, z)
+        z = z if changed is None else changed
+    return z, None
+
+
+def grouped(
+    query: Float[Tensor, "row head query d_head"], n_kv_heads: int
+) -> Float[Tensor, "row kv_head group query d_head"]:
+    """Query heads beside the key/value head they read: head h reads head `h // (n_heads // n_kv_heads)`."""
+    return query.unflatten(1, (n_kv_heads, -1))  # type: ignore[no-any-return]
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores squeezed into ±softcap (Gemma 2)."""
+    return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 
 def _without_edges(
-    mask: Tensor | None, blocked: Bool[Tensor, "row query key"] | None, n_query: int, n_key: int
+    mask: Tensor | None, blocked: Bool[Tensor, "row head query key"] | None, n_query: int, n_key: int
 ) -> Tensor | None:
     """The model's mask (None: plain causal) with edges taken out."""
     if blocked is None or not blocked.any():
         return mask
-    allowed = ~blocked[:, None]
+    allowed = ~blocked
     if mask is None:
         allowed = allowed & torch.ones(n_query, n_key, dtype=torch.bool, device=allowed.device).tril()
     elif mask.dtype == torch.bool:
         allowed = allowed & mask
     else:
         return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
-    if not allowed.any(-1).all():
-        raise NotFired("a query would be left without any key to attend to; block fewer edges")
+    check_some_key(allowed)
     return allowed
 
 
+def check_some_key(allowed: Bool[Tensor, "... query key"]) -> None:
+    """Refuse a query that nothing is left for: its softmax would be over nothing."""
+    if not allowed.any(-1).all():
+        raise NotFired("a query would be left without any key to attend to; block fewer edges")
+
+
+def _mask_rows(
+    mask: Tensor | None, positions: Int[Tensor, "row query"], n_rows: int, n_key: int
+) -> Bool[Tensor, "row head query key"]:
+    """Which keys chosen queries may see."""
+    if mask is None:
+        return (torch.arange(n_key, device=positions.device) <= positions[..., None])[:, None]
+    row = torch.arange(n_rows, device=positions.device)[:, None]
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    return allowed.expand(n_rows, -1, -1, -1).transpose(1, 2)[row, positions].transpose(1, 2)
+
+
 def _attention_rows(
-    query: Tensor, key: Tensor, mask: Tensor | None, positions: Int[Tensor, "row query"], scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    positions: Int[Tensor, "row query"],
+    scale: float,
+    softcap: float | None,
 ) -> Float[Tensor, "row head query key"]:
     """Softmax rows of the chosen queries: memory grows with the keys, not with their square."""
     row = torch.arange(query.shape[0], device=query.device)[:, None]
-    chosen = query.transpose(1, 2)[row, positions].transpose(1, 2)
-    keys = repeat_kv(key, query.shape[1] // key.shape[1])
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = (chosen @ keys.transpose(2, 3)).float() * scale
-    if mask is None:
-        after = torch.arange(key.shape[2], device=key.device) > positions[..., None]
-        scores = scores.masked_fill(after[:, None], -torch.inf)
-    else:
-        full = mask.expand(query.shape[0], -1, -1, -1).transpose(1, 2)[row, positions].transpose(1, 2)
-        scores = scores.masked_fill(~full, -torch.inf) if full.dtype == torch.bool else scores + full
-    return scores.softmax(-1)
+    chosen = grouped(query.transpose(1, 2)[row, positions].transpose(1, 2), key.shape[1])
+    scores = wide(chosen.flatten(2, 3)) @ wide(key.transpose(2, 3))
+    scores = capped(scores.unflatten(2, chosen.shape[2:4]).flatten(1, 2) * scale, softcap)
+    return scores.masked_fill(~_mask_rows(mask, positions, len(query), key.shape[2]), -torch.inf).softmax(-1)  # type: ignore[no-any-return]
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Float[Tensor, "row query head d_head"]:
+    """Soft-capped attention, some queries at a time; SDPA has no soft-cap."""
+    n_kv = key.shape[1]
+    parts = []
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        some = query[:, :, start : start + QUERIES_AT_ONCE]
+        positions = torch.arange(start, start + some.shape[2], device=query.device).expand(len(query), -1)
+        scores = grouped(some, n_kv) @ key.transpose(2, 3)[:, :, None]
+        scores = capped(wide(scores).flatten(1, 2) * scale, softcap)
+        weights = scores.masked_fill(~_mask_rows(mask, positions, len(query), key.shape[2]), -torch.inf).softmax(-1)
+        parts.append((grouped(weights.to(value), n_kv) @ value[:, :, None]).flatten(1, 2))
+    return torch.cat(parts, 2).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -1,61 +1,72 @@
 """Recompute only what an intervention can reach: its cone of layers and positions.
 
 In a causal model an intervention at layer l and position p changes nothing below l and nothing before
-p. Everything outside is the base run's: its residual streams, keys and values, computed once for all
-rows of a prompt. All rows advance together, layer by layer: at layer l the rows whose cone starts
-there join the batch, so a layer's weights are visited once for a whole grid.
+p. Everything outside is the base run's (base.py): its residual streams, keys and values, computed once
+for all rows of a prompt. All rows advance together, layer by layer: at layer l the rows whose cone
+starts there join, so a layer's weights are visited once for a whole grid.
 
-The layers are the model's own modules, called with the arguments the model gave them in the base run,
-cut to each row's positions. Exactness is checked when a model is first used (a cone that changes
-nothing must give the base run's logits) and, in the tests, cell by cell against forward.py.
+The tokens of all cones lie behind each other in one flat row without padding, which is all the same to
+a layer's modules but attention, and there attend.py keeps the cones apart. The layers are the model's
+own modules, called with the arguments the model gave them in the base run, cut to each token. Exactness
+is checked when a model is first used (cones that change nothing must give the base run's logits) and,
+in the tests, cell by cell against forward.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from weakref import WeakSet
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads, on_output
+from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
-from subjattn.engine.forward import (
-    check_causal,
+from subjattn.engine.base import Base, run_base
+from subjattn.engine.budget import Budget
+from subjattn.engine.checks import check_model, relative_gap, tolerance
+from subjattn.engine.interventions import (
+    Output,
+    Patch,
+    Row,
+    batches,
     check_rows,
-    decoder_layers,
-    only_positions,
-    padded_ids,
-    predicting_positions,
+    controls,
+    wide,
 )
-from subjattn.engine.interventions import BATCH_TOKENS, Output, Patch, Row, batches, blocked_edges, blocks_at, wide
+from subjattn.engine.patches import Patches
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
 
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far a cone that changes nothing may leave the base run, as a share of its largest logit."""
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass
-class _Base:
-    """One run of some prompts, and all that cones need of it, by layer."""
+class _Cone:
+    """What is recomputed of a row: `touched` positions in its first layer, its suffix in every later one."""
 
-    row_of: dict[Prompt, int]
-    logits: Float[Tensor, "row answer vocab"]
-    streams: list[Float[Tensor, "row pos d_model"]] = field(default_factory=list)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    keys: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
-    values: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
+    row: Row
+    prompt: int
+    layer: int
+    touched: Sequence[int]
+    suffix: range
+
+    @property
+    def narrow(self) -> bool:
+        return len(self.touched) < len(self.suffix)
 
 
-def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = BATCH_TOKENS) -> Iterator[Output]:
+def forward(
+    model: PreTrainedModel, rows: Sequence[Row], *, only_contrast: bool = False, budget: Budget | None = None
+) -> Iterator[Output]:
     """The logits of `forward.forward`, for less: rows without an intervention are the base run's.
 
     Rows of one prompt should come in one call, so that they share its base run.
@@ -63,194 +74,253 @@ def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 
     Args:
         model: a causal language model in eval mode.
         rows: prompts with their interventions.
-        batch_tokens: most tokens in a batch, of base runs and of cones.
+        only_contrast: unembed each row's contrast alone, `[row, 2]` at the prediction position.
+        budget: how much is held at a time; None: the default.
 
     Raises:
         UnsupportedModel: the layers cannot be called by themselves, or would not give the same numbers.
         NotFired: see errors.py.
     """
-    check_causal(model)
-    check_rows(rows, len(decoder_layers(model)))
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    for chosen in batches([len(prompt) for prompt in prompts], batch_tokens):
-        base = _run_base(model, [prompts[i] for i in chosen])
+    check_model(model)
+    budget = budget or Budget()
+    check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    members: dict[Prompt, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row.prompt, []).append(i)
+    needed = [
+        list(dict.fromkeys([prompt, *(s for i in own if (s := rows[i].source) is not None)]))
+        for prompt, own in members.items()
+    ]
+    targets = list(members)
+    for chosen in batches([max(map(len, some)) * len(some) for some in needed], budget.base_tokens):
+        index = [i for c in chosen for i in members[targets[c]]]
+        components = {patch.component for i in index if (patch := rows[i].patch) is not None}
+        base = run_base(
+            model,
+            list(dict.fromkeys(prompt for c in chosen for prompt in needed[c])),
+            components if model in _checked else {*components, "z"},
+        )
         if model not in _checked:
-            _check_exact(model, base)
+            _check_exact(model, base, budget)
             _checked.add(model)
-        members = [i for i, row in enumerate(rows) if row.prompt in base.row_of]
-        plain = [i for i in members if rows[i].block is None and rows[i].patch is None]
-        if plain:
-            own = [base.row_of[rows[i].prompt] for i in plain]
-            yield Output(plain, [rows[i] for i in plain], base.logits[own])
-        changed = [i for i in members if rows[i].block is not None or rows[i].patch is not None]
-        for batch in batches([_suffix(rows[i]) for i in changed], batch_tokens):
-            index = [changed[i] for i in batch]
-            yield _run_cones(model, base, index, [rows[i] for i in index])
+        if plain := [i for i in index if rows[i].plain]:
+            yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
+        changed = [i for i in index if not rows[i].plain]
+        for batch in _batches([len(rows[i].suffix) for i in changed], budget.cone_tokens):
+            own = [changed[i] for i in batch]
+            yield from _run_cones(model, base, own, [rows[i] for i in own], only_contrast, budget)
 
 
-def _suffix(row: Row) -> int:
-    """Positions of a row's cone, up to the last that predicts an answer token."""
-    return row.prompt.predicting[-1] + 1 - row.first_position
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cones of the same order of length, so that the padding of attention among a cone's own tokens stays small."""
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i].bit_length()):
+        if batch and (tokens + lengths[i] > budget or lengths[i].bit_length() > lengths[batch[0]].bit_length() + 2):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += lengths[i]
+    if batch:
+        yield batch
 
 
-@torch.inference_mode()
-def _run_base(model: PreTrainedModel, prompts: list[Prompt]) -> _Base:
-    base = _Base({prompt: i for i, prompt in enumerate(prompts)}, torch.empty(0))
-
-    def keep(_layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        base.keys.append(key)
-        base.values.append(value)
-        base.masks.append(mask)
-
-    def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, args, kwargs = _take_hidden(args, kwargs)
-        base.streams.append(hidden)
-        base.calls.append((args, kwargs))
-
-    layers = decoder_layers(model)
-    with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.register_forward_pre_hook(keep_call, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(only_positions(model, predicting_positions(prompts)))
-        stack.enter_context(tapped(model, Tap(keep=keep), range(len(layers))))
-        base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits)
-    return base
+def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: bool) -> Output:
+    logits = [base.logits_of(row.prompt) for row in rows]
+    if only_contrast:
+        return Output(
+            index, rows, torch.stack([of[0, list(row.contrast or ())] for of, row in zip(logits, rows, strict=True)])
+        )
+    return Output(index, rows, torch.cat(logits))
 
 
 @torch.inference_mode()
-def _run_cones(model: PreTrainedModel, base: _Base, index: list[int], rows: list[Row]) -> Output:
-    """Rows of one base run, all layers; the batch grows as cones begin."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].first_layer)
-    index, rows = [index[i] for i in order], [rows[i] for i in order]
+def _run_cones(
+    model: PreTrainedModel, base: Base, index: list[int], rows: list[Row], only_contrast: bool, budget: Budget
+) -> Iterator[Output]:
+    """Rows of one base run, all layers; beside them every prompt once more without an intervention."""
+    beside, of = controls(rows)
+    first_layer = min(row.first_layer for row in rows)
+    starts: dict[Prompt, int] = {}
+    for row in rows:
+        starts[row.prompt] = min(row.suffix.start, starts.get(row.prompt, row.suffix.start))
+    cones = []
+    for row in beside:
+        whole = range(starts[row.prompt], row.prompt.predicting[-1] + 1)
+        cones.append(_Cone(row, base.row_of[row.prompt], first_layer, whole, whole))
+    cones += [_Cone(row, base.row_of[row.prompt], row.first_layer, row.touched, row.suffix) for row in rows]
+    hidden = _advance(model, base, cones, budget.chunk_tokens)
+    sizes = [len(row.prompt.predicting) for row in (*beside, *rows)]
+    ends = list(accumulate(sizes))
+    split = ends[len(beside) - 1]
+    parts = [
+        _unembed(model, hidden[ends[a] - sizes[a] : ends[b - 1]], beside[a:b], only_contrast)
+        for a, b in _pieces(sizes[: len(beside)], budget.predictions)
+    ]
+    control = Output([], beside, torch.cat(parts))
+    for a, b in _pieces(sizes[len(beside) :], budget.predictions):
+        begin, end = (0 if i == 0 else ends[len(beside) + i - 1] - split for i in (a, b))
+        logits = _unembed(model, hidden[split + begin : split + end], rows[a:b], only_contrast)
+        yield Output(index[a:b], rows[a:b], logits, control, of[a:b])
+
+
+def _pieces(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose sizes add up to no more than a limit, or one row that alone exceeds it."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > limit:
+            yield start, i
+            start, total = i, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
+
+
+@torch.inference_mode()
+def _advance(
+    model: PreTrainedModel, base: Base, asked: list[_Cone], chunk_tokens: int
+) -> Float[Tensor, "prediction d_model"]:
+    """Run cones through all layers; the final residual stream where they predict answer tokens, in the order asked."""
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].prompt, asked[i].layer, asked[i].narrow))
+    cones = [asked[i] for i in order]
     layers, device = decoder_layers(model), model.device
-    length = base.keys[0].shape[2]
-    own = torch.tensor([base.row_of[row.prompt] for row in rows], device=device)
-    positions = _positions(rows).to(device)
-    edges = blocked_edges(rows, length)
-    if edges is not None:
-        edges = edges.to(device)[torch.arange(len(rows), device=device)[:, None], positions]
-    begun = 0
+    tokens = Tokens(
+        [cone.row for cone in cones],
+        [cone.prompt for cone in cones],
+        [cone.suffix for cone in cones],
+        length=base.streams[0].shape[1],
+        n_layers=len(layers),
+        n_heads=n_heads(model),
+        device=device,
+    )
+    origins = [offset - cone.suffix.start for offset, cone in zip(tokens.offsets, cones, strict=False)]
+    patches = Patches(base, tokens, ((o, c.row.patch) for o, c in zip(origins, cones, strict=True) if c.row.patch))
+    hidden = base.streams[0].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
 
-    def blocked(layer: int) -> Tensor | None:
-        return None if edges is None else edges[:begun] & blocks_at(rows[:begun], layer).to(device)[:, None, None]
+    def enter(numbers: list[int], layer: int) -> None:
+        """Fill whole suffixes from the base run."""
+        flat = tokens.suffixes(numbers)
+        hidden[flat] = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
 
-    def join(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        at = positions[:begun]
-        whole = [
-            kept[own[:begun]].scatter(2, at[:, None, :, None].expand_as(new), new)
-            for kept, new in ((base.keys[layer], key), (base.values[layer], value))
-        ]
-        return whole[0], whole[1], _mask_rows(base.masks[layer], own[:begun], at, length)
-
-    hidden: Tensor | None = None
-    with tapped(model, Tap(blocked=blocked, join=join), range(rows[0].first_layer, len(layers))):
-        for layer, module in enumerate(layers):
-            joining = sum(row.first_layer == layer for row in rows)
-            if joining:
-                span = slice(begun, begun + joining)
-                fresh = base.streams[layer][own[span][:, None], positions[span]]
-                hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-                begun += joining
-            if hidden is not None:
-                for i, row in enumerate(rows[:begun]):
-                    if row.patch is not None and row.patch.layer == layer:
-                        _put(row.patch, hidden[i], positions[i])
-                args, kwargs = _cut(base.calls[layer], own[:begun], positions[:begun], length)
-                result = module(hidden, *args, **kwargs)
-                hidden = result[0] if isinstance(result, tuple) else result
-    assert hidden is not None
-    answers = predicting_positions([row.prompt for row in rows]).to(device) - positions[:, :1]
-    last = hidden[torch.arange(len(rows), device=device)[:, None], answers]
-    return Output(index, rows, _unembed(model, last))
-
-
-def _positions(rows: list[Row]) -> Int[Tensor, "row suffix"]:
-    """Positions of each cone; shorter ones repeat their last, which then computes the same thing twice."""
-    longest = max(map(_suffix, rows))
-    return torch.tensor([[row.first_position + min(j, _suffix(row) - 1) for j in range(longest)] for row in rows])
+    first = min(cone.layer for cone in cones)
+    tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
+    with tapped(model, tap, range(first, len(layers))):
+        for layer in range(first, len(layers)):
+            joining = [i for i, cone in enumerate(cones) if cone.layer == layer]
+            enter([i for i in joining if not cones[i].narrow], layer)
+            running = [i for i, c in enumerate(cones) if c.layer < layer or (c.layer == layer and not c.narrow)]
+            sizes = [len(cones[i].suffix) for i in running]
+            for a, b in _pieces(sizes, chunk_tokens):
+                flat = tokens.suffixes(running[a:b])
+                tokens.select(flat, sizes[a:b])
+                hidden[flat] = _call(model, base, tokens, patches, layer, hidden[flat])
+            narrow = [i for i in joining if cones[i].narrow]
+            enter(narrow, layer + 1)
+            sizes = [len(cones[i].touched) for i in narrow]
+            for a, b in _pieces(sizes, chunk_tokens):
+                flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched], device=device)
+                tokens.select(flat, sizes[a:b])
+                before = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
+                hidden[flat] = _call(model, base, tokens, patches, layer, before)
+    patches.check_fired()
+    where = dict(zip(order, origins, strict=True))
+    last = [where[i] + position for i, cone in enumerate(asked) for position in cone.row.prompt.predicting]
+    return hidden[torch.tensor(last, device=device)]
 
 
-def _put(patch: Patch, state: Float[Tensor, "suffix d_model"], positions: Int[Tensor, " suffix"]) -> None:
-    """Write a patch into a row; a position that the padding repeats is written each time."""
-    for position, value in zip(patch.positions, patch.values, strict=True):
-        state[positions == position] = value.to(state)
+def _call(
+    model: PreTrainedModel,
+    base: Base,
+    tokens: Tokens,
+    patches: Patches,
+    layer: int,
+    hidden: Float[Tensor, "token d_model"],
+) -> Float[Tensor, "token d_model"]:
+    """One decoder layer over the selected tokens, their patches applied."""
+    module = decoder_layers(model)[layer]
+    states = hidden[None]
+    if (patched := patches.put("resid_pre", layer, states)) is not None:
+        states = patched
+    args, kwargs = base.arguments(layer, tokens.prompt[tokens.selected], tokens.position[tokens.selected])
+    with ExitStack() as stack:
+        if ("attn_out", layer) in patches.places:
+            stack.enter_context(on_output(attention_module(module), partial(patches.put, "attn_out", layer)))
+        if ("mlp_out", layer) in patches.places:
+            stack.enter_context(on_output(mlp_module(module), partial(patches.put, "mlp_out", layer)))
+        result = module(states, *args, **kwargs)
+    return (result[0] if isinstance(result, tuple) else result)[0]  # type: ignore[no-any-return]
 
 
-def _mask_rows(
-    mask: Tensor | None, own: Int[Tensor, " row"], positions: Int[Tensor, "row suffix"], length: int
+def _unembed(
+    model: PreTrainedModel, hidden: Float[Tensor, "prediction d_model"], rows: list[Row], only_contrast: bool
 ) -> Tensor:
-    """Rows of the model's own mask (None: plain causal) for each cone's queries: `[row, 1, suffix, key]`."""
-    if mask is None:
-        return (torch.arange(length, device=positions.device) <= positions[..., None])[:, None]
-    if len(mask) == 1:
-        own = torch.zeros_like(own)
-    return mask.transpose(1, 2)[own[:, None], positions].transpose(1, 2)
-
-
-def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
-
-def _cut(
-    call: tuple[tuple[Any, ...], dict[str, Any]], own: Int[Tensor, " row"], positions: Tensor, length: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's other arguments, cut to each row's positions. Masks are the attention function's affair."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(part) for part in value)
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if value.ndim == 4 and value.shape[-1] == value.shape[-2] == length:
-            return None
-        if value.ndim >= 2 and value.shape[1] == length:
-            row = own if len(value) > 1 else torch.zeros_like(own)
-            return value[row[:, None], positions]
-        raise UnsupportedModel(f"a layer takes a tensor of shape {tuple(value.shape)} whose positions are unknown")
-
-    args, kwargs = call
-    return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
-
-
-def _unembed(model: PreTrainedModel, hidden: Float[Tensor, "row answer d_model"]) -> Float[Tensor, "row answer vocab"]:
     """Final norm, unembedding and whatever the model does after its last layer, by the model's own forward."""
-    with _layers_giving(decoder_layers(model), hidden):
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return wide(model(input_ids=ids, use_cache=False).logits)
+    contrast: Tensor | None = None
+    if only_contrast:
+        ends = list(accumulate(len(row.prompt.predicting) for row in rows))
+        hidden = hidden[torch.tensor([0, *ends[:-1]], device=hidden.device)]
+        contrast = torch.tensor([row.contrast for row in rows], device=hidden.device)
+    with ExitStack() as stack:
+        stack.enter_context(_layers_giving(decoder_layers(model), hidden[:, None]))
+        head = model.get_output_embeddings()
+        if contrast is not None and type(head) is nn.Linear:
+            stack.enter_context(_only_tokens(head, contrast))
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        logits = wide(model(input_ids=ids, use_cache=False).logits[:, 0])
+    if contrast is not None and type(head) is not nn.Linear:
+        logits = logits.gather(1, contrast)
+    return logits
+
+
+@contextmanager
+def _only_tokens(head: nn.Linear, tokens: Tensor) -> Iterator[None]:
+    """The unembedding of two tokens a row instead of the vocabulary."""
+
+    def forward(hidden: Float[Tensor, "row one d_model"]) -> Float[Tensor, "row one two"]:
+        logits = hidden @ head.weight[tokens].transpose(1, 2)
+        return logits if head.bias is None else logits + head.bias[tokens][:, None]
+
+    with _replaced([head], forward):
+        yield
 
 
 @contextmanager
 def _layers_giving(layers: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
     """Every layer does nothing and the last one gives `hidden`."""
-    replaced = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = lambda *_args, **_kwargs: hidden
+    with _replaced(layers, lambda *_args, **_kwargs: hidden):
+        yield
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module] | nn.ModuleList, forward: object) -> Iterator[None]:
+    """Modules with another `forward` for a while."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward  # type: ignore[assignment]
     try:
         yield
     finally:
-        for layer, forward in zip(layers, replaced, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
-def _check_exact(model: PreTrainedModel, base: _Base) -> None:
-    """Cones that change nothing, from the first and a middle layer, must give the base run's logits."""
-    prompt, row = next(iter(base.row_of.items()))
-    n_layers = len(base.streams)
-    rows = []
-    for layer, position in ((0, 1), (n_layers // 2, max(1, prompt.prediction - 1))):
-        at = tuple(range(position, prompt.prediction + 1))
-        rows.append(Row(prompt, patch=Patch(layer, at, base.streams[layer][row, list(at)])))
-    found = _run_cones(model, base, [0, 1], rows).logits
-    n_answers = len(prompt.predicting)
-    expected = base.logits[row, :n_answers]
-    gap = float((found[:, :n_answers] - expected).abs().max() / expected.abs().max())
-    if not gap <= _TOLERANCE.get(model.dtype, 5e-2):
+def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
+    """Cones that change nothing, whole and narrow, from the first and a middle layer, must give the base's logits."""
+    prompt, middle = base.prompts[0], len(base.keys) // 2
+    expected = base.logits_of(prompt)
+    contrast = (int(expected[0].argmax()), prompt.answer_ids[0])
+    start = max(1, prompt.prediction - 1)
+    whole = tuple(range(1, prompt.prediction + 1))
+    patches = [Patch(0, whole, prompt), Patch(middle, whole[-2:], prompt), Patch(middle, (start,), prompt, "z", 0)]
+    rows = [Row(prompt, patch=patch, contrast=contrast) for patch in patches]
+    (output,) = _run_cones(model, base, list(range(len(rows))), rows, False, budget)
+    (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
+    gaps = [relative_gap(output.logits.view(len(rows), *expected.shape), expected[None])]
+    gaps.append(relative_gap(short.logits, expected[0, list(contrast)][None]))
+    if not max(gaps) <= tolerance(model):
         raise UnsupportedModel(
-            f"{type(model).__name__}: recomputing part of a run moves its logits by {gap:.1e} of their size, so the "
-            "engine would not be exact on it"
+            f"{type(model).__name__}: recomputing part of a run moves its logits by {max(gaps):.1e} of their size, so "
+            "the engine would not be exact on it"
         )

@@ -1,21 +1,26 @@
 """Interventions as data: which edges to block, which states to replace, in which prompt.
 
 A row is one prompt under at most one intervention of each kind. An intervention reaches only the
-layers and positions of its cone: from its first layer up, and from its first position on.
+layers and positions of its cone: from its first layer up, and from its first position on. Whatever
+runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from subjattn.errors import NotFired
 from subjattn.prompts import Prompt
 
 
+Component = Literal["resid_pre", "attn_out", "mlp_out", "z"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25
@@ -24,29 +29,61 @@ PADDING = 1.25
 
 @dataclass(frozen=True)
 class Block:
-    """Attention edges from `queries` to `keys` blocked before the softmax, in `layers` (None: all)."""
+    """Attention edges (query, key) blocked before the softmax, in `layers` and `heads` (None: all)."""
 
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
+    edges: frozenset[tuple[int, int]]
     layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+    @classmethod
+    def between(
+        cls,
+        queries: Iterable[int],
+        keys: Iterable[int],
+        layers: tuple[int, ...] | None = None,
+        heads: tuple[int, ...] | None = None,
+    ) -> Block:
+        """Every edge from `queries` to `keys` that a causal model has."""
+        keys = tuple(keys)
+        return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads)
+
+    def acts_at(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The residual stream before `layer` replaced at `positions` by another run's values."""
+    """The output of a component replaced at `positions` of one layer.
+
+    `values` are `[position, width]`, or a prompt from whose own run they are taken at the same
+    positions. Components: `resid_pre`, the residual stream before the layer; `attn_out` and `mlp_out`,
+    what its attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
+    """
 
     layer: int
     positions: tuple[int, ...]
-    values: Float[Tensor, "position d_model"]
+    values: Float[Tensor, "position width"] | Prompt
+    component: Component = "resid_pre"
+    head: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt under at most one intervention of each kind."""
+    """One prompt under at most one intervention of each kind; `contrast` is a token and its foil."""
 
     prompt: Prompt
     block: Block | None = None
     patch: Patch | None = None
+    contrast: tuple[int, int] | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.block is None and self.patch is None
+
+    @property
+    def source(self) -> Prompt | None:
+        """The prompt whose run gives the patch its values."""
+        return self.patch.values if self.patch is not None and isinstance(self.patch.values, Prompt) else None
 
     @property
     def first_layer(self) -> int:
@@ -57,31 +94,82 @@ class Row:
         return min(layers, default=0)
 
     @property
-    def first_position(self) -> int:
-        """The first position whose computation differs from the base run's; at most the prediction position."""
+    def suffix(self) -> range:
+        """Positions from the first that differs from the base run to the last that predicts an answer token."""
         positions = [self.prompt.prediction]
         positions += [] if self.patch is None else list(self.patch.positions)
-        positions += [] if self.block is None else list(self.block.queries)
-        return min(positions)
+        positions += [] if self.block is None else [query for query, _ in self.block.edges]
+        return range(min(positions), self.prompt.predicting[-1] + 1)
+
+    @property
+    def touched(self) -> Sequence[int]:
+        """Positions of the suffix that leave the first layer changed.
+
+        Only a patched residual stream changes keys and values of its own layer, and so every later position.
+        """
+        first, last = self.first_layer, self.prompt.predicting[-1]
+        positions: set[int] = set()
+        if self.patch is not None and self.patch.layer == first:
+            if self.patch.component == "resid_pre":
+                return self.suffix
+            positions.update(self.patch.positions)
+        if self.block is not None and self.block.acts_at(first):
+            positions.update(query for query, _ in self.block.edges if query <= last)
+        return sorted(positions)
 
 
 @dataclass
 class Output:
-    """What one batch of rows gave; `index` says where its rows stand among those asked for."""
+    """What a batch of rows gave; `index` says where its rows stand among those asked for.
+
+    `logits` has one line for every position that predicts an answer token, row after row; where only
+    contrasts were asked for, one line a row, its token and its foil. `control` are the same prompts
+    without an intervention, run in the same batch; `control_of` says which belongs to a row.
+    """
 
     index: list[int]
     rows: list[Row]
-    logits: Float[Tensor, "row answer vocab"]
+    logits: Float[Tensor, "prediction vocab"]
+    control: Output | None = None
+    control_of: list[int] = field(default_factory=list)
     attention: dict[int, Float[Tensor, "row head query key"]] = field(default_factory=dict)
+    value_norms: dict[int, Float[Tensor, "row head key"]] = field(default_factory=dict)
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
+    """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing."""
+    for row in rows:
+        length, last = len(row.prompt), row.prompt.predicting[-1]
+        block, patch = row.block, row.patch
+        if block is not None:
+            layers, heads = block.layers or (), block.heads or ()
+            inside = [0 <= key <= query < length for query, key in block.edges]
+            inside += [0 <= layer < n_layers for layer in layers] + [0 <= head < n_heads for head in heads]
+            empty = not block.edges or block.layers == () or block.heads == ()
+            if empty or not all(inside) or min(query for query, _ in block.edges) > last:
+                raise NotFired(
+                    f"fact {row.prompt.fact_id}: the blocked edges are empty, or lie outside the prompt or model"
+                )
+        if patch is not None:
+            inside = [0 <= patch.layer < n_layers, bool(patch.positions)]
+            inside += [0 <= position <= last for position in patch.positions]
+            inside += [(patch.head is not None and 0 <= patch.head < n_heads) == (patch.component == "z")]
+            if not all(inside):
+                raise NotFired(
+                    f"fact {row.prompt.fact_id}: a patch of {patch.component} in layer {patch.layer}, head "
+                    f"{patch.head}, at positions {patch.positions} lies outside the prompt or model"
+                )
+            if row.source is not None and max(patch.positions) >= len(row.source):
+                raise NotFired(f"fact {row.prompt.fact_id}: the prompt patched from is too short")
+
+
+def batches(lengths: Sequence[int], budget: int, padding: float = PADDING) -> Iterator[list[int]]:
     """Indices grouped by similar length, within a budget of tokens and little padding."""
     batch: list[int] = []
     own = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         padded = lengths[i] * (len(batch) + 1)
-        if batch and (padded > budget or padded > PADDING * (own + lengths[i])):
+        if batch and (padded > budget or padded > padding * (own + lengths[i])):
             yield batch
             batch, own = [], 0
         batch.append(i)
@@ -90,22 +178,20 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def blocked_edges(rows: Sequence[Row], length: int) -> Bool[Tensor, "row query key"] | None:
-    """The edges each row blocks, as a mask over whole prompts; None if no row blocks any."""
-    if all(row.block is None for row in rows):
-        return None
-    blocked = torch.zeros(len(rows), length, length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row.block is not None:
-            blocked[i][torch.tensor(row.block.queries)[:, None], torch.tensor(row.block.keys)] = True
-    return blocked
+def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """Each prompt and contrast among `rows` once, without an intervention, and which one belongs to a row."""
+    found: dict[tuple[Prompt, tuple[int, int] | None], int] = {}
+    of = [found.setdefault((row.prompt, row.contrast), len(found)) for row in rows]
+    return [Row(prompt, contrast=contrast) for prompt, contrast in found], of
 
 
-def blocks_at(rows: Sequence[Row], layer: int) -> Bool[Tensor, " row"]:
-    """Which rows block their edges in this layer."""
-    return torch.tensor(
-        [row.block is not None and (row.block.layers is None or layer in row.block.layers) for row in rows]
-    )
+def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:
+    """The edges a row blocks, as a mask over the whole prompt."""
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    if row.block is not None:
+        queries, keys = zip(*row.block.edges, strict=True)
+        mask[torch.tensor(queries), torch.tensor(keys)] = True
+    return mask
 
 
 def wide(values: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ The dimension `fact` carries fact ids, with the subject beside it as a second co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
+from subjattn.backends import Backend, BackendName, open_backend
+from subjattn.engine.budget import Budget
 from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.models import LoadedModel
 
@@ -56,3 +59,16 @@ def check_askable(prompts: Sequence[Prompt]) -> None:
                 f"fact {prompt.fact_id}: the prompt {prompt.text!r} ends with its subject, so attention from the "
                 "prediction position to it is attention to itself: use a template that goes on after the subject"
             )
+
+
+def shortened(prompt: Prompt) -> Prompt:
+    """The prompt with only the first token of its answer, where the rest is not asked for."""
+    end = prompt.prediction + 2
+    return replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end])
+
+
+def opened(
+    backend: BackendName, model: PreTrainedModel, memory_budget: int | None, prompts: Sequence[Prompt]
+) -> Backend:
+    """The backend that a measure runs on, its batches fitting the budget."""
+    return open_backend(backend, model, Budget.of(model, memory_budget, max(map(len, prompts))))

@@ -7,17 +7,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float
 from torch import Tensor
 
 from subjattn.engine import cones
-from subjattn.engine.forward import check_causal
-from subjattn.engine.interventions import BATCH_TOKENS, Output, Row
+from subjattn.engine.checks import check_model
+from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.measures import hf_model, labelled
+from subjattn.measures.metrics import measure_rows
 from subjattn.prompts import Prompt
 
 
@@ -35,27 +34,9 @@ LOGPROB_ATTRS = {
 
 def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     """Summed log-probability of each prompt's first accepted answer, in nats: an array `(fact,)`."""
-    values = row_logprobs(model, [Row(prompt) for prompt in prompts])
-    return labelled("answer_logprob", values, prompts, **LOGPROB_ATTRS)
-
-
-def row_logprobs(model: Model, rows: Sequence[Row]) -> np.ndarray:
-    """`answer_logprob` of rows under interventions, in the order given: `[row]`, float64."""
-    values = np.empty(len(rows))
-    for output in cones.forward(hf_model(model), rows):
-        values[output.index] = output_logprobs(output).cpu().numpy()
-    return values
-
-
-def output_logprobs(output: Output) -> Float[Tensor, " row"]:
-    """Summed answer log-probability of a batch's rows, in float64."""
-    logprobs = output.logits.log_softmax(-1)
-    answers = [row.prompt.answer_ids for row in output.rows]
-    longest = logprobs.shape[1]
-    ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in answers], device=logprobs.device)
-    counts = torch.tensor([len(ids) for ids in answers], device=logprobs.device)
-    picked = logprobs.gather(2, ids[..., None])[..., 0].double()
-    return (picked * (torch.arange(longest, device=ids.device) < counts[:, None])).sum(1)
+    rows = [Row(prompt) for prompt in prompts]
+    found = measure_rows(cones.forward(hf_model(model), rows), rows, ["answer_logprob"])
+    return labelled("answer_logprob", found.values["answer_logprob"], prompts, **LOGPROB_ATTRS)
 
 
 @torch.inference_mode()
@@ -69,7 +50,7 @@ def predict(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[
         `is_correct(prediction, answers)`.
     """
     hf = hf_model(model)
-    check_causal(hf)
+    check_model(hf)
     eos, newline = _ending_tokens(hf, tokenizer)
     lengths: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):

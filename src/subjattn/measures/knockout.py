@@ -1,92 +1,212 @@
-"""Attention knock-out: what the answer loses when edges to the subject are blocked.
+"""Attention knock-out: what the answer loses when edges are blocked.
 
-Edges are blocked before the softmax, so the remaining weights renormalise (Geva et al. 2023). Two
-routes tell how the subject reaches the answer:
+Edges are blocked before the softmax, so the remaining weights renormalise (Geva et al. 2023). A route
+is a set of edges; those of the subject tell how it reaches the answer:
 
 * `direct`: from every position that predicts an answer token to the subject;
 * `total`: from every position after the subject to it, answer tokens included: what the subject is
-  worth by any route, relays through the words in between among them.
+  worth by any route, relays through the words in between among them;
+* `non_subject`: from every predicting position to all but the subject and itself;
+* `last`: from every predicting position to itself;
+* `subject_to_earlier`: from the subject to everything before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 import xarray as xr
 
-from subjattn.engine.forward import decoder_layers
+from subjattn.backends import BackendName
+from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.interventions import Block, Row
-from subjattn.measures import check_askable, hf_model, labelled
-from subjattn.measures.answers import row_logprobs
+from subjattn.errors import BadInput
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
+from subjattn.measures.metrics import CHANGES, MEANINGS, UNITS, Measured, Metric, measure_rows, parse_metrics
 from subjattn.prompts import Prompt
 
 
 if TYPE_CHECKING:
     from subjattn.measures import Model
 
-Route = Literal["direct", "total"]
-ROUTES: tuple[Route, ...] = ("direct", "total")
-_QUERIES = {"direct": "every answer-predicting position", "total": "every position after the subject"}
+Route = Literal["direct", "total", "non_subject", "last", "subject_to_earlier"]
+By = Literal["layer", "window", "head"]
+Edges = Callable[[Prompt], Iterable[tuple[int, int]]]
+ROUTES: tuple[Route, ...] = get_args(Route)
+_EDGES: dict[str, tuple[str, Edges]] = {
+    "direct": (
+        "from every answer-predicting position to the subject",
+        lambda p: [(query, key) for query in p.predicting for key in p.subject_positions],
+    ),
+    "total": (
+        "from every position after the subject to the subject",
+        lambda p: [(query, key) for query in range(p.subject_span[1], len(p) - 1) for key in p.subject_positions],
+    ),
+    "non_subject": (
+        "from every answer-predicting position to all but the subject and itself",
+        lambda p: [(query, key) for query in p.predicting for key in range(query) if key not in p.subject_positions],
+    ),
+    "last": ("from every answer-predicting position to itself", lambda p: [(query, query) for query in p.predicting]),
+    "subject_to_earlier": (
+        "from the subject to everything before it",
+        lambda p: [(query, key) for query in p.subject_positions for key in range(p.subject_span[0])],
+    ),
+}
 
 
+@overload
 def knockout(
-    model: Model, prompts: Sequence[Prompt], routes: Sequence[Route] = ROUTES, *, by_layer: bool = False
-) -> xr.DataArray:
-    """Fall in the answer's summed log-probability when edges to the subject are blocked, in nats.
+    model: Model,
+    prompts: Sequence[Prompt],
+    routes: Sequence[str] | Mapping[str, Edges] = ...,
+    *,
+    by: By | None = ...,
+    window: int = ...,
+    metric: Metric = ...,
+    foils: Sequence[int] | None = ...,
+    backend: BackendName = ...,
+    memory_budget: int | None = ...,
+) -> xr.DataArray: ...
+@overload
+def knockout(
+    model: Model,
+    prompts: Sequence[Prompt],
+    routes: Sequence[str] | Mapping[str, Edges] = ...,
+    *,
+    by: By | None = ...,
+    window: int = ...,
+    metric: list[Metric],
+    foils: Sequence[int] | None = ...,
+    backend: BackendName = ...,
+    memory_budget: int | None = ...,
+) -> xr.Dataset: ...
+def knockout(
+    model: Model,
+    prompts: Sequence[Prompt],
+    routes: Sequence[str] | Mapping[str, Edges] = ("direct", "total"),
+    *,
+    by: By | None = None,
+    window: int = 9,
+    metric: Metric | list[Metric] = "answer_logprob",
+    foils: Sequence[int] | None = None,
+    backend: BackendName = "engine",
+    memory_budget: int | None = None,
+) -> xr.DataArray | xr.Dataset:
+    """How far the answer falls when attention edges are blocked.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         prompts: whom to ask.
-        routes: which edges, see the module's text.
-        by_layer: block one layer at a time instead of all together.
+        routes: names of routes (see the module's text), or a mapping from names of your own to functions
+            that give a prompt's edges `(query, key)`.
+        by: block one layer, one window of layers or one head of one layer at a time; None: all layers.
+        window: layers of a window, cut off at the first and last layer; Geva et al. use 9.
+        metric: one of `answer_logprob` (nats), `logit_diff` (logits), `kl` (nats), `rank`; or several.
+        foils: for `logit_diff`, the token id that each prompt's answer is compared with.
+        backend: what computes it; see `subjattn.backends`.
+        memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, route)`, or `(fact, route, layer)` by layer. Positive: the answer got less likely. The
-        coordinate `answer_logprob` `(fact,)` is the answer's log-probability with nothing blocked.
+        `(fact, route)`, and `layer` (of a window: its centre) and `head` where asked for. `answer_logprob`
+        and `logit_diff` are falls, baseline minus blocked; `kl` and `rank` are those of the blocked run.
+        Coordinates `baseline_METRIC` `(fact,)` hold the value with nothing blocked, and the attribute
+        `noise_floor` how far a row without a block strays from it. NaN where a prompt has none of a
+        route's edges. Several metrics give a Dataset, as `dataset[[…]]` does.
 
     Raises:
-        BadInput: a prompt ends with its subject.
+        BadInput: a prompt ends with its subject, or an argument does not fit.
         UnsupportedModel, NotFired: the edges could not be blocked.
     """
     check_askable(prompts)
-    n_layers = len(decoder_layers(hf_model(model)))
-    layers: list[tuple[int, ...] | None] = [(layer,) for layer in range(n_layers)] if by_layer else [None]
-    rows = [Row(prompt) for prompt in prompts]
-    for prompt in prompts:
-        keys = tuple(prompt.subject_positions)
-        rows += [Row(prompt, block=Block(_queries(prompt, r), keys, layer)) for r in routes for layer in layers]
-    baseline, blocked = np.split(row_logprobs(model, rows), [len(prompts)])
-    drop = baseline[:, None, None] - blocked.reshape(len(prompts), len(routes), len(layers))
-    array = labelled(
-        "knockout_drop",
-        drop if by_layer else drop[..., 0],
-        prompts,
-        ("route", "layer") if by_layer else ("route",),
-        unit="nats",
-        definition=_definition(
-            " or ".join(f"{_QUERIES[r]} ({r})" for r in routes), "one layer" if by_layer else "all layers"
-        ),
-        paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
+    metrics = parse_metrics(metric)
+    edges = _parse_routes(routes)
+    if ("logit_diff" in metrics and foils is None) or (foils is not None and len(foils) != len(prompts)):
+        raise BadInput("metric 'logit_diff' needs foils=[token id, …], one for every prompt")
+    hf = hf_model(model)
+    n_layers, heads = len(decoder_layers(hf)), n_heads(hf) if by == "head" else 1
+    places = _layers(by, n_layers, window)
+    asked = list(prompts) if "answer_logprob" in metrics else [shortened(prompt) for prompt in prompts]
+    contrasts: list[tuple[int, int] | None] = [None] * len(asked)
+    if foils is not None:
+        contrasts = [(prompt.answer_ids[0], int(foil)) for prompt, foil in zip(asked, foils, strict=True)]
+    rows = [Row(prompt, contrast=contrast) for prompt, contrast in zip(asked, contrasts, strict=True)]
+    cells: list[tuple[int, int, int, int]] = []
+    for fact, prompt in enumerate(asked):
+        for route, of in enumerate(edges.values()):
+            if blocked := frozenset(edge for edge in of(prompt) if edge[0] <= prompt.predicting[-1]):
+                for layer, layers in enumerate(places):
+                    for head in range(heads):
+                        block = Block(blocked, layers, (head,) if by == "head" else None)
+                        rows.append(Row(prompt, block, contrast=contrasts[fact]))
+                        cells.append((fact, route, layer, head))
+    run = opened(backend, hf, memory_budget, asked)
+    found = measure_rows(run.forward(rows, only_contrast=metrics == ["logit_diff"]), rows, metrics)
+    dims: tuple[str, ...] = {None: (), "head": ("layer", "head")}.get(by, ("layer",))
+    where = {None: "all layers", "layer": "one layer", "head": "one head of one layer"}.get(
+        by, f"windows of {window} layers"
     )
-    return array.assign_coords(route=list(routes), answer_logprob=("fact", baseline))
+    arrays = {}
+    for name in metrics:
+        array = labelled(
+            "knockout_drop" if name in CHANGES else f"knockout_{name}",
+            _grid(found, name, cells, (len(prompts), len(edges), len(places), heads))[
+                (..., *[slice(None) if dim in dims else 0 for dim in ("layer", "head")])
+            ],
+            prompts,
+            ("route", *dims),
+            unit=UNITS[name],
+            definition=_definition(
+                name, " or ".join(f"{_EDGES[r][0]} ({r})" if r in _EDGES else r for r in edges), where
+            ),
+            paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
+            noise_floor=found.noise_floor[name],
+            backend=backend,
+        )
+        arrays[name] = array.assign_coords(
+            {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])}
+        )
+    return arrays[metrics[0]] if isinstance(metric, str) else xr.Dataset(arrays)
 
 
 def one_route(drop: xr.DataArray, route: Route) -> xr.DataArray:
     """One route of `knockout` in all layers, `(fact,)`, with its own definition."""
-    array = drop.sel(route=route, drop=True).drop_vars("answer_logprob")
-    return array.assign_attrs(definition=_definition(_QUERIES[route], "all layers"))
+    array = drop.sel(route=route, drop=True).drop_vars("baseline_answer_logprob")
+    return array.assign_attrs(definition=_definition("answer_logprob", _EDGES[route][0], "all layers"))
 
 
-def _definition(queries: str, layers: str) -> str:
-    return (
-        f"fall in the answer's summed log-probability when the edges from {queries} to the subject are blocked "
-        f"before the softmax in {layers}"
-    )
+def _parse_routes(routes: Sequence[str] | Mapping[str, Edges]) -> dict[str, Edges]:
+    if isinstance(routes, Mapping):
+        return dict(routes)
+    if isinstance(routes, str) or not routes or (unknown := [name for name in routes if name not in _EDGES]):
+        named = routes if isinstance(routes, str) or not routes else unknown
+        raise BadInput(f"routes {named!r}: give a list of {', '.join(ROUTES)}, or a mapping from names to edges")
+    return {name: _EDGES[name][1] for name in routes}
 
 
-def _queries(prompt: Prompt, route: Route) -> tuple[int, ...]:
-    if route == "direct":
-        return tuple(prompt.predicting)
-    return tuple(range(prompt.subject_span[1], len(prompt)))
+def _layers(by: str | None, n_layers: int, window: int) -> list[tuple[int, ...] | None]:
+    """The layers blocked together, by centre."""
+    if by is None:
+        return [None]
+    if by not in ("layer", "window", "head") or window < 1:
+        raise BadInput(
+            f"by {by!r} with windows of {window}: by is 'layer', 'window', 'head' or None, a window 1 or more"
+        )
+    size = window if by == "window" else 1
+    return [tuple(range(max(0, c - size // 2), min(n_layers, c - size // 2 + size))) for c in range(n_layers)]
+
+
+def _grid(
+    found: Measured, metric: Metric, cells: list[tuple[int, int, int, int]], shape: tuple[int, ...]
+) -> np.ndarray:
+    grid = np.full(shape, np.nan)
+    if cells:
+        effect = found.effect(metric)[-len(cells) :]
+        grid[tuple(np.array(cells).T)] = -effect if metric in CHANGES else effect
+    return grid
+
+
+def _definition(metric: Metric, edges: str, layers: str) -> str:
+    fall = f"fall in the {MEANINGS[metric]}" if metric in CHANGES else MEANINGS[metric]
+    return f"{fall}, when the edges {edges} are blocked before the softmax in {layers}"

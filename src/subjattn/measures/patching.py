@@ -1,110 +1,237 @@
-"""Activation patching: clean residual states put into a run whose subject was swapped.
+"""Activation patching: states of one run put into another whose subject was swapped.
 
 Clean and corrupt prompts differ only in the subject (symmetric token replacement, Zhang & Nanda 2023)
-and have different answers. A cell restores the clean residual stream before one layer at all
-positions of one role, and asks how far the logit difference between the two answers comes back.
+and have different answers. Denoising puts clean states into the corrupt run and asks how far the clean
+answer comes back; noising puts corrupt states into the clean run and asks what it loses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
-import torch
 import xarray as xr
 
-from subjattn.engine import cones
-from subjattn.engine.forward import residual_streams
-from subjattn.engine.interventions import Patch, Row
+from subjattn.backends import BackendName
+from subjattn.engine.anatomy import decoder_layers, n_heads
+from subjattn.engine.interventions import COMPONENTS, Component, Patch, Row
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
+from subjattn.measures.metrics import CHANGES, MEANINGS, METRICS, UNITS, Metric, measure_rows, parse_metrics
 from subjattn.prompts import ROLES, Prompt, aligned
 
 
 if TYPE_CHECKING:
     from subjattn.measures import Model
 
+At = Literal["role", "position", "prediction", "subject"]
+Direction = Literal["denoising", "noising"]
+_NAMES: dict[Component, str] = {
+    "resid_pre": "residual stream before one layer",
+    "attn_out": "attention output of one layer",
+    "mlp_out": "MLP output of one layer",
+    "z": "output of one head before W_O",
+}
 
-def patch_grid(model: Model, pairs: Sequence[tuple[Prompt, Prompt]]) -> xr.DataArray:
-    """Effect of restoring the clean residual stream, by layer and position role (denoising).
 
-    The effect of a cell is the patched run's logit difference (clean answer's first token minus corrupt
-    answer's) less the corrupt run's. Roles before the subject are exactly 0 without a pass: both runs are
-    the same there. A role that a prompt lacks is NaN.
+@overload
+def patch_grid(
+    model: Model,
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    component: Component = ...,
+    *,
+    at: At = ...,
+    direction: Direction = ...,
+    metric: Metric = ...,
+    backend: BackendName = ...,
+    memory_budget: int | None = ...,
+) -> xr.DataArray: ...
+@overload
+def patch_grid(
+    model: Model,
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    component: Component = ...,
+    *,
+    at: At = ...,
+    direction: Direction = ...,
+    metric: list[Metric],
+    backend: BackendName = ...,
+    memory_budget: int | None = ...,
+) -> xr.Dataset: ...
+def patch_grid(
+    model: Model,
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    component: Component = "resid_pre",
+    *,
+    at: At = "role",
+    direction: Direction = "denoising",
+    metric: Metric | list[Metric] = "logit_diff",
+    backend: BackendName = "engine",
+    memory_budget: int | None = None,
+) -> xr.DataArray | xr.Dataset:
+    """Effect of patching one component, by layer and position (and head).
+
+    Cells that cannot do anything are exactly 0 without a pass: positions before the first token in which
+    the prompts differ, and outputs of the last layer anywhere but at the prediction position.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         pairs: clean and corrupt prompts, from `swap_subjects`.
+        component: `resid_pre`, `attn_out`, `mlp_out`, or `z`, the output of each head before W_O.
+        at: `role` patches all positions of a role together, `position` each by itself; `prediction` and
+            `subject` patch there alone and give no such dimension.
+        direction: `denoising` puts clean states into the corrupt run, `noising` corrupt ones into the clean.
+        metric: one of `logit_diff` (clean answer minus corrupt answer, first tokens), `answer_logprob` (of
+            the clean answer, nats), `kl` (nats), `rank` (of the clean answer); or several.
+        backend: what computes it; see `subjattn.backends`.
+        memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, layer, role)` in logits, with coordinates `clean_logit_diff` and `corrupt_logit_diff`
-        `(fact,)`; `recovery` turns it into shares of what the swap destroyed.
+        `(fact, layer[, head][, role or position])`. `logit_diff` and `answer_logprob` are changes from the
+        unpatched run, `kl` and `rank` those of the patched one; coordinates `clean_METRIC` and
+        `corrupt_METRIC` `(fact,)` hold the runs that nothing was patched in, and the attribute
+        `noise_floor` how far a row without a patch strays from them. A role or position that a prompt lacks
+        is NaN. `recovery` turns effects into shares of what the swap destroyed. Several metrics give a
+        Dataset, as `dataset[[…]]` does.
 
     Raises:
-        BadInput: no pairs, or a pair whose positions do not align.
-        NotFired: a patch was never applied.
+        BadInput: no pairs, a pair whose positions do not align, or an argument that does not fit.
+        UnsupportedModel, NotFired: the patch could not be applied.
     """
-    if not pairs:
-        raise BadInput("there are no pairs of prompts to patch: ask more facts, so that subjects can be swapped")
-    clean, corrupt = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    check_askable([*clean, *corrupt])
-    for a, b in pairs:
-        if not aligned(a, b) or a.answer_ids[0] == b.answer_ids[0]:
-            raise BadInput(f"facts {a.fact_id} and {b.fact_id}: positions do not align or their answers start alike")
+    metrics = parse_metrics(metric)
+    for name, value, known in (
+        ("component", component, COMPONENTS),
+        ("at", at, get_args(At)),
+        ("direction", direction, get_args(Direction)),
+    ):
+        if value not in known:
+            raise BadInput(f"{name} {value!r} is not one of {', '.join(known)}")
+    runs = _runs(pairs, whole_answer="answer_logprob" in metrics)
+    sides = [clean for clean, _, _ in runs], [corrupt for _, corrupt, _ in runs]
+    contrasts = [contrast for _, _, contrast in runs]
     hf = hf_model(model)
-    states = residual_streams(hf, clean)
-    n_layers = states[0].shape[0]
+    n_layers = len(decoder_layers(hf))
+    heads: list[int | None] = list(range(n_heads(hf))) if component == "z" else [None]
 
-    rows = [Row(prompt) for prompt in (*clean, *corrupt)]
-    cells: list[tuple[int, int, int]] = []
-    effect = np.full((len(pairs), n_layers, len(ROLES)), np.nan)
-    for pair, (a, b) in enumerate(pairs):
-        for r, role in enumerate(ROLES):
-            positions = tuple(a.role(role))
-            if positions and role == "before_subject":
-                effect[pair, :, r] = 0.0
-            elif positions:
-                for layer in range(n_layers):
-                    cells.append((pair, layer, r))
-                    rows.append(Row(b, patch=Patch(layer, positions, states[pair][layer, list(positions)])))
+    n_place = {"role": len(ROLES), "position": max(clean.prediction for clean, _, _ in runs) + 1}.get(at, 1)
+    rows = [Row(p, contrast=contrast) for side in sides for p, contrast in zip(side, contrasts, strict=True)]
+    dead = np.full((len(runs), n_layers, len(heads), n_place), np.nan)
+    cells: list[tuple[int, int, int, int]] = []
+    for fact, (clean, corrupt, contrast) in enumerate(runs):
+        into, source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
+        differs = next(i for i, (a, b) in enumerate(zip(clean.ids, corrupt.ids, strict=False)) if a != b)
+        for place, positions in enumerate(_positions(clean, at)):
+            live = tuple(position for position in positions if position >= differs)
+            for layer in range(n_layers):
+                last = component != "resid_pre" and layer == n_layers - 1
+                where = tuple(position for position in live if not last or position == clean.prediction)
+                if not where:
+                    dead[fact, layer, :, place] = 0.0 if positions else np.nan
+                    continue
+                for head in heads:
+                    rows.append(Row(into, patch=Patch(layer, where, source, component, head), contrast=contrast))
+                    cells.append((fact, layer, head or 0, place))
+    run = opened(backend, hf, memory_budget, [prompt for clean, corrupt, _ in runs for prompt in (clean, corrupt)])
+    found = measure_rows(run.forward(rows, only_contrast=metrics == ["logit_diff"]), rows, metrics)
 
-    pair_of_row = [*range(len(pairs))] * 2 + [cell[0] for cell in cells]
-    answers = np.array([(a.answer_ids[0], b.answer_ids[0]) for a, b in pairs])[pair_of_row]
-    diff = np.empty(len(rows))
-    for output in cones.forward(hf, rows):
-        first = output.logits[:, 0].double()
-        picked = first.gather(1, torch.as_tensor(answers[output.index], device=first.device))
-        diff[output.index] = (picked[:, 0] - picked[:, 1]).cpu().numpy()
-    clean_diff, corrupt_diff, patched = np.split(diff, [len(pairs), 2 * len(pairs)])
-    for (pair, layer, r), value in zip(cells, patched, strict=True):
-        effect[pair, layer, r] = value - corrupt_diff[pair]
-    return labelled(
-        "patch_effect",
-        effect,
-        clean,
-        ("layer", "role"),
-        unit="logits",
-        definition="logit difference (clean answer minus corrupt answer, first tokens) with the clean residual "
-        "stream restored before one layer at all positions of a role, less that of the corrupt run",
-        paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
-        component="resid_pre",
-    ).assign_coords(
-        role=list(ROLES),
-        corrupt_subject=("fact", [b.subject for b in corrupt]),
-        clean_logit_diff=("fact", clean_diff),
-        corrupt_logit_diff=("fact", corrupt_diff),
-    )
+    dims = ("layer", *(("head",) if component == "z" else ()), *((at,) if at in ("role", "position") else ()))
+    keep = tuple(slice(None) if dim in dims else 0 for dim in ("layer", "head", at))
+    arrays = {}
+    for name in metrics:
+        grid = dead.copy()
+        if name not in CHANGES:
+            side = (
+                found.values[name][len(runs) : 2 * len(runs)]
+                if direction == "denoising"
+                else found.values[name][: len(runs)]
+            )
+            grid = np.where(grid == 0, side[:, None, None, None], grid)
+        if cells:
+            grid[tuple(np.array(cells).T)] = found.effect(name)[-len(cells) :]
+        array = labelled(
+            "patch_effect" if name in CHANGES else f"patch_{name}",
+            grid[(slice(None), *keep)],
+            [clean for clean, _ in pairs],
+            dims,
+            unit=UNITS[name],
+            definition=_definition(name, component, direction, at),
+            paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
+            component=component,
+            direction=direction,
+            noise_floor=found.noise_floor[name],
+            backend=backend,
+        )
+        array = array.assign_coords(
+            {
+                "corrupt_subject": ("fact", [corrupt.subject for _, corrupt in pairs]),
+                f"clean_{name}": ("fact", found.values[name][: len(runs)]),
+                f"corrupt_{name}": ("fact", found.values[name][len(runs) : 2 * len(runs)]),
+            }
+        )
+        arrays[name] = array.assign_coords(role=list(ROLES)) if at == "role" else array
+    return arrays[metrics[0]] if isinstance(metric, str) else xr.Dataset(arrays)
 
 
 def recovery(effect: xr.DataArray) -> xr.DataArray:
-    """Mean share of the destroyed logit difference that a cell brings back, `(…, layer, role)`.
+    """Mean share of what the swap destroyed that a cell brings back (noising: destroys), `(layer, …)`.
 
     The ratio of means over facts, not the mean of ratios, which a pair that the swap hardly moves would
-    dominate: 0 is the corrupt run, 1 the clean one. Facts that lack a role do not count for it.
+    dominate: denoising, 0 is the corrupt run and 1 the clean one; noising, the other way round. Facts that
+    lack a role do not count for it.
+
+    Raises:
+        BadInput: the array holds no change (`kl`, `rank`).
     """
-    destroyed = effect["clean_logit_diff"] - effect["corrupt_logit_diff"]
+    named = [effect.name] if effect.name in METRICS else [name for name in CHANGES if f"clean_{name}" in effect.coords]
+    if effect.name in ("patch_kl", "patch_rank") or len(named) != 1 or named[0] not in CHANGES:
+        raise BadInput("recovery needs a patch_grid of 'logit_diff' or 'answer_logprob'; of a Dataset, one variable")
+    destroyed = effect[f"clean_{named[0]}"] - effect[f"corrupt_{named[0]}"]
+    if effect.attrs.get("direction") == "noising":
+        destroyed = -destroyed
     share = effect.mean("fact") / destroyed.where(effect.notnull()).mean("fact")
     return share.rename("recovery").assign_attrs(
-        unit="share of the destroyed logit difference", definition="mean effect over mean destroyed difference"
+        unit="share of the destroyed difference", definition="mean effect over mean destroyed difference"
     )
+
+
+def _runs(
+    pairs: Sequence[tuple[Prompt, Prompt]], *, whole_answer: bool
+) -> list[tuple[Prompt, Prompt, tuple[int, int]]]:
+    """Clean and corrupt prompts, both followed by the clean answer, and the answers' first tokens."""
+    if not pairs:
+        raise BadInput("there are no pairs of prompts to patch: ask more facts, so that subjects can be swapped")
+    check_askable([prompt for pair in pairs for prompt in pair])
+    runs = []
+    for clean, corrupt in pairs:
+        if not aligned(clean, corrupt) or clean.answer_ids[0] == corrupt.answer_ids[0]:
+            raise BadInput(
+                f"facts {clean.fact_id} and {corrupt.fact_id}: positions do not align or their answers start alike"
+            )
+        contrast = (clean.answer_ids[0], corrupt.answer_ids[0])
+        end = corrupt.prediction + 1
+        asked = replace(
+            corrupt,
+            ids=corrupt.ids[:end] + clean.answer_ids,
+            tokens=corrupt.tokens[:end] + clean.tokens[end:],
+            answers=clean.answers,
+        )
+        runs.append((clean, asked, contrast) if whole_answer else (shortened(clean), shortened(asked), contrast))
+    return runs
+
+
+def _positions(prompt: Prompt, at: At) -> list[range]:
+    """The positions that each place of a grid patches."""
+    if at == "role":
+        return [prompt.role(role) for role in ROLES]
+    if at == "position":
+        return [range(position, position + 1) for position in range(prompt.prediction + 1)]
+    return [prompt.role("prediction") if at == "prediction" else prompt.subject_positions]
+
+
+def _definition(metric: Metric, component: Component, direction: Direction, at: At) -> str:
+    source, into = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
+    where = {"role": "all positions of a role", "position": "one position"}.get(at, f"the {at}")
+    change = f"change in the {MEANINGS[metric]}" if metric in CHANGES else MEANINGS[metric]
+    return f"{change}, when the {source} run's {_NAMES[component]} is put into the {into} run at {where}"

@@ -61,7 +61,12 @@ def measure(
     advance(len(prompts))
     drop = knockout(model, prompts)
     advance(len(prompts) * ROWS_OF_KNOCKOUT)
-    logprob = drop["answer_logprob"].drop_vars("answer_logprob").assign_attrs(LOGPROB_ATTRS)
+    logprob = (
+        drop["baseline_answer_logprob"]
+        .drop_vars("baseline_answer_logprob")
+        .rename("answer_logprob")
+        .assign_attrs(LOGPROB_ATTRS)
+    )
     arrays = {
         "accuracy": accuracy(predictions, logprob),
         "answer_logprob": logprob,
@@ -75,7 +80,7 @@ def measure(
     if known is None:
         known = set(predictions["fact_id"][predictions["correct"]])
     if few := shuffled[: settings.by_layer_facts]:
-        by_layer = knockout(model, few, by_layer=True).drop_vars("answer_logprob")
+        by_layer = knockout(model, few, by="layer").drop_vars("baseline_answer_logprob")
         arrays["knockout_drop_by_layer"] = by_layer.rename(fact="layer_fact", subject="layer_subject")
         advance(len(few) * n_layers * CELL)
     xr.Dataset(arrays).to_netcdf(folder / "measures.nc", engine="h5netcdf")

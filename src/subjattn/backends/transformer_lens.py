@@ -1,0 +1,182 @@
+"""TransformerLens as a reference: a TransformerBridge around a copy of the model, one row at a time.
+
+The bridge computes attention by itself, from scores to pattern, and has a hook point for each
+component; weights stay as they are (no compatibility mode, nothing folded).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel
+
+from subjattn.engine.checks import PROBE, relative_gap, tolerance
+from subjattn.engine.interventions import (
+    Block,
+    Component,
+    Output,
+    Patch,
+    Row,
+    blocked_edges,
+    check_rows,
+    controls,
+    wide,
+)
+from subjattn.errors import NotFired, UnsupportedModel
+from subjattn.prompts import Prompt
+
+
+_POINTS: dict[Component, str] = {
+    "resid_pre": "hook_in",
+    "attn_out": "attn.hook_out",
+    "mlp_out": "mlp.hook_out",
+    "z": "attn.hook_z",
+}
+_SCORES, _PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
+_Hook = tuple[str, Any]
+
+
+class TransformerLens:
+    """Runs rows by `run_with_hooks` and reads states by `run_with_cache`.
+
+    Raises:
+        UnsupportedModel: TransformerLens has no bridge for the model, lacks a hook point, or gives other logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        own = copy.deepcopy(model)
+        own.set_attn_implementation("eager")
+        try:
+            self.bridge: Any = build_bridge_from_module(own, type(model).__name__, hf_config=own.config)
+        except Exception as error:
+            raise _unsupported(model, f"it cannot be wrapped ({' '.join(str(error).split())})") from error
+        self.device = model.device
+        self.n_layers, self.n_heads = int(self.bridge.cfg.n_layers), int(self.bridge.cfg.n_heads)
+        self._check(model)
+
+    @torch.no_grad()
+    def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:  # noqa: ARG002
+        """Outputs of single rows, the plain ones first; see interventions.py."""
+        check_rows(rows, self.n_layers, self.n_heads)
+        states = self._states(rows)
+        changed = [i for i, row in enumerate(rows) if not row.plain]
+        for i, row in enumerate(rows):
+            if row.plain:
+                yield Output([i], [row], self._run(row, states))
+        own, of = controls([rows[i] for i in changed])
+        for number, plain in enumerate(own):
+            control = Output([], [plain], self._run(plain, states))
+            for i in (i for i, its in zip(changed, of, strict=True) if its == number):
+                yield Output([i], [rows[i]], self._run(rows[i], states), control, [0])
+
+    @torch.no_grad()
+    def attention_rows(self, prompts: Sequence[Prompt], *, value_norms: bool = False) -> Iterator[Output]:
+        """Outputs with the pattern's last row, `[1, head, 1, key]` by layer."""
+        if value_norms:
+            raise UnsupportedModel("backend transformer-lens does not weigh by values: use 'engine' or 'hooks'")
+        names = [_name(layer, _PATTERN) for layer in range(self.n_layers)]
+        for i, prompt in enumerate(prompts):
+            _, kept = self._cached(prompt.ids[: prompt.prediction + 1], names)
+            last = {layer: wide(kept[name])[:, :, -1:] for layer, name in enumerate(names)}
+            yield Output([i], [Row(prompt)], torch.empty(0), attention=last)
+
+    def _cached(self, ids: Sequence[int], names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = torch.tensor([ids], device=self.device)
+        return self.bridge.run_with_cache(tokens, names_filter=names, return_cache_object=False)  # type: ignore[no-any-return]
+
+    def _states(self, rows: Sequence[Row]) -> dict[Prompt, dict[str, Tensor]]:
+        """What the prompts patched from give, one run each, at the hook points that are asked for."""
+        wanted: dict[Prompt, set[str]] = {}
+        for row in rows:
+            if row.patch is not None and row.source is not None:
+                wanted.setdefault(row.source, set()).add(_name(row.patch.layer, _POINTS[row.patch.component]))
+        return {source: self._cached(source.ids, sorted(names))[1] for source, names in wanted.items()}
+
+    def _run(self, row: Row, states: dict[Prompt, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
+        fired: list[str] = []
+        hooks = [] if row.block is None else self._blocking(row, row.block, fired)
+        if row.patch is not None:
+            hooks.append(_patching(row.patch, states, fired))
+        logits = self.bridge.run_with_hooks(torch.tensor([row.prompt.ids], device=self.device), fwd_hooks=hooks)
+        if sorted(fired) != sorted(name for name, _ in hooks):
+            raise NotFired(f"fact {row.prompt.fact_id}: TransformerLens did not reach every hook point once: {fired}")
+        return wide(logits[0, list(row.prompt.predicting)])
+
+    def _blocking(self, row: Row, block: Block, fired: list[str]) -> list[_Hook]:
+        """Hooks that take edges out of the scores, and look whether the pattern lost them."""
+        edges = blocked_edges(row, len(row.prompt)).to(self.device)
+        heads = list(range(self.n_heads) if block.heads is None else block.heads)
+
+        def block_scores(scores: Tensor, hook: Any) -> Tensor:
+            fired.append(hook.name)
+            scores = scores.clone()
+            scores[0, heads] = scores[0, heads].masked_fill(edges, -torch.inf)
+            if (scores.amax(-1) <= torch.finfo(scores.dtype).min / 2).any():
+                raise NotFired("a query would be left without any key to attend to; block fewer edges")
+            return scores
+
+        def check_pattern(pattern: Tensor, hook: Any) -> None:
+            fired.append(hook.name)
+            if pattern[0, heads][:, edges].any():
+                raise NotFired(f"fact {row.prompt.fact_id}: blocked edges still have weight at {hook.name}")
+
+        layers = [layer for layer in range(self.n_layers) if block.acts_at(layer)]
+        hooks: list[_Hook] = [(_name(layer, _SCORES), block_scores) for layer in layers]
+        return hooks + [(_name(layer, _PATTERN), check_pattern) for layer in layers]
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        """Compare a short probe with the model's own logits, and see that every hook point is there and acts."""
+        ids = tuple((torch.arange(2, 2 + PROBE) % model.config.get_text_config().vocab_size).tolist())
+        probe = Prompt("probe", "", "", (), ids, (), (0, 1), PROBE - 2)
+        names = [
+            _name(layer, point) for layer in range(self.n_layers) for point in (*_POINTS.values(), _SCORES, _PATTERN)
+        ]
+        try:
+            found, kept = self._cached(ids, names)
+            plain, blocked = (
+                self._run(Row(probe, block), {}) for block in (None, Block.between([PROBE - 2], [PROBE - 3]))
+            )
+        except Exception as error:
+            raise _unsupported(model, f"it does not run there ({' '.join(str(error).split())})") from error
+        if missing := [name for name in names if name not in kept]:
+            raise _unsupported(model, f"hook points {', '.join(missing)} are never reached")
+        if any(kept[_name(layer, _POINTS["z"])].shape[2:3] != (self.n_heads,) for layer in range(self.n_layers)):
+            raise _unsupported(model, "its hook_z is not split into heads")
+        gap = relative_gap(
+            found[0], model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+        )
+        if not gap <= 10 * tolerance(model):
+            raise _unsupported(model, f"the wrapped model's logits part from its own by {gap:.1e} of their size")
+        if torch.equal(plain, blocked):
+            raise _unsupported(model, "what is written to its attention scores changes nothing")
+
+
+def _name(layer: int, point: str) -> str:
+    return f"blocks.{layer}.{point}"
+
+
+def _patching(patch: Patch, states: dict[Prompt, dict[str, Tensor]], fired: list[str]) -> _Hook:
+    """A hook that writes a patch's values."""
+    name = _name(patch.layer, _POINTS[patch.component])
+    head = () if patch.head is None else (patch.head,)
+    at = (0, list(patch.positions), *head)
+
+    def put(state: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        fired.append(name)
+        state = state.clone()
+        values = states[patch.values][name][at] if isinstance(patch.values, Prompt) else patch.values
+        state[at] = values.to(state)
+        return state
+
+    return name, put
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModel:
+    return UnsupportedModel(f"backend transformer-lens cannot take {type(model).__name__}: {why}; use another backend")

@@ -1,0 +1,160 @@
+"""Attention of cones: each token reads its cone's own keys, and the base run's where the cone has none.
+
+The base run's keys are shared by all cones of a prompt and never copied: queries of one prompt meet
+them in one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subjattn.engine.attention import capped, check_some_key, grouped
+from subjattn.engine.base import Base
+from subjattn.engine.interventions import Row, blocked_edges, wide
+
+
+class Tokens:
+    """Tokens of all cones, one cone's suffix after another, and those that pass through the present layer.
+
+    `offsets` says where each cone begins; `prompt` (row of the base run), `position` and `cone` belong to
+    each token. `select` chooses the tokens of one layer.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[int],
+        suffixes: Sequence[range],
+        *,
+        length: int,
+        n_layers: int,
+        n_heads: int,
+        device: torch.device,
+    ) -> None:
+        sizes = torch.tensor([len(suffix) for suffix in suffixes])
+        self.sizes, self.starts = sizes, sizes.cumsum(0) - sizes
+        self.offsets = [0, *accumulate(sizes.tolist())]
+        cone = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+        self.position = torch.cat([torch.arange(suffix.start, suffix.stop) for suffix in suffixes])
+        self.cone, self.prompt = cone.to(device), torch.tensor(prompts)[cone].to(device)
+        self.n_key = int(self.position.max()) + 1
+        self.blocked, self.acts, self.heads = None, None, None
+        if any(row.block is not None for row in rows):
+            edges = [
+                blocked_edges(row, length)[suffix.start : suffix.stop, : self.n_key]
+                for row, suffix in zip(rows, suffixes, strict=True)
+            ]
+            self.blocked = torch.cat(edges).to(device)
+            acts = [[r.block is not None and r.block.acts_at(layer) for r in rows] for layer in range(n_layers)]
+            self.acts = torch.tensor(acts)
+            if any(row.block is not None and row.block.heads is not None for row in rows):
+                heads = torch.ones(len(rows), n_heads, dtype=torch.bool)
+                for i, row in enumerate(rows):
+                    if row.block is not None and row.block.heads is not None:
+                        heads[i] = False
+                        heads[i, list(row.block.heads)] = True
+                self.heads = heads.to(device)
+        self.position = self.position.to(device)
+        self.device = device
+
+    def suffixes(self, cones: list[int]) -> Tensor:
+        """All tokens of some cones."""
+        sizes, offsets = self.sizes[cones], self.starts[cones]
+        shift = torch.repeat_interleave(offsets - (sizes.cumsum(0) - sizes), sizes)
+        return (torch.arange(len(shift)) + shift).to(self.device)
+
+    def select(self, flat: Tensor, n_own: list[int]) -> None:
+        """Choose the tokens of one pass through a layer, `n_own` of each cone; those of a prompt lie together."""
+        self.selected = flat
+        sizes = torch.tensor(n_own)
+        starts = sizes.cumsum(0) - sizes
+        steps = torch.arange(int(sizes.max()))
+        # Of each cone, its tokens among the selected; shorter ones repeat their last, which `valid` marks.
+        self.own = (starts[:, None] + steps.minimum(sizes[:, None] - 1)).to(self.device)
+        self.valid = (steps < sizes[:, None]).to(self.device)
+        self.row = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
+        self.step = torch.arange(len(self.selected), device=self.device) - starts.to(self.device)[self.row]
+        prompts, counts = self.prompt[self.selected].unique_consecutive(return_counts=True)
+        ends = [0, *accumulate(counts.tolist())]
+        self.by_prompt = [(p, slice(a, b)) for p, a, b in zip(prompts.tolist(), ends, ends[1:], strict=False)]
+
+    def among_selected(self, flat: Tensor) -> Tensor:
+        """Where tokens stand among the selected, -1 for those that do not."""
+        where = torch.full((self.offsets[-1],), -1, device=self.device)
+        where[self.selected] = torch.arange(len(self.selected), device=self.device)
+        return where[flat.to(self.device)]
+
+
+def attend(
+    base: Base,
+    tokens: Tokens,
+    layer: int,
+    query: Float[Tensor, "one head token d_head"],
+    key: Float[Tensor, "one kv_head token d_head"],
+    value: Float[Tensor, "one kv_head token d_head"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "one token head d_head"]:
+    """`z` of the selected tokens, softmax over base keys and own keys together, in at least float32."""
+    n_kv, n_key = key.shape[1], tokens.n_key
+    queries, keys, values = wide(grouped(query, n_kv)[0]), wide(key[0]), wide(value[0])
+    n_group, n_token, d_head = queries.shape[1:]
+    longest = tokens.own.shape[1]
+    scores = queries.new_empty(n_token, n_kv, n_group, n_key + longest)
+    for prompt, some in tokens.by_prompt:
+        shared = wide(base.keys[layer][prompt, :, :n_key])
+        found = queries[:, :, some].flatten(1, 2) @ shared.transpose(1, 2)
+        scores[some, ..., :n_key] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
+    own_keys, own_values = keys[:, tokens.own], values[:, tokens.own]
+    own_queries = queries[:, :, tokens.own].transpose(1, 2).flatten(2, 3)
+    found = (own_queries @ own_keys.transpose(2, 3)).unflatten(2, (n_group, longest))
+    scores[..., n_key:] = found.permute(1, 3, 0, 2, 4)[tokens.row, tokens.step]
+
+    allowed = _allowed(base, tokens, layer)
+    weights = capped(scores.mul_(scale), softcap).masked_fill_(~allowed, -torch.inf).softmax(-1)
+
+    z = values.new_empty(n_token, n_kv, n_group, d_head)
+    for prompt, some in tokens.by_prompt:
+        shared = wide(base.values[layer][prompt, :, :n_key])
+        found = weights[some, ..., :n_key].permute(1, 2, 0, 3).flatten(1, 2) @ shared
+        z[some] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
+    own_weights = weights[..., n_key:][tokens.own].permute(2, 0, 3, 1, 4).flatten(2, 3)
+    found = (own_weights @ own_values).unflatten(2, (n_group, longest))
+    z += found.permute(1, 3, 0, 2, 4)[tokens.row, tokens.step]
+    return z.flatten(1, 2).to(value)[None]
+
+
+def _allowed(base: Base, tokens: Tokens, layer: int) -> Tensor:
+    """What each selected token may read, `[token, 1 or kv_head, 1 or group, base key + own key]`."""
+    selected, n_key = tokens.selected, tokens.n_key
+    position = tokens.position[selected]
+    allowed = base.visible(layer, tokens.prompt[selected], position, n_key)
+    in_cone = torch.zeros(len(tokens.own), n_key, dtype=torch.bool, device=tokens.device)
+    at = position[tokens.own]
+    in_cone.scatter_(1, at, True)
+    valid = tokens.valid[tokens.row]
+
+    def joined(seen: Tensor) -> Tensor:
+        """Base keys outside the cone, then the cone's own."""
+        shape = (len(seen), *[1] * (seen.ndim - 2), -1)
+        own = seen.gather(-1, at[tokens.row].view(shape).expand(*seen.shape[:-1], -1))
+        return torch.cat([seen & ~in_cone[tokens.row].view(shape), own & valid.view(shape)], -1)
+
+    cone = tokens.cone[selected]
+    if tokens.blocked is None or not tokens.acts[layer].any():  # type: ignore[index]
+        return joined(allowed)[:, None, None]
+    acting = tokens.acts[layer].to(tokens.device)[cone]  # type: ignore[index]
+    edges = tokens.blocked[selected] & acting[:, None]
+    if tokens.heads is None:
+        allowed = joined(allowed & ~edges)
+        check_some_key(allowed)
+        return allowed[:, None, None]
+    by_head = edges[:, None] & tokens.heads[cone][..., None]
+    allowed = joined(allowed[:, None] & ~by_head)
+    check_some_key(allowed)
+    return allowed.unflatten(1, (base.keys[layer].shape[1], -1))  # type: ignore[no-any-return]

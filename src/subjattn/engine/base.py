@@ -1,0 +1,119 @@
+"""The base run of some prompts: everything outside an intervention's cone, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subjattn.engine.anatomy import (
+    attention_module,
+    decoder_layers,
+    mlp_module,
+    on_output,
+    only_positions,
+    padded_ids,
+)
+from subjattn.engine.attention import Tap, tapped
+from subjattn.engine.forward import predicting_positions
+from subjattn.engine.interventions import Component, Row, wide
+from subjattn.errors import UnsupportedModel
+from subjattn.prompts import Prompt
+
+
+@dataclass
+class Base:
+    """One run of some prompts, and all that cones need of it, by layer.
+
+    `streams` are the residual streams before every layer and behind the last; `parts` what patches
+    take from components; `calls` a layer's arguments besides its hidden states.
+    """
+
+    prompts: list[Prompt]
+    streams: list[Float[Tensor, "row pos d_model"]] = field(default_factory=list)
+    keys: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
+    values: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    parts: dict[tuple[Component, int], Float[Tensor, "row pos ..."]] = field(default_factory=dict)
+    logits: Float[Tensor, "prediction vocab"] = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self.row_of = {prompt: i for i, prompt in enumerate(self.prompts)}
+        ends = torch.tensor([len(prompt.predicting) for prompt in self.prompts]).cumsum(0)
+        self._first_prediction = [0, *ends[:-1].tolist()]
+
+    def logits_of(self, prompt: Prompt) -> Float[Tensor, "answer vocab"]:
+        """Logits that predict a prompt's answer tokens."""
+        first = self._first_prediction[self.row_of[prompt]]
+        return self.logits[first : first + len(prompt.predicting)]
+
+    def arguments(
+        self, layer: int, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A layer's other arguments for chosen tokens in one flat row. Masks are the attention function's affair."""
+        length = self.streams[0].shape[1]
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                return value
+            if value.ndim == 4 and value.shape[-1] == value.shape[-2] == length:
+                return None
+            if value.ndim >= 2 and value.shape[1] == length:
+                return value[rows if len(value) > 1 else torch.zeros_like(rows), positions][None]
+            raise UnsupportedModel(f"a layer takes a tensor of shape {tuple(value.shape)} whose positions are unknown")
+
+        args, kwargs = self.calls[layer]
+        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+
+    def visible(self, layer: int, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"], n_key: int) -> Tensor:
+        """Which of the first keys each token may see by the model's own mask: `[token, key]`."""
+        mask = self.masks[layer]
+        if mask is None:
+            return torch.arange(n_key, device=positions.device) <= positions[:, None]
+        seen = mask[rows if len(mask) > 1 else torch.zeros_like(rows), 0, positions, :n_key]
+        return seen if seen.dtype == torch.bool else seen == 0
+
+
+@torch.inference_mode()
+def run_base(model: PreTrainedModel, prompts: list[Prompt], components: Collection[Component]) -> Base:
+    """Run prompts without interventions, keeping `components` beside what cones always need."""
+    base = Base(prompts)
+
+    def keep(_layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        base.keys.append(key)
+        base.values.append(value)
+        base.masks.append(mask)
+
+    def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, *args = args if args else (kwargs["hidden_states"],)  # type: ignore[assignment]
+        base.streams.append(hidden)  # type: ignore[arg-type]
+        base.calls.append((tuple(args), {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    def keep_part(component: Component, layer: int, state: Tensor) -> None:
+        base.parts[component, layer] = state
+
+    layers = decoder_layers(model)
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            stack.callback(layer.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
+            if "attn_out" in components:
+                stack.enter_context(on_output(attention_module(layer), partial(keep_part, "attn_out", i)))
+            if "mlp_out" in components:
+                stack.enter_context(on_output(mlp_module(layer), partial(keep_part, "mlp_out", i)))
+        stack.enter_context(on_output(layers[-1], base.streams.append))
+        stack.enter_context(only_positions(model, *predicting_positions([Row(prompt) for prompt in prompts])))
+        tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)
+        stack.enter_context(tapped(model, tap, range(len(layers))))
+        base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])
+    base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
+    return base

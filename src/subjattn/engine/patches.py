@@ -1,0 +1,67 @@
+"""Patches of cones: where they go among the tokens, and the values they bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subjattn.engine.attend import Tokens
+from subjattn.engine.base import Base
+from subjattn.engine.interventions import Component, Patch
+from subjattn.errors import NotFired
+
+
+class Patches:
+    """All patches of some cones, by component and layer; each position must be written exactly once.
+
+    Args:
+        base: the run that named prompts' values come from.
+        tokens: the cones' tokens.
+        patches: with the flat token at which position 0 of its prompt would stand.
+    """
+
+    def __init__(self, base: Base, tokens: Tokens, patches: Iterable[tuple[int, Patch]]) -> None:
+        self.base, self.tokens = base, tokens
+        self.places: dict[tuple[Component, int], list[tuple[int, int, Patch]]] = {}
+        for origin, patch in patches:
+            place = self.places.setdefault((patch.component, patch.layer), [])
+            place += [(origin + position, i, patch) for i, position in enumerate(patch.positions)]
+        self.flat = {key: torch.tensor([flat for flat, _, _ in place]) for key, place in self.places.items()}
+        self.missing = sum(map(len, self.places.values()))
+
+    def put(
+        self, component: Component, layer: int, state: Float[Tensor, "one token ..."]
+    ) -> Float[Tensor, "one token ..."] | None:
+        """A component's output for the selected tokens, patched; None if no patch belongs to them."""
+        if (component, layer) not in self.places:
+            return None
+        at = self.tokens.among_selected(self.flat[component, layer])
+        chosen = (at >= 0).nonzero()[:, 0]
+        if not len(chosen):
+            return None
+        here = [self.places[component, layer][i] for i in chosen.tolist()]
+        self.missing -= len(here)
+        state = state.clone()
+        heads = ([patch.head for _, _, patch in here],) if component == "z" else ()
+        state[0, at[chosen], *heads] = self._values(component, layer, here).to(state)
+        return state
+
+    def _values(
+        self, component: Component, layer: int, here: list[tuple[int, int, Patch]]
+    ) -> Float[Tensor, "patch width"]:
+        """Taken from the run of the prompt that a patch names, or brought along."""
+        if all(isinstance(patch.values, Tensor) for _, _, patch in here):
+            return torch.stack([patch.values[i] for _, i, patch in here])  # type: ignore[misc, index]
+        if any(isinstance(patch.values, Tensor) for _, _, patch in here):
+            raise NotFired("patches of one layer take their values either all from prompts or all from tensors")
+        rows = [self.base.row_of[patch.values] for _, _, patch in here]  # type: ignore[index]
+        positions = [patch.positions[i] for _, i, patch in here]
+        heads = ([patch.head for _, _, patch in here],) if component == "z" else ()
+        return self.base.parts[component, layer][rows, positions, *heads]
+
+    def check_fired(self) -> None:
+        if self.missing:
+            raise NotFired(f"{self.missing} patched positions were never written, or written twice")

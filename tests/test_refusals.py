@@ -1,0 +1,130 @@
+"""What the engine refuses instead of returning a wrong number: each fault is planted and seen caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from subjattn.engine import cones
+from subjattn.engine.anatomy import decoder_layers
+from subjattn.engine.forward import forward
+from subjattn.engine.interventions import Block, Patch, Row
+from subjattn.errors import NotFired, UnsupportedModel
+from subjattn.facts import draw
+from subjattn.measures.answers import answer_logprob
+from subjattn.measures.attention import subject_attention
+from subjattn.measures.knockout import knockout
+from subjattn.models import LoadedModel, load_model
+from subjattn.prompts import TEMPLATES, PromptSet, make_prompts
+
+
+STYLES = TEMPLATES["country"]
+
+
+@pytest.fixture
+def prompts(tiny: LoadedModel, cities: pd.DataFrame) -> PromptSet:
+    return make_prompts(draw(cities, 4, seed=3), tiny.tokenizer, STYLES["list"])
+
+
+@pytest.mark.parametrize("run", [forward, cones.forward])
+def test_a_query_without_keys_is_refused(tiny: LoadedModel, prompts: PromptSet, run: Any) -> None:
+    with pytest.raises(NotFired, match="without any key"):
+        list(run(tiny.model, [Row(prompts[0], Block.between((3,), (0, 1, 2, 3)))]))
+
+
+@pytest.mark.parametrize("run", [forward, cones.forward])
+def test_an_intervention_that_reaches_nothing_is_refused(tiny: LoadedModel, prompts: PromptSet, run: Any) -> None:
+    prompt = prompts[0]
+    values = torch.zeros(1, tiny.model.config.hidden_size)
+    outside = [
+        Row(prompt, Block.between((3,), (1,), layers=(99,))),
+        Row(prompt, Block.between((3,), (1,), layers=())),
+        Row(prompt, Block.between((3,), (1,), heads=(4,))),
+        Row(prompt, Block.between((1,), (3,))),
+        Row(prompt, Block.between((len(prompt),), (1,))),
+        Row(prompt, Block.between((len(prompt) - 1,), (1,))),
+        Row(prompt, patch=Patch(99, (1,), values)),
+        Row(prompt, patch=Patch(1, (len(prompt) - 1,), values)),
+        Row(prompt, patch=Patch(1, (1,), values, "z")),
+        Row(prompt, patch=Patch(1, (1,), values, "mlp_out", 2)),
+    ]
+    for row in outside:
+        with pytest.raises(NotFired, match="outside the prompt or model"):
+            list(run(tiny.model, [row]))
+
+
+def test_a_hook_that_never_fires_is_noticed(
+    tiny: LoadedModel, prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: an MLP that is found in the wrong place, so that its patches would silently do nothing."""
+    rows = [Row(prompts[0], patch=Patch(1, (2,), prompts[1], "mlp_out"))]
+    list(cones.forward(tiny.model, rows))
+    for path in ("subjattn.engine.cones.mlp_module", "subjattn.engine.forward.mlp_module"):
+        monkeypatch.setattr(path, lambda _layer: tiny.model.get_input_embeddings())
+    with pytest.raises(NotFired, match="never"):
+        list(cones.forward(tiny.model, rows))
+
+
+def test_a_bidirectional_model_is_refused(tokenizer: Any, cities: pd.DataFrame) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="not a causal decoder"):
+        subject_attention(BertLMHeadModel(config).eval(), prompts)
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> None:
+    """Planted: one weight that overflowed; no comparison with NaN may let it through."""
+    model = load_model(str(tiny_folders["llama"]))
+    model.model.lm_head.weight.data[5, 5] = torch.nan
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    for measure in (subject_attention, knockout):
+        with pytest.raises(UnsupportedModel, match="not finite in torch.float32"):
+            measure(model, prompts)
+
+
+def test_prefix_tuning_is_refused(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = load_model(str(tiny_folders["llama"]))
+    wrapped = get_peft_model(model.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="adds prompt tokens"):
+        answer_logprob(wrapped, prompts)
+
+
+def test_training_mode_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None:
+    tiny.model.train()
+    try:
+        with pytest.raises(UnsupportedModel, match=r"call model\.eval\(\)"):
+            answer_logprob(tiny, prompts)
+    finally:
+        tiny.model.eval()
+
+
+def test_attention_outside_the_interface_is_refused(tokenizer: object, cities: pd.DataFrame) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)).eval()
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    with pytest.raises((UnsupportedModel, NotFired)):
+        subject_attention(model, prompts)
+
+
+def test_a_model_whose_cones_are_not_exact_is_refused(
+    tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a causal layer that looks at running sums, so that a suffix alone is not enough."""
+    model = load_model(str(tiny_folders["llama"]))
+    layer = decoder_layers(model.model)[1]
+    layer.mlp.register_forward_hook(lambda _module, _args, output: output + output.cumsum(1))
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="would not be exact"):
+        knockout(model, prompts)
