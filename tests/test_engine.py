@@ -15,16 +15,17 @@ import torch
 import zoo
 from transformers import PreTrainedModel
 
-from subjattn.engine import cones
+from subjattn.engine import cones, prefix
 from subjattn.engine.anatomy import decoder_layers, n_heads, output_projections
 from subjattn.engine.attention import grouped
 from subjattn.engine.budget import Budget
 from subjattn.engine.forward import attention_rows, forward, states
 from subjattn.engine.interventions import COMPONENTS, Block, Output, Patch, Row
+from subjattn.engine.prefix import shared_tokens
 from subjattn.facts import draw
 from subjattn.measures import hf_model
 from subjattn.models import LoadedModel, load_model
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet, make_prompts
+from subjattn.prompts import TEMPLATES, Prompt, PromptSet, few_shot, make_prompts
 
 
 STYLES = TEMPLATES["country"]
@@ -114,6 +115,21 @@ def check_same(model: PreTrainedModel, rows: list[Row], atol: float, **settings:
 def test_cones_are_whole_forward_passes(model: PreTrainedModel, prompts: PromptSet, budget: Budget) -> None:
     """Every logit of 100 random interventions, in large and in small batches and chunks."""
     check_same(model, random_rows(model, prompts, 100, seed=0), 1e-4, budget=budget)
+
+
+def test_prompts_that_begin_alike_share_their_beginning(
+    model: PreTrainedModel, tokenizer: Any, cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few-shot prompts, interventions inside the shared beginning included; and it is really shared."""
+    template = few_shot(STYLES["list"], [("Bonn", "Germany"), ("Oslo", "Norway")])
+    prompts = make_prompts(draw(cities, 6, seed=3), tokenizer, template)
+    assert shared_tokens(list(prompts)) > 20
+    whole: list[int] = []
+    run = prefix.run_base
+    monkeypatch.setattr(prefix, "run_base", lambda m, some, parts: whole.append(len(some)) or run(m, some, parts))
+    rows = random_rows(model, prompts, 60, seed=7) + [Row(prompt) for prompt in prompts]
+    check_same(model, rows, 1e-4, budget=Budget(chunk_tokens=50))
+    assert set(whole) == {1}
 
 
 def test_only_contrasts_are_those_of_all_logits(model: PreTrainedModel, prompts: PromptSet) -> None:

@@ -41,7 +41,38 @@ TemplateOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+MemoryOption = Annotated[
+    int | None, typer.Option(min=1, help="Bytes of working memory beyond the weights; the numbers stay the same.")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+class BackendChoice(StrEnum):
+    """What `subjattn measure` can be computed by."""
+
+    engine = "engine"
+    hooks = "hooks"
+    transformer_lens = "transformer-lens"
+    nnsight = "nnsight"
+
+
+class MetricChoice(StrEnum):
+    """What `subjattn bench` can measure cells by."""
+
+    logit_diff = "logit_diff"
+    answer_logprob = "answer_logprob"
+
+
+class GridName(StrEnum):
+    """What `subjattn bench` can time."""
+
+    resid = "resid"
+    attn = "attn"
+    mlp = "mlp"
+    heads = "heads"
+    window = "window"
+    head_knockout = "head-knockout"
+    attention = "attention"
 
 
 class MeasureName(StrEnum):
@@ -145,6 +176,10 @@ def measure(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers per fact to this file.")] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
+    backend: Annotated[BackendChoice, typer.Option(help="What computes it; all but the engine are slow.")] = (
+        BackendChoice.engine
+    ),
+    memory_budget: MemoryOption = None,
 ) -> None:
     """Measure one thing on one model, without a study.
 
@@ -153,31 +188,45 @@ def measure(
     from subjattn.facts import load_facts
     from subjattn.models import load_model
 
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        if json_.is_dir():
-            raise BadInput(f"--json {str(json_)!r} is a folder: name a file in it")
+    _check_output(json_)
     table = load_facts(facts, n, seed)
     styles = _styles(table, template)
     loaded = load_model(model, adapter=adapter, dtype=dtype)
-    found = {style: _measure(what, loaded, table, text, seed) for style, text in styles.items()}
+    settings = {"backend": backend.value, "memory_budget": memory_budget}
+    found = {style: _measure(what, loaded, table, text, seed, settings) for style, text in styles.items()}
     for style, result in found.items():
         typer.echo(f"{style}: " + ", ".join(f"{name} {value:.4g}" for name, value in result["mean"].items()))
-    if json_ is not None:
-        content = {
+    _write_json(
+        json_,
+        {
             "measure": what.value,
             "model": model,
             "adapter": adapter,
             "facts": facts,
             "n": n,
             "seed": seed,
+            "backend": backend.value,
             "styles": found,
-        }
-        json_.write_text(json.dumps(content, indent=1))
-        typer.echo(json_)
+        },
+    )
 
 
-def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int) -> dict[str, Any]:
+def _check_output(path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise BadInput(f"--json {str(path)!r} is a folder: name a file in it")
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1))
+        typer.echo(path)
+
+
+def _measure(
+    what: MeasureName, model: Any, table: Any, template: str, seed: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Means and array of one measure in one style, as plain data."""
     import numpy as np
 
@@ -188,10 +237,10 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
 
     prompts = make_prompts(table, model.tokenizer, template)
     if what is MeasureName.attention:
-        array = subject_attention(model, prompts)
+        array = subject_attention(model, prompts, **settings)
         mean = {array.name: float(array.mean())}
     elif what is MeasureName.knockout:
-        array = knockout(model, prompts)
+        array = knockout(model, prompts, **settings)
         by_route = array.mean("fact")
         mean = {
             "knockout_drop": float(by_route.sel(route="direct")),
@@ -199,7 +248,7 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
         }
     else:
         pairs = swap_subjects(prompts, np.random.default_rng(seed))
-        array = patch_grid(model, pairs)
+        array = patch_grid(model, pairs, **settings)
         share = recovery(array)
         best = share.isel(share.argmax(...))  # type: ignore[arg-type]
         mean = {
@@ -212,6 +261,83 @@ def _measure(what: MeasureName, model: Any, table: Any, template: str, seed: int
 def _plain(array: Any) -> dict[str, Any]:
     """An xarray as JSON: its `to_dict`, with NaN as null."""
     return json.loads(json.dumps(array.to_dict()), parse_constant=lambda _: None)  # type: ignore[no-any-return]
+
+
+@app.command()
+def bench(
+    grid: Annotated[GridName, typer.Option(help="Which cells.")],
+    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
+    random_init: Annotated[
+        str | None,
+        typer.Option(help="Time a shape with random weights instead: `llama-2-7b`, on prompts of 20 tokens."),
+    ] = None,
+    facts: FactsOption = "cities",
+    n: NumberOption = 8,
+    template: TemplateOption = None,
+    shots: Annotated[int, typer.Option(min=0, help="Demonstrations before each prompt.")] = 0,
+    metric: Annotated[MetricChoice, typer.Option(help="What a cell is measured by.")] = MetricChoice.logit_diff,
+    peers: Annotated[str, typer.Option(help="Comma-separated: `transformer-lens`, `nnsight`, `hooks`.")] = "",
+    memory_budget: MemoryOption = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Time a grid by the engine, by other libraries and against the arithmetic floor.
+
+    Example: `subjattn bench --grid resid --n 8 --peers transformer-lens --json bench.json`
+    """
+    from subjattn import bench as benches
+    from subjattn.facts import load_facts
+    from subjattn.models import best_device, load_model
+
+    _check_output(json_)
+    if random_init is None:
+        loaded = load_model(model, dtype=dtype)
+        table = load_facts(facts, 20 * n + shots, seed)
+        style = next(iter(_styles(table, template).values()))
+        hf, pairs = loaded.model, benches.bench_pairs(loaded.tokenizer, table, style, n, shots, seed)
+    else:
+        hf = benches.random_model(random_init, dtype, best_device())
+        pairs = benches.random_pairs(hf, n, 20, seed)
+    names: list[Any] = [name for name in peers.split(",") if name]
+    found = benches.bench(
+        hf,
+        pairs,
+        grid.value,
+        metric=metric.value,
+        peers=names,
+        memory_budget=memory_budget,  # type: ignore[arg-type]
+    )
+    found = {"model": random_init or model, "shots": shots, **found}
+    Console().print(_bench_table(found))
+    _write_json(json_, found)
+
+
+def _bench_table(found: dict[str, Any]) -> Table:
+    cells = f"{found['cells']:,} cells ({found['skipped_cells']:,} dead ones skipped)"
+    tokens = f"{found['prompts']} prompts of {min(found['tokens'])} to {max(found['tokens'])} tokens"
+    table = _table(f"{found['grid']}, {found['metric']}: {cells}, {tokens}")
+    for heading in ("side", "seconds", "spread", "× engine", "largest difference"):
+        table.add_column(heading, justify="left" if heading == "side" else "right")
+
+    def add(name: str, seconds: float, spread: list[float] | None, gap: float | None = None) -> None:
+        low_high = "" if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}"
+        ratio = f"{seconds / found['ours_s']:.2f}"
+        table.add_row(name, f"{seconds:.3f}", low_high, ratio, "" if gap is None else f"{gap:.1e}")
+
+    add("engine", found["ours_s"], found["ours_spread_s"])
+    add(f"floor at {found['matrix_gflops']:.0f} GFLOP/s", found["floor_s"], None)
+    if "forward_s" in found:
+        add("plain forward", found["forward_s"], None)
+    for name, peer in found["peers"].items():
+        if "refused" in peer:
+            table.add_row(Text(f"{name}: {peer['refused']}"))
+            continue
+        sampled = "" if peer["timed_cells"] == found["cells"] else f" ({peer['timed_cells']} cells, scaled)"
+        add(name + sampled, peer["seconds"], peer["spread_s"], peer["max_abs_diff"])
+    table.caption = f"peak working memory of the engine {found['peak_memory_bytes'] / 1e6:.0f} MB"
+    table.caption_justify = "left"
+    return table
 
 
 @app.command()

@@ -86,7 +86,7 @@ def load_model(
 
     if dtype not in _DTYPES:
         raise BadInput(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     source = resolve_model(name)
     tokenizer = load_tokenizer(name)
     with _reading(f"model {name!r}"):
@@ -103,6 +103,11 @@ def load_model(
         model = _with_adapter(model, tokenizer, str(adapter))
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, str(name), None if adapter is None else str(adapter))
+
+
+def best_device() -> str:
+    """`cuda` if there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:

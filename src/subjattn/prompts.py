@@ -127,6 +127,12 @@ def make_prompts(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templa
     return PromptSet(template, tuple(_make_prompt(fact, tokenizer, template) for fact in facts.to_dict("records")))  # type: ignore[arg-type]
 
 
+def few_shot(template: str, demonstrations: Sequence[tuple[str, str]]) -> str:
+    """A template behind demonstrations (subject, answer), each asked with the same template."""
+    asked = "".join(f"{template.format(subject=subject)} {answer}\n\n" for subject, answer in demonstrations)
+    return asked.replace("{", "{{").replace("}", "}}") + template
+
+
 def subject_lengths(subjects: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """Tokens of each subject where the template puts it."""
     start = len(_text_before_subject(template))

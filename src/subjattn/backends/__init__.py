@@ -25,6 +25,8 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 class Backend(Protocol):
     """Runs rows, and attends from prediction positions."""
 
+    name: str
+
     def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:
         """Outputs of rows in any order; see interventions.py."""
         ...
@@ -36,6 +38,8 @@ class Backend(Protocol):
 
 class Engine:
     """Cones; see engine/cones.py."""
+
+    name = "engine"
 
     def __init__(self, model: PreTrainedModel, budget: Budget | None = None) -> None:
         self.model, self.budget = model, budget or Budget()

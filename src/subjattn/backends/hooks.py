@@ -14,6 +14,8 @@ from subjattn.prompts import Prompt
 class Hooks:
     """See engine/forward.py."""
 
+    name = "hooks"
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 

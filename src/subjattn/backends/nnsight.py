@@ -52,6 +52,8 @@ class NNsight:
         UnsupportedModel: the model's layers or attention are not where they are looked for, or its logits differ.
     """
 
+    name = "nnsight"
+
     def __init__(self, model: PreTrainedModel) -> None:
         own = copy.deepcopy(model)
         own.set_attn_implementation("eager")

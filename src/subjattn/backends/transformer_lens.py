@@ -49,6 +49,8 @@ class TransformerLens:
         UnsupportedModel: TransformerLens has no bridge for the model, lacks a hook point, or gives other logits.
     """
 
+    name = "transformer-lens"
+
     def __init__(self, model: PreTrainedModel) -> None:
         own = copy.deepcopy(model)
         own.set_attn_implementation("eager")

@@ -15,7 +15,7 @@ in the tests, cell by cell against forward.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -39,9 +39,11 @@ from subjattn.engine.interventions import (
     batches,
     check_rows,
     controls,
-    wide,
+    pieces,
 )
 from subjattn.engine.patches import Patches
+from subjattn.engine.prefix import run_shared
+from subjattn.engine.unembed import unembed
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
 
@@ -92,17 +94,14 @@ def forward(
         for prompt, own in members.items()
     ]
     targets = list(members)
+    if targets and model not in _checked:
+        _check_exact(model, run_base(model, targets[:1], {"z"}), budget)
+        _checked.add(model)
     for chosen in batches([max(map(len, some)) * len(some) for some in needed], budget.base_tokens):
         index = [i for c in chosen for i in members[targets[c]]]
         components = {patch.component for i in index if (patch := rows[i].patch) is not None}
-        base = run_base(
-            model,
-            list(dict.fromkeys(prompt for c in chosen for prompt in needed[c])),
-            components if model in _checked else {*components, "z"},
-        )
-        if model not in _checked:
-            _check_exact(model, base, budget)
-            _checked.add(model)
+        prompts = list(dict.fromkeys(prompt for c in chosen for prompt in needed[c]))
+        base = run_shared(model, prompts, components, budget)
         if plain := [i for i in index if rows[i].plain]:
             yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
         changed = [i for i in index if not rows[i].plain]
@@ -154,26 +153,14 @@ def _run_cones(
     ends = list(accumulate(sizes))
     split = ends[len(beside) - 1]
     parts = [
-        _unembed(model, hidden[ends[a] - sizes[a] : ends[b - 1]], beside[a:b], only_contrast)
-        for a, b in _pieces(sizes[: len(beside)], budget.predictions)
+        unembed(model, hidden[ends[a] - sizes[a] : ends[b - 1]], beside[a:b], only_contrast)
+        for a, b in pieces(sizes[: len(beside)], budget.predictions)
     ]
     control = Output([], beside, torch.cat(parts))
-    for a, b in _pieces(sizes[len(beside) :], budget.predictions):
+    for a, b in pieces(sizes[len(beside) :], budget.predictions):
         begin, end = (0 if i == 0 else ends[len(beside) + i - 1] - split for i in (a, b))
-        logits = _unembed(model, hidden[split + begin : split + end], rows[a:b], only_contrast)
+        logits = unembed(model, hidden[split + begin : split + end], rows[a:b], only_contrast)
         yield Output(index[a:b], rows[a:b], logits, control, of[a:b])
-
-
-def _pieces(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose sizes add up to no more than a limit, or one row that alone exceeds it."""
-    start = total = 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > limit:
-            yield start, i
-            start, total = i, 0
-        total += size
-    if sizes:
-        yield start, len(sizes)
 
 
 @torch.inference_mode()
@@ -210,14 +197,14 @@ def _advance(
             enter([i for i in joining if not cones[i].narrow], layer)
             running = [i for i, c in enumerate(cones) if c.layer < layer or (c.layer == layer and not c.narrow)]
             sizes = [len(cones[i].suffix) for i in running]
-            for a, b in _pieces(sizes, chunk_tokens):
+            for a, b in pieces(sizes, chunk_tokens):
                 flat = tokens.suffixes(running[a:b])
                 tokens.select(flat, sizes[a:b])
                 hidden[flat] = _call(model, base, tokens, patches, layer, hidden[flat])
             narrow = [i for i in joining if cones[i].narrow]
             enter(narrow, layer + 1)
             sizes = [len(cones[i].touched) for i in narrow]
-            for a, b in _pieces(sizes, chunk_tokens):
+            for a, b in pieces(sizes, chunk_tokens):
                 flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched], device=device)
                 tokens.select(flat, sizes[a:b])
                 before = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
@@ -249,61 +236,6 @@ def _call(
             stack.enter_context(on_output(mlp_module(module), partial(patches.put, "mlp_out", layer)))
         result = module(states, *args, **kwargs)
     return (result[0] if isinstance(result, tuple) else result)[0]  # type: ignore[no-any-return]
-
-
-def _unembed(
-    model: PreTrainedModel, hidden: Float[Tensor, "prediction d_model"], rows: list[Row], only_contrast: bool
-) -> Tensor:
-    """Final norm, unembedding and whatever the model does after its last layer, by the model's own forward."""
-    contrast: Tensor | None = None
-    if only_contrast:
-        ends = list(accumulate(len(row.prompt.predicting) for row in rows))
-        hidden = hidden[torch.tensor([0, *ends[:-1]], device=hidden.device)]
-        contrast = torch.tensor([row.contrast for row in rows], device=hidden.device)
-    with ExitStack() as stack:
-        stack.enter_context(_layers_giving(decoder_layers(model), hidden[:, None]))
-        head = model.get_output_embeddings()
-        if contrast is not None and type(head) is nn.Linear:
-            stack.enter_context(_only_tokens(head, contrast))
-        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        logits = wide(model(input_ids=ids, use_cache=False).logits[:, 0])
-    if contrast is not None and type(head) is not nn.Linear:
-        logits = logits.gather(1, contrast)
-    return logits
-
-
-@contextmanager
-def _only_tokens(head: nn.Linear, tokens: Tensor) -> Iterator[None]:
-    """The unembedding of two tokens a row instead of the vocabulary."""
-
-    def forward(hidden: Float[Tensor, "row one d_model"]) -> Float[Tensor, "row one two"]:
-        logits = hidden @ head.weight[tokens].transpose(1, 2)
-        return logits if head.bias is None else logits + head.bias[tokens][:, None]
-
-    with _replaced([head], forward):
-        yield
-
-
-@contextmanager
-def _layers_giving(layers: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
-    """Every layer does nothing and the last one gives `hidden`."""
-    with _replaced(layers, lambda *_args, **_kwargs: hidden):
-        yield
-
-
-@contextmanager
-def _replaced(modules: Sequence[nn.Module] | nn.ModuleList, forward: object) -> Iterator[None]:
-    """Modules with another `forward` for a while."""
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = forward  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
 
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:

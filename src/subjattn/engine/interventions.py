@@ -178,6 +178,18 @@ def batches(lengths: Sequence[int], budget: int, padding: float = PADDING) -> It
         yield batch
 
 
+def pieces(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows whose sizes add up to no more than a limit, or one row that alone exceeds it."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > limit:
+            yield start, i
+            start, total = i, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
+
+
 def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     """Each prompt and contrast among `rows` once, without an intervention, and which one belongs to a row."""
     found: dict[tuple[Prompt, tuple[int, int] | None], int] = {}

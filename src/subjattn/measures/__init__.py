@@ -68,7 +68,9 @@ def shortened(prompt: Prompt) -> Prompt:
 
 
 def opened(
-    backend: BackendName, model: PreTrainedModel, memory_budget: int | None, prompts: Sequence[Prompt]
+    backend: BackendName | Backend, model: PreTrainedModel, memory_budget: int | None, prompts: Sequence[Prompt]
 ) -> Backend:
-    """The backend that a measure runs on, its batches fitting the budget."""
+    """The backend that a measure runs on, its batches fitting the budget; one that is open is taken as it is."""
+    if not isinstance(backend, str):
+        return backend
     return open_backend(backend, model, Budget.of(model, memory_budget, max(map(len, prompts))))

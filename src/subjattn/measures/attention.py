@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from subjattn.backends import BackendName
+from subjattn.backends import Backend, BackendName
 from subjattn.engine.forward import attention_rows
 from subjattn.engine.interventions import Output
 from subjattn.errors import BadInput
@@ -38,7 +38,7 @@ def subject_attention(
     *,
     reduce: Literal["sum", "max", "last"] = "sum",
     value_weighted: bool = False,
-    backend: BackendName = "engine",
+    backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
 ) -> xr.DataArray:
     """Attention from the prediction position to the subject.
@@ -53,7 +53,7 @@ def subject_attention(
         reduce: over the subject's tokens, `sum`, `max` (Ghosal et al. 2024) or `last` (its last token alone).
         value_weighted: weight × ‖value·W_O‖, the length of what the head writes for a token, W_O's bias and
             norms behind it left out.
-        backend: what computes it; see `subjattn.backends`.
+        backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
@@ -87,7 +87,7 @@ def subject_attention(
         unit="length in the residual stream" if value_weighted else "share of attention",
         definition=f"{weight} from the prediction position, {over.get(reduce, 'to the last subject token')}",
         paper=f"{PAPER}; weighting after Kobayashi et al. 2020" if value_weighted else PAPER,
-        backend=backend,
+        backend=run.name,
     )
 
 

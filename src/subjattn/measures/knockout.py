@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 import numpy as np
 import xarray as xr
 
-from subjattn.backends import BackendName
+from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.interventions import Block, Row
 from subjattn.errors import BadInput
@@ -66,7 +66,7 @@ def knockout(
     window: int = ...,
     metric: Metric = ...,
     foils: Sequence[int] | None = ...,
-    backend: BackendName = ...,
+    backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
 ) -> xr.DataArray: ...
 @overload
@@ -79,7 +79,7 @@ def knockout(
     window: int = ...,
     metric: list[Metric],
     foils: Sequence[int] | None = ...,
-    backend: BackendName = ...,
+    backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
 ) -> xr.Dataset: ...
 def knockout(
@@ -91,7 +91,7 @@ def knockout(
     window: int = 9,
     metric: Metric | list[Metric] = "answer_logprob",
     foils: Sequence[int] | None = None,
-    backend: BackendName = "engine",
+    backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
 ) -> xr.DataArray | xr.Dataset:
     """How far the answer falls when attention edges are blocked.
@@ -105,7 +105,7 @@ def knockout(
         window: layers of a window, cut off at the first and last layer; Geva et al. use 9.
         metric: one of `answer_logprob` (nats), `logit_diff` (logits), `kl` (nats), `rank`; or several.
         foils: for `logit_diff`, the token id that each prompt's answer is compared with.
-        backend: what computes it; see `subjattn.backends`.
+        backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
@@ -162,7 +162,7 @@ def knockout(
             ),
             paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
             noise_floor=found.noise_floor[name],
-            backend=backend,
+            backend=run.name,
         )
         arrays[name] = array.assign_coords(
             {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 import numpy as np
 import xarray as xr
 
-from subjattn.backends import BackendName
+from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.interventions import COMPONENTS, Component, Patch, Row
 from subjattn.errors import BadInput
@@ -45,7 +45,7 @@ def patch_grid(
     at: At = ...,
     direction: Direction = ...,
     metric: Metric = ...,
-    backend: BackendName = ...,
+    backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
 ) -> xr.DataArray: ...
 @overload
@@ -57,7 +57,7 @@ def patch_grid(
     at: At = ...,
     direction: Direction = ...,
     metric: list[Metric],
-    backend: BackendName = ...,
+    backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
 ) -> xr.Dataset: ...
 def patch_grid(
@@ -68,7 +68,7 @@ def patch_grid(
     at: At = "role",
     direction: Direction = "denoising",
     metric: Metric | list[Metric] = "logit_diff",
-    backend: BackendName = "engine",
+    backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
 ) -> xr.DataArray | xr.Dataset:
     """Effect of patching one component, by layer and position (and head).
@@ -85,7 +85,7 @@ def patch_grid(
         direction: `denoising` puts clean states into the corrupt run, `noising` corrupt ones into the clean.
         metric: one of `logit_diff` (clean answer minus corrupt answer, first tokens), `answer_logprob` (of
             the clean answer, nats), `kl` (nats), `rank` (of the clean answer); or several.
-        backend: what computes it; see `subjattn.backends`.
+        backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
@@ -161,7 +161,7 @@ def patch_grid(
             component=component,
             direction=direction,
             noise_floor=found.noise_floor[name],
-            backend=backend,
+            backend=run.name,
         )
         array = array.assign_coords(
             {

@@ -1,0 +1,85 @@
+"""What follows a model's last layer, or precedes its first, by the model's own forward with its layers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subjattn.engine.anatomy import decoder_layers, on_input, only_positions, padded_ids
+from subjattn.engine.interventions import Row, wide
+from subjattn.prompts import Prompt
+
+
+@torch.inference_mode()
+def embed(model: PreTrainedModel, prompts: list[Prompt]) -> Float[Tensor, "row pos d_model"]:
+    """What the first layer is given, positions and scales included."""
+    kept: list[Tensor] = []
+    layers, none = decoder_layers(model), torch.zeros(0, dtype=torch.long)
+    ids = padded_ids(prompts, model.device)
+    nothing = torch.zeros(
+        *ids.shape, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device
+    )
+    with on_input(layers[0], kept.append), layers_giving(layers, nothing), only_positions(model, none, none):
+        model(input_ids=ids, use_cache=False)
+    return kept[0]
+
+
+def unembed(
+    model: PreTrainedModel, hidden: Float[Tensor, "prediction d_model"], rows: list[Row], only_contrast: bool
+) -> Tensor:
+    """Final norm, unembedding and whatever the model does after its last layer, by the model's own forward."""
+    contrast: Tensor | None = None
+    if only_contrast:
+        ends = list(accumulate(len(row.prompt.predicting) for row in rows))
+        hidden = hidden[torch.tensor([0, *ends[:-1]], device=hidden.device)]
+        contrast = torch.tensor([row.contrast for row in rows], device=hidden.device)
+    with ExitStack() as stack:
+        stack.enter_context(layers_giving(decoder_layers(model), hidden[:, None]))
+        head = model.get_output_embeddings()
+        if contrast is not None and type(head) is nn.Linear:
+            stack.enter_context(_only_tokens(head, contrast))
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        logits = wide(model(input_ids=ids, use_cache=False).logits[:, 0])
+    if contrast is not None and type(head) is not nn.Linear:
+        logits = logits.gather(1, contrast)
+    return logits
+
+
+@contextmanager
+def _only_tokens(head: nn.Linear, tokens: Tensor) -> Iterator[None]:
+    """The unembedding of two tokens a row instead of the vocabulary."""
+
+    def forward(hidden: Float[Tensor, "row one d_model"]) -> Float[Tensor, "row one two"]:
+        logits = hidden @ head.weight[tokens].transpose(1, 2)
+        return logits if head.bias is None else logits + head.bias[tokens][:, None]
+
+    with _replaced([head], forward):
+        yield
+
+
+@contextmanager
+def layers_giving(layers: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
+    """Every layer does nothing and the last one gives `hidden`."""
+    with _replaced(layers, lambda *_args, **_kwargs: hidden):
+        yield
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module] | nn.ModuleList, forward: object) -> Iterator[None]:
+    """Modules with another `forward` for a while."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own

@@ -1,0 +1,287 @@
+"""Verify the engine on a model of the user's: every backend measures the same prompts, and the numbers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from subjattn.backends import BACKENDS, BackendName, Engine
+from subjattn.engine import checks
+from subjattn.engine.anatomy import decoder_layers
+from subjattn.engine.interventions import Component, Row
+from subjattn.errors import BadInput, NotFired, UnsupportedModel
+from subjattn.facts import draw
+from subjattn.measures import hf_model
+from subjattn.measures.attention import subject_attention
+from subjattn.measures.knockout import knockout
+from subjattn.measures.patching import patch_grid
+from subjattn.models import LoadedModel
+from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
+
+
+ATTENTION = "attention_to_subject"
+_PARTS: dict[str, Component] = {"patch_effect attn_out": "attn_out", "patch_effect mlp_out": "mlp_out"}
+"""Grids that an engine may refuse for an architecture while it takes the model."""
+HEADINGS = ("backend", "quantity", "difference", "tolerance", "scale", "verdict")
+_ASKED = 200
+"""Facts among which `verify_facts` looks for short ones."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of one backend against the engine; numbers are in `unit`.
+
+    `difference` is the largest over all cells and `place` where it is, `scale` the engine's largest absolute
+    value, `noise_floor` what the engine says of its own rounding. A `fault` is a reason to fail that is no difference:
+    a number that is missing, not finite or where none belongs, or an intervention that did not happen.
+    """
+
+    backend: BackendName
+    quantity: str
+    unit: str
+    cells: int
+    scale: float | None
+    tolerance: float
+    noise_floor: float | None
+    difference: float | None = None
+    place: dict[str, str | int] | None = None
+    fault: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.fault is None and self.difference is not None and self.difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a backend does not compute, and why; `quantity` None: anything."""
+
+    backend: BackendName
+    quantity: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; `largest_logit` is what tolerances in logits and nats are shares of."""
+
+    provenance: dict[str, Any]
+    n_prompts: int
+    n_pairs: int
+    window: int
+    largest_logit: float
+    comparisons: list[Comparison]
+    refusals: list[Refusal]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared, and all of it agrees."""
+        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if not self.comparisons:
+            return "not verified: no reference could be compared with the engine"
+        failed = [comparison for comparison in self.comparisons if not comparison.passed]
+        if failed:
+            return f"failed: {'; '.join(map(_failure, failed))}"
+        names = ", ".join(dict.fromkeys(comparison.backend for comparison in self.comparisons))
+        return f"passed: every number of the engine is that of {names}, within tolerance"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Rows of a table under `HEADINGS`, refusals not among them."""
+        return [
+            (
+                found.backend,
+                found.quantity,
+                *(
+                    "–" if number is None else f"{number:.1e}"
+                    for number in (found.difference, found.tolerance, found.scale)
+                ),
+                "passed" if found.passed else "FAILED",
+            )
+            for found in self.comparisons
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON, None where a number is missing."""
+        return {
+            **self.provenance,
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "n_prompts": self.n_prompts,
+            "n_pairs": self.n_pairs,
+            "window": self.window,
+            "largest_logit": self.largest_logit,
+            "comparisons": [asdict(found) | {"passed": found.passed} for found in self.comparisons],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+        }
+
+
+def _failure(found: Comparison) -> str:
+    where = ", ".join(f"{dim} {value}" for dim, value in (found.place or {}).items())
+    why = found.fault or f"differs by {found.difference:.1e} {found.unit}, more than {found.tolerance:.1e}"
+    return f"{found.quantity} by {found.backend}: {why}" + (f" ({where})" if where else "")
+
+
+def verify(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    backends: Sequence[BackendName] = BACKENDS,
+) -> Verification:
+    """Compare every other backend with the engine, cell by cell.
+
+    Quantities: attention to the subject by layer and head (share of 1); changes of the logit difference when the
+    residual stream, the attention output or the MLP output is patched, by layer and position (logits); knock-outs of
+    the direct and the total route by windows of layers (nats); and the same metrics with nothing changed.
+
+    Tolerance, with t = `engine.checks.tolerance(model)` (1e-4 in float32, 1e-2 in float16, 5e-2 in bfloat16): t for
+    attention, and t times the largest absolute logit of the prompts for all that is in logits or nats.
+
+    Args:
+        model: the model, adapter and dtype to verify.
+        prompts: for attention and knock-out.
+        pairs: clean and corrupt prompts for patching.
+        backends: what to compare; the engine always runs. References make a whole pass per cell.
+
+    Raises:
+        BadInput: no prompts, no pairs, or an unknown backend.
+        UnsupportedModel: the engine itself refuses the model.
+    """
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        raise BadInput(f"backend {unknown[0]!r} is not one of {', '.join(BACKENDS)}")
+    hf = hf_model(model)
+    window = max(1, min(9, len(decoder_layers(hf)) // 3))
+    comparisons: list[Comparison] = []
+    refusals: list[Refusal] = []
+    expected: dict[str, xr.DataArray] = {}
+    for quantity, measured in _measures(model, prompts, pairs, window, "engine").items():
+        try:
+            expected[quantity] = measured()
+        except UnsupportedModel as error:
+            if quantity not in _PARTS:
+                raise
+            refusals.append(Refusal("engine", quantity, str(error)))
+
+    plain = Engine(hf).forward([Row(prompt) for prompt in prompts])
+    largest = max(float(output.logits.abs().max()) for output in plain)
+    share = checks.tolerance(hf)
+    ends = [clean.prediction for clean, _ in pairs]
+    for backend in (name for name in dict.fromkeys(backends) if name != "engine"):
+        measures, refused = _measures(model, prompts, pairs, window, backend), []
+        for quantity, array in expected.items():
+            allowed = share if quantity == ATTENTION else share * largest
+            try:
+                found = measures[quantity]()
+            except (UnsupportedModel, BadInput) as error:
+                refused.append(Refusal(backend, quantity, str(error)))
+            except NotFired as error:
+                blank = Comparison(backend, quantity, array.attrs["unit"], 0, None, allowed, None, fault=str(error))
+                comparisons.append(blank)
+            else:
+                theirs = _with_raw(quantity, found)
+                for name, ours in _with_raw(quantity, array).items():
+                    comparisons.append(_compare(backend, name, theirs[name], ours, ends, allowed))
+        if len(refused) == len(expected):
+            refused = [Refusal(backend, None, refused[0].reason)]
+        refusals += refused
+    provenance = model.provenance()
+    provenance["versions"] |= {name: _version(name) for name in ("transformer-lens", "nnsight")}
+    return Verification(provenance, len(prompts), len(pairs), window, largest, comparisons, refusals)
+
+
+def verify_facts(
+    model: LoadedModel, table: pd.DataFrame, template: str, seed: int = 0
+) -> tuple[PromptSet, list[tuple[Prompt, Prompt]]]:
+    """Two short prompts, one with an answer of several tokens if there is one, and one short pair of swapped subjects.
+
+    Raises:
+        BadInput: no two of the facts can swap their subjects.
+    """
+    asked = make_prompts(draw(table, min(len(table), _ASKED), seed), model.tokenizer, template)
+    pairs = swap_subjects(asked, np.random.default_rng(seed))
+    if not pairs:
+        raise BadInput(
+            f"none of {len(asked)} facts has another whose subject is as long in tokens and whose answer starts "
+            "differently, so that no subjects can be swapped: give more facts"
+        )
+    short = sorted(asked, key=len)
+    first = next((prompt for prompt in short if len(prompt.answer_ids) > 1), short[0])
+    others = tuple(prompt for prompt in short if prompt is not first)
+    return PromptSet(template, (first, *others[:1])), [min(pairs, key=lambda pair: pair[0].prediction)]
+
+
+def _measures(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    window: int,
+    backend: BackendName,
+) -> dict[str, Callable[[], xr.DataArray]]:
+    """What is compared, by its name."""
+    patched: dict[str, Component] = {"patch_effect resid_pre": "resid_pre", **_PARTS}
+    patching = {
+        name: partial(patch_grid, model, pairs, component, at="position", backend=backend)
+        for name, component in patched.items()
+    }
+    blocking = partial(knockout, model, prompts, ["direct", "total"], by="window", window=window, backend=backend)
+    return {
+        ATTENTION: partial(subject_attention, model, prompts, backend=backend),
+        **patching,
+        "knockout_drop": blocking,
+    }
+
+
+def _with_raw(quantity: str, array: xr.DataArray) -> dict[str, xr.DataArray]:
+    """A measure and the values beside it of runs with nothing changed, those of all grids once."""
+    if quantity in _PARTS:
+        return {quantity: array}
+    raw = [str(name) for name in array.coords if str(name).endswith(("_logit_diff", "_answer_logprob"))]
+    return {quantity: array, **{name: array[name].assign_attrs(unit=array.attrs["unit"]) for name in raw}}
+
+
+def _compare(
+    backend: BackendName, quantity: str, found: xr.DataArray, expected: xr.DataArray, ends: list[int], tolerance: float
+) -> Comparison:
+    """One array against the engine's; cells at positions behind a prompt's end hold no number."""
+    absent = xr.zeros_like(expected, bool)
+    if "position" in expected.dims:
+        absent = absent | (expected["position"] > xr.DataArray(ends, dims="fact"))
+    ours, theirs, empty = expected.values, found.values, absent.values
+    gap = np.where(empty, -np.inf, np.abs(theirs - ours))
+    fault = None
+    for name, values in (("engine", ours), (backend, theirs)):
+        wrong = np.isfinite(values) == empty
+        if fault is None and wrong.any():
+            gap = wrong
+            fault = f"{name} gives {values[wrong][0]} where a number is {'absent' if empty[wrong][0] else 'expected'}"
+    at = np.unravel_index(int(gap.argmax()), gap.shape)
+    scale = float(np.abs(ours[~empty]).max())
+    return Comparison(
+        backend,
+        quantity,
+        expected.attrs["unit"],
+        int((~empty).sum()),
+        scale if np.isfinite(scale) else None,
+        tolerance,
+        expected.attrs.get("noise_floor"),
+        None if fault else float(gap[at]),
+        {str(dim): expected[dim].values[i].item() for dim, i in zip(expected.dims, at, strict=True)},
+        fault,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
