@@ -6,9 +6,11 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CITIES, SMALL
 
 from subjattn import cli
@@ -174,10 +176,48 @@ def test_bad_input_loses_nothing(monkeypatch: pytest.MonkeyPatch, done: tuple[Pa
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("command", ["", "run", "report", "facts", "measure", "compare"])
+@pytest.mark.parametrize("command", ["", "run", "report", "facts", "measure", "compare", "verify", "bench"])
 def test_help_shows_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert run(monkeypatch, *command.split(), "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert ("Example: subjattn " + command in shown) if command else all(name in shown for name in ("run", "compare"))
+
+
+def test_verify(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    """Agreement ends with 0; a planted difference is named and ends with 1."""
+    from subjattn.backends.hooks import Hooks
+
+    target = tmp_path / "verify.json"
+    assert run(monkeypatch, "verify", "--model", model, "--json", target) == 0
+    content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["passed"]
+    assert {found["backend"] for found in content["comparisons"]} == {"hooks", "transformer-lens", "nnsight"}
+    plain = Hooks.forward
+
+    def wrong(self: Hooks, rows: list, **rest: bool) -> object:
+        for output in plain(self, rows, **rest):
+            off = torch.arange(output.logits.shape[1]) % 2 * 0.1 * (output.control is not None)
+            yield replace(output, logits=output.logits + off)
+
+    monkeypatch.setattr(Hooks, "forward", wrong)
+    capsys.readouterr()
+    assert run(monkeypatch, "verify", "--model", model) == 1
+    assert "by hooks: differs by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["hooks", "transformer-lens", "nnsight"])
+def test_measure_by_another_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, backend: str) -> None:
+    means = []
+    for name in ("engine", backend):
+        target = tmp_path / f"{name}.json"
+        arguments = ["--model", model, "--n", 3, "--backend", name, "--json", target]
+        assert run(monkeypatch, "measure", "knockout", *arguments) == 0
+        content = json.loads(target.read_text())
+        assert content["backend"] == name
+        means.append(content["styles"]["list"]["mean"]["knockout_drop"])
+    assert means[0] == pytest.approx(means[1], abs=1e-4)
+    assert means[0] != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,6 @@ def test_training_mode_is_refused(tiny: LoadedModel, prompts: PromptSet) -> None
         tiny.model.eval()
 
 
-def test_attention_outside_the_interface_is_refused(tokenizer: object, cities: pd.DataFrame) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    model = BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)).eval()
-    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
-    with pytest.raises((UnsupportedModel, NotFired)):
-        subject_attention(model, prompts)
-
-
 def test_a_model_whose_cones_are_not_exact_is_refused(
     tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,3 +120,67 @@ def test_a_model_whose_cones_are_not_exact_is_refused(
     prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
     with pytest.raises(UnsupportedModel, match="would not be exact"):
         knockout(model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 2}, "attention interface"),
+        ("Falcon", {"num_hidden_layers": 2, "num_attention_heads": 2}, "attention interface"),
+        ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, "attention interface"),
+        ("Mamba", {"num_hidden_layers": 2, "state_size": 4}, "attention interface"),
+        ("RecurrentGemma", {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}, "interface"),
+        (
+            "GptOss",
+            {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+            | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+            "s_aux",
+        ),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_before_anything_is_computed(
+    tokenizer: Any, cities: pd.DataFrame, name: str, settings: dict[str, Any], why: str
+) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=512, hidden_size=32, pad_token_id=1, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = make_prompts(draw(cities, 2), tokenizer, STYLES["list"])
+    for measure in (subject_attention, knockout, answer_logprob):
+        with pytest.raises(UnsupportedModel, match=why):
+            measure(model, prompts)
+
+
+def test_a_model_rewritten_by_a_bridge_is_refused(tiny_models: dict[str, LoadedModel], prompts: PromptSet) -> None:
+    """TransformerBridge puts its own blocks into the model it wraps."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    model = copy.deepcopy(tiny_models["llama"].model)
+    knockout(model, prompts)
+    build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
+    with pytest.raises(UnsupportedModel, match="rewritten in place by a TransformerBridge"):
+        knockout(model, prompts)
+
+
+def test_attention_that_is_not_the_models_own_is_refused(
+    tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: our attention function forgets the model's scaling, on its first use of a model."""
+    from subjattn.engine import attention
+
+    run = attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, scaling=None, **rest: run(*args, scaling=1.0, **rest)
+    )
+    model = load_model(str(tiny_folders["llama"]))
+    prompts = make_prompts(draw(cities, 2), model.tokenizer, STYLES["list"])
+    with pytest.raises(UnsupportedModel, match="against its own eager one"):
+        knockout(model, prompts)
+
+
+def test_the_probe_takes_bfloat16_as_it_is(smollm2: LoadedModel, prompts: PromptSet) -> None:
+    """A probe of special tokens used to refuse this model, on which two kernels part in bfloat16."""
+    from subjattn.engine.checks import check_model
+
+    check_model(copy.deepcopy(smollm2.model).bfloat16())

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from subjattn.backends import Backend, BackendName, open_backend
-from subjattn.engine.anatomy import decoder_layers
+from subjattn.engine.anatomy import decoder_layers, padded_ids
 from subjattn.engine.budget import Budget
-from subjattn.engine.interventions import Component, Output, Row
+from subjattn.engine.interventions import BATCH_TOKENS, Component, Output, Row, batches
 from subjattn.engine.memory import PeakMemory
 from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.measures.attention import subject_attention
@@ -37,8 +37,10 @@ from subjattn.prompts import Prompt, few_shot, make_prompts, swap_subjects
 Grid = Literal["resid", "attn", "mlp", "heads", "window", "head-knockout", "attention"]
 GRIDS: tuple[Grid, ...] = get_args(Grid)
 REPEATS = 5
-PEER_CELLS = 200
+PEER_CELLS = 20
 """Cells that a peer is timed on, spread evenly over the grid, where the grid has more."""
+SHAPES = {"llama-2-7b": lambda: LlamaConfig(max_position_embeddings=4096)}
+"""Architectures that `random_model` makes; LlamaConfig's defaults are Llama-2-7B's."""
 _COMPONENTS: dict[str, Component] = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out"}
 
 Pairs = Sequence[tuple[Prompt, Prompt]]
@@ -209,11 +211,10 @@ def matrix_rate(model: PreTrainedModel) -> float:
 @torch.inference_mode()
 def _plain_forwards(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
     """The model's own forward passes over what attention is measured on, in the same batches, last logits only."""
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for prompt in prompts:
-        by_length.setdefault(prompt.prediction + 1, []).append(prompt.ids[: prompt.prediction + 1])
-    for rows in by_length.values():
-        model(input_ids=torch.tensor(rows, device=model.device), use_cache=False, logits_to_keep=1)
+    lengths = [prompt.prediction + 1 for prompt in prompts]
+    for index in batches(lengths, BATCH_TOKENS):
+        ids = padded_ids([prompts[i] for i in index], model.device)[:, : max(lengths[i] for i in index)]
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 def _layer_flops(model: PreTrainedModel) -> list[int]:
@@ -268,13 +269,10 @@ def random_model(name: str, dtype: str, device: str) -> PreTrainedModel:
     Raises:
         BadInput: the shape is not known.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shapes = {"llama-2-7b": LlamaConfig(max_position_embeddings=4096)}
-    if name not in shapes:
-        raise BadInput(f"--random-init {name!r} is not one of {', '.join(shapes)}")
+    if name not in SHAPES:
+        raise BadInput(f"--random-init {name!r} is not one of {', '.join(SHAPES)}")
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shapes[name], dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

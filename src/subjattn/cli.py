@@ -264,6 +264,44 @@ def _plain(array: Any) -> dict[str, Any]:
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    facts: FactsOption = "cities",
+    template: TemplateOption = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all comparisons to this file.")] = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+) -> int:
+    """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 if they differ.
+
+    Example: `subjattn verify --model smollm2-135m --json verify.json`
+    """
+    from subjattn import verify as verification
+    from subjattn.facts import load_facts
+    from subjattn.models import load_model
+
+    _check_output(json_)
+    table = load_facts(facts)
+    style = next(iter(_styles(table, template).values()))
+    loaded = load_model(model, adapter=adapter, dtype=dtype)
+    found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
+    shown = _table(f"largest differences from the engine: {model}, {dtype}")
+    for heading in verification.HEADINGS:
+        shown.add_column(heading, justify="right" if heading in ("difference", "tolerance", "scale") else "left")
+    for row in found.rows():
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for refusal in found.refusals:
+        what = f" {refusal.quantity}" if refusal.quantity else ""
+        console.print(Text(f"{refusal.backend} does not take this model's{what}: {refusal.reason}"), soft_wrap=True)
+    console.print(Text(found.verdict), soft_wrap=True)
+    _write_json(json_, found.to_dict())
+    return 0 if found.passed else 1
+
+
+@app.command()
 def bench(
     grid: Annotated[GridName, typer.Option(help="Which cells.")],
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",

@@ -75,6 +75,6 @@ def open_backend(name: BackendName, model: PreTrainedModel, budget: Budget | Non
             from subjattn.backends.nnsight import NNsight
 
             return NNsight(model)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise BadInput(f"backend {name!r} needs a library: pip install 'subjattn[references]' ({error})") from None
     raise BadInput(f"backend {name!r} is not one of {', '.join(BACKENDS)}")

@@ -19,7 +19,7 @@ from nnsight.intervention.interleaver import OutOfOrderError  # type: ignore[imp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subjattn.engine.checks import PROBE, relative_gap, tolerance
+from subjattn.engine.checks import PROBE, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import (
     COMPONENTS,
     Block,
@@ -167,7 +167,7 @@ class NNsight:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         """Compare a short probe with the model's own logits, and see that every place is there and blocking acts."""
-        ids = tuple((torch.arange(2, 2 + PROBE) % model.config.get_text_config().vocab_size).tolist())
+        ids = tuple(probe_ids(model)[0].tolist())
         probe = Prompt("probe", "", "", (), ids, (), (0, 1), PROBE - 2)
         try:
             kept = self._states(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
-from subjattn.engine.checks import PROBE, relative_gap, tolerance
+from subjattn.engine.checks import PROBE, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import (
     Block,
     Component,
@@ -135,7 +135,7 @@ class TransformerLens:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         """Compare a short probe with the model's own logits, and see that every hook point is there and acts."""
-        ids = tuple((torch.arange(2, 2 + PROBE) % model.config.get_text_config().vocab_size).tolist())
+        ids = tuple(probe_ids(model)[0].tolist())
         probe = Prompt("probe", "", "", (), ids, (), (0, 1), PROBE - 2)
         names = [
             _name(layer, point) for layer in range(self.n_layers) for point in (*_POINTS.values(), _SCORES, _PATTERN)

@@ -39,7 +39,8 @@ class Budget:
         size, heads = model.dtype.itemsize, config.num_attention_heads
         d_head = getattr(config, "head_dim", None) or width // heads
         inner = max(getattr(config, "intermediate_size", None) or 4 * width, 4 * width)
-        kept = 2 * (n_layers + 1) * width + 2 * n_layers * heads * d_head
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kept = 2 * (n_layers + 1) * width + 2 * n_layers * kv_heads * d_head
         passing = size * (4 * inner + 8 * width) + 4 * heads * (6 * d_head + 6 * longest)
         costs = {
             "base": size * kept + 16 * vocab // longest + passing,
@@ -48,7 +49,7 @@ class Budget:
             "logits": 16 * vocab,
         }
         fits = {part: int(memory * SHARES[part] / cost) for part, cost in costs.items()}
-        least = {"base": 2 * longest, "cones": 2 * longest, "chunk": longest, "logits": longest}
+        least = {"base": 2 * longest, "cones": 2 * longest, "chunk": longest, "logits": 2}
         needed = max(least[part] * cost / SHARES[part] for part, cost in costs.items())
         if needed > memory:
             raise BadInput(

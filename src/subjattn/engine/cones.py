@@ -86,21 +86,14 @@ def forward(
     check_model(model)
     budget = budget or Budget()
     check_rows(rows, len(decoder_layers(model)), n_heads(model))
-    members: dict[Prompt, list[int]] = {}
-    for i, row in enumerate(rows):
-        members.setdefault(row.prompt, []).append(i)
-    needed = [
-        list(dict.fromkeys([prompt, *(s for i in own if (s := rows[i].source) is not None)]))
-        for prompt, own in members.items()
-    ]
-    targets = list(members)
-    if targets and model not in _checked:
-        _check_exact(model, run_base(model, targets[:1], {"z"}), budget)
+    if rows and model not in _checked:
+        _check_exact(model, run_base(model, [rows[0].prompt], {"z"}), budget)
         _checked.add(model)
-    for chosen in batches([max(map(len, some)) * len(some) for some in needed], budget.base_tokens):
-        index = [i for c in chosen for i in members[targets[c]]]
+    families = _families(rows)
+    for chosen in batches([max(map(len, prompts)) * len(prompts) for prompts, _ in families], budget.base_tokens):
+        index = [i for c in chosen for i in families[c][1]]
         components = {patch.component for i in index if (patch := rows[i].patch) is not None}
-        prompts = list(dict.fromkeys(prompt for c in chosen for prompt in needed[c]))
+        prompts = list(dict.fromkeys(prompt for c in chosen for prompt in families[c][0]))
         base = run_shared(model, prompts, components, budget)
         if plain := [i for i in index if rows[i].plain]:
             yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
@@ -108,6 +101,24 @@ def forward(
         for batch in _batches([len(rows[i].suffix) for i in changed], budget.cone_tokens):
             own = [changed[i] for i in batch]
             yield from _run_cones(model, base, own, [rows[i] for i in own], only_contrast, budget)
+
+
+def _families(rows: Sequence[Row]) -> list[tuple[list[Prompt], list[int]]]:
+    """Prompts that need one base run, a prompt and those it is patched from, with the rows that it serves."""
+    members: dict[Prompt, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(row.prompt, []).append(i)
+    sources = {
+        prompt: list(dict.fromkeys(source for i in own if (source := rows[i].source) not in (None, prompt)))
+        for prompt, own in members.items()
+    }
+    # A prompt that is only looked at and patched from has no family of its own.
+    hosts = {source: prompt for prompt, some in sources.items() for source in some}
+    guests = {p: host for p, host in hosts.items() if p in members and all(rows[i].plain for i in members[p])}
+    families = {p: ([p, *sources[p]], list(own)) for p, own in members.items() if p not in guests}
+    for guest, host in guests.items():
+        families[host][1].extend(members[guest])
+    return list(families.values())
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -25,6 +25,8 @@ BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25
 """A batch holds at most this many times its own tokens, so that short rows do not pay for long ones."""
+SMALL = 256
+"""Up to this many tokens padding is free: reading the weights takes longer than the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,13 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
                 raise NotFired(f"fact {row.prompt.fact_id}: the prompt patched from is too short")
 
 
-def batches(lengths: Sequence[int], budget: int, padding: float = PADDING) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices grouped by similar length, within a budget of tokens and little padding."""
     batch: list[int] = []
     own = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         padded = lengths[i] * (len(batch) + 1)
-        if batch and (padded > budget or padded > padding * (own + lengths[i])):
+        if batch and (padded > budget or padded > max(SMALL, PADDING * (own + lengths[i]))):
             yield batch
             batch, own = [], 0
         batch.append(i)
