@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from subjattn import tables
 from subjattn.errors import BadInput, SubjattnError
 
 
@@ -286,7 +286,7 @@ def verify(
     style = next(iter(_styles(table, template).values()))
     loaded = load_model(model, adapter=adapter, dtype=dtype)
     found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
-    shown = _table(f"largest differences from the engine: {model}, {dtype}")
+    shown = tables.table(f"largest differences from the engine: {model}, {dtype}")
     for heading in verification.HEADINGS:
         shown.add_column(heading, justify="right" if heading in ("difference", "tolerance", "scale") else "left")
     for row in found.rows():
@@ -347,35 +347,8 @@ def bench(
         memory_budget=memory_budget,  # type: ignore[arg-type]
     )
     found = {"model": random_init or model, "shots": shots, **found}
-    Console().print(_bench_table(found))
+    Console().print(tables.bench_table(found))
     _write_json(json_, found)
-
-
-def _bench_table(found: dict[str, Any]) -> Table:
-    cells = f"{found['cells']:,} cells ({found['skipped_cells']:,} dead ones skipped)"
-    tokens = f"{found['prompts']} prompts of {min(found['tokens'])} to {max(found['tokens'])} tokens"
-    table = _table(f"{found['grid']}, {found['metric']}: {cells}, {tokens}")
-    for heading in ("side", "seconds", "spread", "× engine", "largest difference"):
-        table.add_column(heading, justify="left" if heading == "side" else "right")
-
-    def add(name: str, seconds: float, spread: list[float] | None, gap: float | None = None) -> None:
-        low_high = "" if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}"
-        ratio = f"{seconds / found['ours_s']:.2f}"
-        table.add_row(name, f"{seconds:.3f}", low_high, ratio, "" if gap is None else f"{gap:.1e}")
-
-    add("engine", found["ours_s"], found["ours_spread_s"])
-    add(f"floor at {found['matrix_gflops']:.0f} GFLOP/s", found["floor_s"], None)
-    if "forward_s" in found:
-        add("plain forward", found["forward_s"], None)
-    for name, peer in found["peers"].items():
-        if "refused" in peer:
-            table.add_row(Text(f"{name}: {peer['refused']}"))
-            continue
-        sampled = "" if peer["timed_cells"] == found["cells"] else f" ({peer['timed_cells']} cells, scaled)"
-        add(name + sampled, peer["seconds"], peer["spread_s"], peer["max_abs_diff"])
-    table.caption = f"peak working memory of the engine {found['peak_memory_bytes'] / 1e6:.0f} MB"
-    table.caption_justify = "left"
-    return table
 
 
 @app.command()
@@ -418,38 +391,10 @@ def _run(config: Any, out: Path) -> None:
     summary = run_study(config, out)
     console = Console()
     for style in config.styles:
-        console.print(_arms_table(summary, style), "")
+        console.print(tables.arms_table(summary, style), "")
     if summary["claims"]:
-        console.print(_claims_table(summary), "")
+        console.print(tables.claims_table(summary), "")
     typer.echo(out / "report.html")
-
-
-def _arms_table(summary: dict[str, Any], style: str) -> Table:
-    table = _table(f"arms, style “{style}”")
-    for heading in ("arm", "accuracy", "log-prob.", "attention", "direct drop", "total drop", "route"):
-        table.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
-    for name, arm in summary["arms"].items():
-        found = arm["styles"][style]
-        numbers = (found["accuracy"], found["answer_logprob"], found["attention_to_subject"])
-        drops = (found["knockout_drop"], found["knockout_drop_total"])
-        table.add_row(Text(name), *(f"{value:.3f}" for value in (*numbers, *drops)), found["route"]["reading"])
-    return table
-
-
-def _table(title: str) -> Table:
-    """A table that fits a terminal of 80 columns."""
-    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-
-
-def _claims_table(summary: dict[str, Any]) -> Table:
-    table = _table(f"claims ({summary['caveat']})")
-    for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
-        table.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
-    for claim in summary["claims"]:
-        for style, found in claim["styles"].items():
-            interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
-            table.add_row(Text(claim["id"]), Text(style), found["verdict"], f"{found['estimate']:+.4f}", interval)
-    return table
 
 
 def _styles(table: Any, templates: list[str] | None) -> dict[str, str]:

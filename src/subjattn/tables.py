@@ -1,0 +1,63 @@
+"""Tables of results for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def table(title: str) -> Table:
+    """A table that fits a terminal of 80 columns."""
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+
+
+def arms_table(summary: dict[str, Any], style: str) -> Table:
+    made = table(f"arms, style “{style}”")
+    for heading in ("arm", "accuracy", "log-prob.", "attention", "direct drop", "total drop", "route"):
+        made.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
+    for name, arm in summary["arms"].items():
+        found = arm["styles"][style]
+        numbers = (found["accuracy"], found["answer_logprob"], found["attention_to_subject"])
+        drops = (found["knockout_drop"], found["knockout_drop_total"])
+        made.add_row(Text(name), *(f"{value:.3f}" for value in (*numbers, *drops)), found["route"]["reading"])
+    return made
+
+
+def claims_table(summary: dict[str, Any]) -> Table:
+    made = table(f"claims ({summary['caveat']})")
+    for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
+        made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
+    for claim in summary["claims"]:
+        for style, found in claim["styles"].items():
+            interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
+            made.add_row(Text(claim["id"]), Text(style), found["verdict"], f"{found['estimate']:+.4f}", interval)
+    return made
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    cells = f"{found['cells']:,} cells ({found['skipped_cells']:,} dead ones skipped)"
+    tokens = f"{found['prompts']} prompts, {min(found['tokens'])}–{max(found['tokens'])} tokens each"
+    made = table(f"{found['grid']}, {found['metric']}: {cells}\n{tokens}")
+    for heading in ("side", "seconds", "spread", "× engine", "largest difference"):
+        made.add_column(heading, justify="left" if heading == "side" else "right")
+
+    def add(name: str, seconds: float, spread: list[float] | None, gap: float | None = None) -> None:
+        low_high = "" if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}"
+        ratio = f"{seconds / found['ours_s']:.2f}"
+        made.add_row(name, f"{seconds:.3f}", low_high, ratio, "" if gap is None else f"{gap:.1e}")
+
+    add("engine", found["ours_s"], found["ours_spread_s"])
+    add(f"floor at {found['matrix_gflops']:.0f} GFLOP/s", found["floor_s"], None)
+    if "forward_s" in found:
+        add("plain forward", found["forward_s"], None)
+    for name, peer in found["peers"].items():
+        if "refused" in peer:
+            made.add_row(Text(f"{name}: {peer['refused']}"))
+            continue
+        sampled = "" if peer["timed_cells"] == found["cells"] else f" ({peer['timed_cells']} cells, scaled)"
+        add(name + sampled, peer["seconds"], peer["spread_s"], peer["max_abs_diff"])
+    made.caption = f"peak working memory of the engine {found['peak_memory_bytes'] / 1e6:.0f} MB"
+    made.caption_justify = "left"
+    return made
