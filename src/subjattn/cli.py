@@ -288,7 +288,7 @@ def verify(
     found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
     shown = tables.table(f"largest differences from the engine: {model}, {dtype}")
     for heading in verification.HEADINGS:
-        shown.add_column(heading, justify="right" if heading in ("difference", "tolerance", "scale") else "left")
+        shown.add_column(heading, justify="right" if heading in ("differs", "tolerance", "scale") else "left")
     for row in found.rows():
         shown.add_row(*row)
     console = Console()

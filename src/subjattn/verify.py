@@ -30,7 +30,7 @@ from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
 ATTENTION = "attention_to_subject"
 _PARTS: dict[str, Component] = {"patch_effect attn_out": "attn_out", "patch_effect mlp_out": "mlp_out"}
 """Grids that an engine may refuse for an architecture while it takes the model."""
-HEADINGS = ("backend", "quantity", "difference", "tolerance", "scale", "verdict")
+HEADINGS = ("backend", "quantity", "differs", "tolerance", "scale", "verdict")
 _ASKED = 200
 """Facts among which `verify_facts` looks for short ones."""
 
@@ -109,7 +109,7 @@ class Verification:
         return [
             (
                 found.backend,
-                found.quantity,
+                found.quantity.removeprefix("patch_effect "),
                 *(
                     "–" if number is None else f"{number:.1e}"
                     for number in (found.difference, found.tolerance, found.scale)

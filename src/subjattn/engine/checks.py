@@ -57,9 +57,9 @@ def check_model(model: PreTrainedModel) -> None:
     for layer, module in enumerate(decoder_layers(model)):
         if attention_module(module) is not tap.seen[layer]:
             raise UnsupportedModel(f"layer {layer} of {name} does not attend in a module of its own")
-    with _eager(model), torch.inference_mode():
-        eager = model(input_ids=ids, use_cache=False).logits[0]
-    gap = relative_gap(ours, eager)
+    with eager(model), torch.inference_mode():
+        theirs = model(input_ids=ids, use_cache=False).logits[0]
+    gap = relative_gap(ours, theirs)
     if not gap <= 10 * max(tolerance(model), TOLERANCE[torch.float32]):
         raise UnsupportedModel(
             f"{name}: our attention function moves its logits by {gap:.1e} of their size against its own eager one"
@@ -98,7 +98,8 @@ def _logits_through_tap(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Ta
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend by its own plain arithmetic for a while."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
