@@ -64,8 +64,7 @@ def test_a_hook_that_never_fires_is_noticed(
     """Planted: an MLP that is found in the wrong place, so that its patches would silently do nothing."""
     rows = [Row(prompts[0], patch=Patch(1, (2,), prompts[1], "mlp_out"))]
     list(cones.forward(tiny.model, rows))
-    for path in ("subjattn.engine.cones.mlp_module", "subjattn.engine.forward.mlp_module"):
-        monkeypatch.setattr(path, lambda _layer: tiny.model.get_input_embeddings())
+    monkeypatch.setattr("subjattn.engine.anatomy.mlp_module", lambda _layer: tiny.model.get_input_embeddings())
     with pytest.raises(NotFired, match="never"):
         list(cones.forward(tiny.model, rows))
 

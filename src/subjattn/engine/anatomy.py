@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.attention import Tap, tapped
+from subjattn.engine.interventions import Component
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
 
@@ -152,3 +153,12 @@ def on_output(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> I
         yield fired
     finally:
         handle.remove()
+
+
+def on_component(
+    component: Component, layer: nn.Module, change: Callable[[Tensor], Tensor | None]
+) -> AbstractContextManager[Fired]:
+    """Pass a component of one decoder layer through `change`; `z` is the attention function's affair."""
+    if component == "resid_pre":
+        return on_input(layer, change)
+    return on_output(attention_module(layer) if component == "attn_out" else mlp_module(layer), change)

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import (
-    attention_module,
     decoder_layers,
-    mlp_module,
+    on_component,
     on_output,
     only_positions,
     padded_ids,
 )
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.forward import predicting_positions
-from subjattn.engine.interventions import Component, Row, wide
+from subjattn.engine.interventions import OUTPUTS, Component, Row, wide
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
 
@@ -106,10 +105,8 @@ def run_base(model: PreTrainedModel, prompts: list[Prompt], components: Collecti
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
-            if "attn_out" in components:
-                stack.enter_context(on_output(attention_module(layer), partial(keep_part, "attn_out", i)))
-            if "mlp_out" in components:
-                stack.enter_context(on_output(mlp_module(layer), partial(keep_part, "mlp_out", i)))
+            for component in OUTPUTS & set(components):
+                stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(on_output(layers[-1], base.streams.append))
         stack.enter_context(only_positions(model, *predicting_positions([Row(prompt) for prompt in prompts])))
         tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)

@@ -26,13 +26,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads, on_output
+from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
 from subjattn.engine.checks import check_model, relative_gap, tolerance
 from subjattn.engine.interventions import (
+    OUTPUTS,
     Output,
     Patch,
     Row,
@@ -241,10 +242,9 @@ def _call(
         states = patched
     args, kwargs = base.arguments(layer, tokens.prompt[tokens.selected], tokens.position[tokens.selected])
     with ExitStack() as stack:
-        if ("attn_out", layer) in patches.places:
-            stack.enter_context(on_output(attention_module(module), partial(patches.put, "attn_out", layer)))
-        if ("mlp_out", layer) in patches.places:
-            stack.enter_context(on_output(mlp_module(module), partial(patches.put, "mlp_out", layer)))
+        for component in OUTPUTS:
+            if (component, layer) in patches.places:
+                stack.enter_context(on_component(component, module, partial(patches.put, component, layer)))
         result = module(states, *args, **kwargs)
     return (result[0] if isinstance(result, tuple) else result)[0]  # type: ignore[no-any-return]
 

@@ -13,21 +13,18 @@ tested against it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import (
-    attention_module,
     decoder_layers,
-    mlp_module,
     n_heads,
-    on_input,
-    on_output,
+    on_component,
     only_positions,
     output_gram,
     output_projections,
@@ -133,7 +130,7 @@ def states(
         with ExitStack() as stack:
             if component != "z":
                 for layer, module in enumerate(layers):
-                    stack.enter_context(_at(component, module, partial(kept.__setitem__, layer)))
+                    stack.enter_context(on_component(component, module, partial(kept.__setitem__, layer)))
             none = torch.zeros(0, dtype=torch.long)
             stack.enter_context(only_positions(model, none, none))
             stack.enter_context(tapped(model, tap, range(len(layers))))
@@ -149,13 +146,6 @@ def predicting_positions(rows: Sequence[Row]) -> tuple[Int[Tensor, " prediction"
     pairs = [(i, position) for i, row in enumerate(rows) for position in row.prompt.predicting]
     row, position = torch.tensor(pairs).T
     return row, position
-
-
-def _at(component: Component, layer: nn.Module, change) -> AbstractContextManager:  # type: ignore[no-untyped-def]
-    """The hook that sees a component of one decoder layer."""
-    if component == "resid_pre":
-        return on_input(layer, change)
-    return on_output(attention_module(layer) if component == "attn_out" else mlp_module(layer), change)
 
 
 @torch.inference_mode()
@@ -189,7 +179,7 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
     with ExitStack() as stack:
         for component, layer in patches:
             if component != "z":
-                stack.enter_context(_at(component, layers[layer], partial(put, component, layer)))
+                stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
         stack.enter_context(only_positions(model, *predicting_positions(rows)))
         stack.enter_context(tapped(model, Tap(blocked, change_z=partial(put, "z")), range(len(layers))))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])

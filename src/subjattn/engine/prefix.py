@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads, on_output
+from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
-from subjattn.engine.interventions import Component, Row, pieces
+from subjattn.engine.interventions import OUTPUTS, Component, Row, pieces
 from subjattn.engine.unembed import embed, unembed
 from subjattn.prompts import Prompt
 
@@ -80,10 +80,8 @@ def _run_suffixes(
     tap = Tap(keep=keep, attend=partial(attend, root, tokens), change_z=partial(keep_part, "z"))
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
-            if "attn_out" in components:
-                stack.enter_context(on_output(attention_module(layer), partial(keep_part, "attn_out", i)))
-            if "mlp_out" in components:
-                stack.enter_context(on_output(mlp_module(layer), partial(keep_part, "mlp_out", i)))
+            for component in OUTPUTS & set(components):
+                stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(tapped(model, tap, range(len(layers))))
         for i, layer in enumerate(layers):
             base.streams[i][tokens.cone, tokens.position] = hidden
