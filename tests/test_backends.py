@@ -21,11 +21,12 @@ from subjattn.engine.forward import forward
 from subjattn.engine.interventions import COMPONENTS, Block, Component, Output, Patch, Row
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import ROUTES, knockout
 from subjattn.measures.patching import patch_grid
 from subjattn.models import LoadedModel, load_model
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet, make_prompts, swap_subjects
+from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
 
 
 REFERENCES: tuple[BackendName, ...] = ("transformer-lens", "nnsight")

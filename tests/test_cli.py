@@ -151,7 +151,7 @@ def test_run_from_the_command_line(
         ("run {study} --out {study}", "File exists"),
         ("measure nothing", "'attention', 'knockout', 'patch'"),
         ("measure attention --dtype int4", "dtype 'int4' is not one of"),
-        ("measure attention --template x --n 1", "exactly once"),
+        ("measure attention --template x --n 1", "must contain {subject} or {question}"),
         ("compare --base smollm2-135m --out {tmp}", "give either --tuned or --adapter"),
         ("compare --base smollm2-135m --adapter /no/such --out {tmp} --n 9", "no such adapter folder"),
         ("compare --base smollm2-135m --adapter x --tuned y --out {tmp}", "give either --tuned or --adapter"),

@@ -23,9 +23,10 @@ from subjattn.engine.forward import attention_rows, forward, states
 from subjattn.engine.interventions import COMPONENTS, Block, Output, Patch, Row
 from subjattn.engine.prefix import shared_tokens
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
 from subjattn.models import LoadedModel, load_model
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet, few_shot, make_prompts
+from subjattn.prompts import Prompt, PromptSet, Style, make_prompts
 
 
 STYLES = TEMPLATES["country"]
@@ -121,8 +122,8 @@ def test_prompts_that_begin_alike_share_their_beginning(
     model: PreTrainedModel, tokenizer: Any, cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few-shot prompts, interventions inside the shared beginning included; and it is really shared."""
-    template = few_shot(STYLES["list"], [("Bonn", "Germany"), ("Oslo", "Norway")])
-    prompts = make_prompts(draw(cities, 6, seed=3), tokenizer, template)
+    style = Style(template=STYLES["list"], shots=2)
+    prompts = make_prompts(draw(cities, 6, seed=3), tokenizer, style, demonstrations=draw(cities, 9, seed=4))
     assert shared_tokens(list(prompts)) > 20
     whole: list[int] = []
     run = prefix.run_base

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from subjattn.errors import BadInput
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.finetune.lora import IGNORED, Training, _collate, _example, train_adapter
 from subjattn.measures.answers import answer_logprob
 from subjattn.models import load_model
-from subjattn.prompts import TEMPLATES, PromptSet, make_prompts
+from subjattn.prompts import PromptSet, make_prompts
 
 
 TRAINING = Training(epochs=8, learning_rate=1e-2, batch_size=8, lora_rank=4, lora_alpha=8)

@@ -19,12 +19,13 @@ from subjattn.engine.interventions import COMPONENTS
 from subjattn.engine.memory import PeakMemory
 from subjattn.errors import BadInput
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import ROUTES, knockout
 from subjattn.measures.metrics import METRICS
 from subjattn.measures.patching import At, patch_grid, recovery
 from subjattn.models import LoadedModel
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet, make_prompts, swap_subjects
+from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,17 @@ from subjattn.engine.forward import forward
 from subjattn.engine.interventions import Row
 from subjattn.errors import BadInput
 from subjattn.facts import draw
-from subjattn.measures.answers import answer_logprob, is_correct, predict
+from subjattn.facts.templates import TEMPLATES
+from subjattn.measures.answers import answer_logprob, predict
 from subjattn.measures.attention import subject_attention, token_attention
 from subjattn.measures.knockout import knockout
 from subjattn.measures.patching import patch_grid, recovery
+from subjattn.measures.scoring import is_correct
 from subjattn.models import LoadedModel
-from subjattn.prompts import ROLES, TEMPLATES, PromptSet, make_prompts, swap_subjects
+from subjattn.prompts import ROLES, PromptSet, make_prompts, swap_subjects
 
 
-STYLES = TEMPLATES["country"]
+STYLES = {name: TEMPLATES["country"][name] for name in ("list", "sentence")}
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_a_facts_numbers_do_not_depend_on_its_batch(tiny: LoadedModel, prompts: 
     ]
     for batch, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(batch, np.stack(single), atol=2e-5)
-    turned = PromptSet(prompts.template, prompts.prompts[::-1])
+    turned = PromptSet(prompts.style, prompts.prompts[::-1])
     np.testing.assert_allclose(subject_attention(tiny, turned)[::-1], together[1], atol=2e-5)
     rows = [Row(prompt) for prompt in prompts]
     for run in (partial(forward, batch_tokens=40), partial(cones.forward, budget=Budget(40, 40, 20, 2))):

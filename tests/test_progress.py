@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from subjattn.study import progress
+from subjattn import progress
 
 
 def test_shares_and_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

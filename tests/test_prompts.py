@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
-from subjattn.prompts import ROLES, TEMPLATES, check_template, make_prompts, subject_lengths, swap_subjects, token_span
+from subjattn.prompts import ROLES, check_template, make_prompts, subject_lengths, swap_subjects, token_span
 
 
 LIST = TEMPLATES["country"]["list"]
@@ -103,10 +104,18 @@ def test_answer_that_merges_with_the_prompt(tokenizer: PreTrainedTokenizerFast) 
 
         is_fast, bos_token_id = True, None
 
-        def __call__(self, text: str, **kwargs: bool) -> dict[str, list]:
-            words = text.split(" ")
-            ids = [len(text) if i == len(words) - 1 else i for i in range(len(words))]
-            return {"input_ids": ids, "offset_mapping": [(0, 99)] * len(ids), "special_tokens_mask": [0] * len(ids)}
+        def __call__(self, texts: list[str], **kwargs: bool) -> dict[str, list]:
+            made = []
+            for words in (text.split(" ") for text in texts):
+                made.append([len(words) if i == len(words) - 1 else i for i in range(len(words))])
+            return {
+                "input_ids": made,
+                "offset_mapping": [[(0, 99)] * len(ids) for ids in made],
+                "special_tokens_mask": [[0] * len(ids) for ids in made],
+            }
+
+        def decode(self, ids: list[int]) -> str:
+            return str(ids)
 
     with pytest.raises(SpanNotFound, match="fact f0: the tokens of the answer 'Kenya' merge"):
         make_prompts(facts_of(["Nairobi"]), Merging(), LIST)
@@ -127,7 +136,7 @@ def test_slow_tokenizer_is_refused() -> None:
 
 def test_lengths_are_those_of_the_spans(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:
     some = draw(cities, 100)
-    lengths = subject_lengths(some["subject"].tolist(), tokenizer, SENTENCE)
+    lengths = subject_lengths(some, tokenizer, SENTENCE)
     assert lengths == [len(prompt.subject_positions) for prompt in make_prompts(some, tokenizer, SENTENCE)]
 
 

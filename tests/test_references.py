@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import knockout
 from subjattn.measures.patching import patch_grid
 from subjattn.models import LoadedModel, packaged_model
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet, make_prompts, swap_subjects
+from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
 
 
 LAYER = 12

@@ -16,11 +16,12 @@ from subjattn.engine.forward import forward
 from subjattn.engine.interventions import Block, Patch, Row
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import answer_logprob
 from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import knockout
 from subjattn.models import LoadedModel, load_model
-from subjattn.prompts import TEMPLATES, PromptSet, make_prompts
+from subjattn.prompts import PromptSet, make_prompts
 
 
 STYLES = TEMPLATES["country"]

@@ -19,10 +19,10 @@ from conftest import CITIES
 
 from subjattn.errors import BadInput
 from subjattn.plots import report
+from subjattn.progress import Progress
+from subjattn.stages import alone, finished, writing
 from subjattn.study.config import StudyConfig, load_study, parse_study
-from subjattn.study.progress import Progress
 from subjattn.study.run import Runner, run_study
-from subjattn.study.stages import alone, finished, writing
 from subjattn.study.summary import MEASURES
 
 
@@ -150,7 +150,8 @@ def test_only_what_changed_is_done_again(
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from subjattn.study import run, stages, summary
+from subjattn import stages
+from subjattn.study import run, summary
 from subjattn.study.config import parse_study
 import json
 

@@ -17,8 +17,9 @@ import subjattn.measures
 from subjattn.backends import BACKENDS, Backend, BackendName, open_backend
 from subjattn.engine.interventions import Output, Row
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
+from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel, load_model
-from subjattn.prompts import TEMPLATES, Prompt, PromptSet
+from subjattn.prompts import Prompt, PromptSet
 from subjattn.verify import HEADINGS, Verification, verify, verify_facts
 
 

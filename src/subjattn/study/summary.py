@@ -15,8 +15,8 @@ import yaml
 
 from subjattn.evidence.contrasts import CONFIDENCE, RESAMPLES, Interval, contrast
 from subjattn.facts.splits import THIRDS
+from subjattn.stages import replacing
 from subjattn.study.config import StudyConfig
-from subjattn.study.stages import replacing
 
 
 MEASURES = ("accuracy", "answer_logprob", "attention_to_subject", "knockout_drop", "knockout_drop_total")

@@ -1,0 +1,200 @@
+"""SliCK: how well a model knows a fact, from many few-shot prompts (Gekhman et al. 2024, arXiv:2405.05904).
+
+A fact is asked in `n_prompts` few-shot prompts with other demonstrations of its relation; each gives one greedy
+answer and `n_samples` sampled ones. Of the greedy answers P(T=0) are right, of the sampled ones P(T>0):
+
+| category | |
+|---|---|
+| HighlyKnown | P(T=0) = 1 |
+| MaybeKnown | 0 < P(T=0) < 1 |
+| WeaklyKnown | P(T=0) = 0 and P(T>0) > 0 |
+| Unknown | neither ever |
+
+The budget decides: with more samples some Unknown facts turn out WeaklyKnown. It is recorded with every label.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from subjattn.engine.prefix import shared_tokens
+from subjattn.errors import BadInput
+from subjattn.facts.splits import CATEGORIES
+from subjattn.knowledge.sampling import Drawn, Sampler
+from subjattn.measures.answers import ending_tokens
+from subjattn.measures.scoring import SCORERS
+from subjattn.prompts import Prompt, Style, make_prompts
+from subjattn.stages import finished, key_of, writing
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from subjattn.models import LoadedModel
+
+
+class Budget(BaseModel):
+    """How much is asked; Gekhman et al.'s figures by default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_prompts: PositiveInt = Field(10, description="few-shot prompts a fact is asked in")
+    shots: PositiveInt = Field(4, description="demonstrations a prompt, of the fact's relation")
+    n_samples: NonNegativeInt = Field(16, description="sampled answers a prompt, besides the greedy one")
+    temperature: PositiveFloat = 0.5
+    new_tokens: PositiveInt = Field(10, description="the longest answer, in tokens")
+    scorer: Literal["exact_match", "answer_start", "containment"] = "exact_match"
+    template: str = "Q: {question}\nA:"
+    seed: NonNegativeInt = 0
+
+    def style(self, index: int) -> Style:
+        """The few-shot style of the prompt with this number."""
+        return Style(template=self.template, shots=self.shots, seed=self.seed * 1_000_003 + index)
+
+
+def category(p_greedy: float, p_sampled: float) -> str:
+    """The SliCK category of a fact from its shares of right answers."""
+    if p_greedy >= 1:
+        return CATEGORIES[0]
+    if p_greedy > 0:
+        return CATEGORIES[1]
+    return CATEGORIES[2] if p_sampled > 0 else CATEGORIES[3]
+
+
+def cost(facts: pd.DataFrame, pool: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, budget: Budget) -> dict[str, int]:
+    """What labelling will take: answers drawn, tokens of all prompts, and those that are computed (the rest is shared).
+
+    From the first of the prompts; the others differ in their demonstrations.
+    """
+    groups = _groups(facts, pool, tokenizer, budget, 0)
+    tokens = sum(prompt.prediction + 1 for group in groups for prompt in group)
+    saved = sum(shared_tokens(group) * (len(group) - 1) for group in groups)
+    return {
+        "answers": len(facts) * budget.n_prompts * (1 + budget.n_samples),
+        "prompt_tokens": tokens * budget.n_prompts,
+        "computed_prompt_tokens": (tokens - saved) * budget.n_prompts,
+    }
+
+
+def slick(
+    model: LoadedModel,
+    facts: pd.DataFrame,
+    pool: pd.DataFrame,
+    budget: Budget | None = None,
+    *,
+    folder: Path | None = None,
+    identity: str = "",
+    advance: Callable[[float], None] = lambda _: None,
+) -> pd.DataFrame:
+    """Label every fact.
+
+    Args:
+        model: whose knowledge is meant.
+        facts: the facts to label.
+        pool: facts that demonstrations are drawn from; may hold the facts themselves, which are never shown to
+            themselves.
+        budget: how much to ask.
+        folder: where finished prompts are kept, so that a stopped run goes on; None keeps nothing.
+        identity: what the model is, for telling whether what is kept belongs to it.
+        advance: told of the share of the work done just now.
+
+    Returns:
+        One row per fact: `fact_id`, `category`, `p_greedy` (share of right greedy answers), `p_sampled`,
+        `confidence` (mean probability of the greedy answers), `greedy` (the most frequent greedy answer), `n_greedy`,
+        `n_sampled`.
+
+    Raises:
+        BadInput: too few demonstrations in a relation, or multiple-choice facts.
+    """
+    budget = budget or Budget()
+    if facts["choices"].notna().any():
+        raise BadInput("SliCK asks for answers in words: rank multiple-choice facts by base-model loss instead")
+    parts = []
+    for index in range(budget.n_prompts):
+        part_folder = None if folder is None else folder / f"prompt-{index:02d}"
+        digest = pd.util.hash_pandas_object(facts.astype(str), index=False).to_numpy().tobytes().hex()
+        pool_digest = pd.util.hash_pandas_object(pool.astype(str), index=False).to_numpy().tobytes().hex()
+        key = key_of(model=identity, facts=digest, pool=pool_digest, budget=budget.model_dump(), index=index)
+        if part_folder is None or not finished(part_folder, key):
+            part = _ask(model, facts, pool, budget, index)
+            if part_folder is not None:
+                with writing(part_folder, key) as temporary:
+                    part.to_parquet(temporary / "answers.parquet", index=False)
+        else:
+            part = pd.read_parquet(part_folder / "answers.parquet")
+        parts.append(part)
+        advance(1 / budget.n_prompts)
+    asked = pd.concat(parts)
+    groups = asked.groupby("fact_id", sort=False)
+    found = pd.DataFrame(
+        {
+            "p_greedy": groups["greedy_correct"].mean(),
+            "p_sampled": groups["n_correct"].sum() / (budget.n_prompts * budget.n_samples) if budget.n_samples else 0.0,
+            "confidence": groups["confidence"].mean(),
+            "greedy": groups["greedy"].agg(lambda texts: texts.mode().iloc[0]),
+            "n_greedy": budget.n_prompts,
+            "n_sampled": budget.n_prompts * budget.n_samples,
+        }
+    ).reindex(facts["fact_id"])
+    labels = [category(*pair) for pair in zip(found["p_greedy"], found["p_sampled"], strict=True)]
+    found.insert(0, "category", labels)
+    return found.reset_index()
+
+
+def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Budget, index: int) -> pd.DataFrame:
+    """All facts in the few-shot prompt with one number: a row per fact."""
+    eos, newlines = ending_tokens(model.model, model.tokenizer)
+    sampler = Sampler(
+        model.model,
+        frozenset(eos.tolist()),
+        frozenset(newlines.tolist()),
+        budget.n_samples,
+        budget.temperature,
+        budget.new_tokens,
+    )
+    rows = []
+    for group in _groups(facts, pool, model.tokenizer, budget, index):
+        seeds = [[budget.seed, index, zlib.crc32(prompt.fact_id.encode())] for prompt in group]
+        rows += [
+            _score(prompt, drawn, model, budget)
+            for prompt, drawn in zip(group, sampler.draw(group, seeds), strict=True)
+        ]
+    return pd.DataFrame(rows).set_index("fact_id").reindex(facts["fact_id"]).reset_index()
+
+
+def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> dict[str, object]:
+    rule = SCORERS[budget.scorer]
+
+    def text(tokens: tuple[int, ...]) -> str:
+        decoded = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+        return decoded.splitlines()[0].strip() if decoded and rule.one_line else decoded
+
+    answers = {text(tokens): 0 for tokens in drawn.samples}
+    for tokens, count in drawn.samples.items():
+        answers[text(tokens)] += count
+    return {
+        "fact_id": prompt.fact_id,
+        "greedy": text(drawn.greedy),
+        "greedy_correct": rule.correct(text(drawn.greedy), prompt.answers),
+        "confidence": drawn.confidence,
+        "n_correct": sum(count for answer, count in answers.items() if rule.correct(answer, prompt.answers)),
+    }
+
+
+def _groups(
+    facts: pd.DataFrame, pool: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, budget: Budget, index: int
+) -> list[list[Prompt]]:
+    """Prompts with the same demonstrations together: a relation's, and apart those whose fact is among them."""
+    style = budget.style(index)
+    prompts = make_prompts(facts, tokenizer, style, demonstrations=pool)
+    groups: dict[str, list[Prompt]] = {}
+    for prompt, fact in zip(prompts, facts.to_dict("records"), strict=True):
+        shown = prompt.text.removesuffix(style.body(fact)[0])  # type: ignore[arg-type]
+        groups.setdefault(shown, []).append(prompt)
+    return list(groups.values())

@@ -1,0 +1,93 @@
+"""When an answer counts as right. Each scorer has a name, which every result carries."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+ScorerName = Literal["answer_start", "exact_match", "containment", "letters"]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A rule for generated text."""
+
+    definition: str
+    new_tokens: int
+    one_line: bool
+    """Whether the answer ends with its line."""
+    correct: Callable[[str, Sequence[str]], bool]
+
+
+def is_correct(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction starts with an accepted answer that ends where a name ends.
+
+    Case, accents, leading punctuation and a leading "the" do not count. A name that goes on is another
+    name: "Nigeria" is no answer to "Niger", "Guinea-Bissau" and "Guinea Bissau" are none to "Guinea".
+    """
+    text = _plain(prediction)
+    ends = r"(?![\w-])(?!\s+(?-i:[A-Z]))"
+    return any(re.match(re.escape(plain) + ends, text, re.IGNORECASE) for plain in map(_plain, answers) if plain)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction is an accepted answer once case, punctuation, articles and spaces are taken off.
+
+    The normalisation of Rajpurkar et al. 2016 (SQuAD), with Unicode compatibility forms folded.
+    """
+    text = _normalised(prediction)
+    return bool(text) and any(_normalised(answer) == text for answer in answers)
+
+
+def contains_alias(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether an accepted answer is part of the prediction, both in lower case (Ghosal et al. 2024, app. B.2).
+
+    Lenient: "Nigeria" contains "Niger". The paper lower-cases the prediction; whether the answers too is not said.
+    """
+    text = prediction.lower().strip()
+    return any(answer.lower().strip() in text for answer in answers if answer.strip())
+
+
+SCORERS: Mapping[str, Scorer] = {
+    "answer_start": Scorer(
+        "greedy answer starts with an accepted answer that ends where a name ends; case, accents, leading "
+        "punctuation and a leading 'the' do not count",
+        8,
+        True,
+        is_correct,
+    ),
+    "exact_match": Scorer(
+        "first line of the greedy answer is an accepted answer; case, punctuation, articles and spaces do not count",
+        16,
+        True,
+        exact_match,
+    ),
+    "containment": Scorer(
+        "an accepted answer is part of the first 10 tokens generated, both in lower case (Ghosal et al. 2024)",
+        10,
+        False,
+        contains_alias,
+    ),
+}
+LETTERS_DEFINITION = "the right letter has the largest logit of the letters of the choices (Ghosal et al. 2024)"
+
+
+def definition_of(scorer: str) -> str:
+    """What a scorer counts as right, in words."""
+    return LETTERS_DEFINITION if scorer == "letters" else SCORERS[scorer].definition
+
+
+def _plain(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.replace("’", "'"))
+    plain = re.sub(r"\s+", " ", "".join(char for char in decomposed if not unicodedata.combining(char)))
+    return re.sub(r"^\W*(the\s+)?", "", plain, flags=re.IGNORECASE).rstrip(" .,:;")
+
+
+def _normalised(text: str) -> str:
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())

@@ -1,0 +1,202 @@
+"""Ask facts in a style: the exact text, its tokens, and the place of the subject and of the answer in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from subjattn.errors import BadInput, SpanNotFound
+from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
+from subjattn.prompts.prompt import Prompt, PromptSet
+from subjattn.prompts.spans import Encoded, check_tokenizer, encode, shares_edge, token_span
+from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_of, shown_to
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class _Asked(NamedTuple):
+    """A prompt's text and where its subject begins."""
+
+    text: str
+    start: int | None
+
+    def behind(self, before: str) -> _Asked:
+        return _Asked(before + self.text, None if self.start is None else self.start + len(before))
+
+
+def make_prompts(
+    facts: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    style: str | Style,
+    *,
+    demonstrations: pd.DataFrame | None = None,
+    reasoning: Mapping[str, str] | None = None,
+) -> PromptSet:
+    """Ask every fact in one style, e.g. ``"City: {subject}\\nCountry:"``, ``"late"`` or ``Style(…)``.
+
+    The first of a fact's `answers` is the one whose tokens are scored; it follows the prompt after one space (in a
+    chat that ends in a new line, at once). Where the subject occurs several times, as in demonstrations, its span
+    is its place in the question that is asked.
+
+    Args:
+        facts: a table of facts: `fact_id`, `subject`, `answers`, and `relation` and `question` where the style
+            needs them.
+        tokenizer: a fast one.
+        style: a template, the name of a built-in one, or a `Style`.
+        demonstrations: the facts that a style with shots draws from.
+        reasoning: by fact id, what the model thought (see `subjattn.measures.answers.reason`); a style with
+            chain of thought then asks for the conclusion. Without it, its prompts end where the thinking begins.
+
+    Raises:
+        BadInput: the style does not fit the facts, or the tokenizer gives no character offsets.
+        SpanNotFound: a subject or answer does not map onto tokens; the message names the fact.
+    """
+    style = Style.of(style)
+    check_tokenizer(tokenizer)
+    records: list[dict[str, Any]] = facts.to_dict("records")  # type: ignore[assignment]
+    if style.chain_of_thought and reasoning is not None:
+        missing = [fact["fact_id"] for fact in records if fact["fact_id"] not in reasoning]
+        if missing:
+            raise BadInput(f"fact {missing[0]}: there is no reasoning for it")
+    asked = _ask(records, tokenizer, style, demonstrations, reasoning)
+    special = not style.chat
+    texts = [one.text for one in asked]
+    answers = [_answered(text, str(fact["answers"][0])) for text, fact in zip(texts, records, strict=True)]
+    n_letters = [0 if fact.get("choices") is None else len(fact["choices"]) for fact in records]
+    lettered = [_answered(text, ascii_uppercase[i]) for text, n in zip(texts, n_letters, strict=True) for i in range(n)]
+    letters = encode(tokenizer, lettered, special)
+    decoded: dict[int, str] = {}
+    prompts = []
+    for fact, one, prompt, whole, n in zip(
+        records, asked, encode(tokenizer, texts, special), encode(tokenizer, answers, special), n_letters, strict=True
+    ):
+        choices = [next(letters).ids for _ in range(n)]
+        for token in {*prompt.ids, *whole.ids} - decoded.keys():
+            decoded[token] = str(tokenizer.decode([token]))
+        prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer.bos_token_id))
+        if style.prefix and prefix_tokens(one.text, prompt.offsets) != style.prefix:
+            raise SpanNotFound(
+                f"fact {fact['fact_id']}: the last of {style.prefix} tokens of neutral text merges with what follows"
+            )
+    return PromptSet(str(style), tuple(prompts))
+
+
+def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, style: str | Style) -> list[int]:
+    """Tokens of each subject where the style's template puts it; 0 where there is none."""
+    plain = Style.of(style).model_copy(update={"shots": 0, "prefix": 0, "chat": False, "chain_of_thought": False})
+    asked = _ask(facts.to_dict("records"), tokenizer, plain, None, None)  # type: ignore[arg-type]
+    lengths = []
+    for one, subject, encoded in zip(
+        asked, facts["subject"], encode(tokenizer, [one.text for one in asked]), strict=True
+    ):
+        span = None if one.start is None else token_span(encoded.offsets, one.start, one.start + len(subject))
+        lengths.append(0 if span is None else span[1] - span[0])
+    return lengths
+
+
+def _answered(text: str, answer: str) -> str:
+    return text + (answer if text[-1:].isspace() else f" {answer}")
+
+
+def _ask(
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    style: Style,
+    pool: pd.DataFrame | None,
+    reasoning: Mapping[str, str] | None,
+) -> list[_Asked]:
+    candidates = {
+        relation: demonstrations_of(style, relation, pool)
+        for relation in sorted({fact["relation"] for fact in records} if style.shots else ())
+    }
+    prefix = neutral_prefix(tokenizer, style.prefix) if style.prefix else ""
+    asked = []
+    for fact in records:
+        shown = shown_to(fact, candidates[fact["relation"]], style.shots) if style.shots else []
+        turns = [style.demonstration(one) for one in shown]
+        body = _Asked(*style.body(fact))
+        if style.chat:
+            one = _in_chat(tokenizer, turns, body, str(fact["fact_id"]))
+        else:
+            one = body.behind(prefix + "".join(f"{question} {answer}\n\n" for question, answer in turns))
+        if style.chain_of_thought:
+            thought = REASONING
+            if reasoning is not None:
+                written = reasoning[fact["fact_id"]].strip()
+                thought = " ".join(part for part in (REASONING, written, CONCLUSION) if part)
+            one = _Asked(_answered(one.text, thought), one.start)
+        asked.append(one)
+    return asked
+
+
+def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], body: _Asked, fact_id: str) -> _Asked:
+    """The question in a chat, behind demonstrations as earlier turns, up to where the assistant answers."""
+    if tokenizer.chat_template is None:
+        raise BadInput("the tokenizer has no chat template: use an instruct model, or a style without chat")
+    earlier = [
+        {"role": role, "content": text}
+        for question, answer in turns
+        for role, text in (("user", question), ("assistant", answer))
+    ]
+    marked, whole = (
+        str(
+            tokenizer.apply_chat_template(
+                [*earlier, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for text in (_PLACE, body.text)
+    )
+    before, found, after = marked.rpartition(_PLACE)
+    if not found or before + body.text + after != whole:
+        raise SpanNotFound(f"fact {fact_id}: the chat template changes the question's text, so its place is not known")
+    return _Asked(body.text + after, body.start).behind(before)
+
+
+def _prompt(
+    fact: Mapping[str, Any],
+    asked: _Asked,
+    prompt: Encoded,
+    ids: list[int],
+    choices: list[list[int]],
+    decoded: Mapping[int, str],
+    bos: int | None,
+) -> Prompt:
+    fact_id, text = str(fact["fact_id"]), asked.text
+    subject, answers = fact["subject"], tuple(str(answer) for answer in fact["answers"])
+    length, span, edge = len(prompt.ids), None, False
+    if asked.start is not None:
+        stop = asked.start + len(subject)
+        span = token_span(prompt.offsets, asked.start, stop)
+        if span is None:
+            raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {subject!r}")
+        edge = shares_edge(text, prompt.offsets, span, asked.start, stop)
+    for answer, answered in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
+        if answered[:length] != prompt.ids or len(answered) == length:
+            raise SpanNotFound(
+                f"fact {fact_id}: the tokens of the answer {answer!r} merge with those of {text!r}; "
+                "end the template where a word ends"
+            )
+    letters = tuple(one[length] for one in choices)
+    if len(set(letters)) < len(letters) or any(len(one) != length + 1 for one in choices):
+        raise SpanNotFound(f"fact {fact_id}: the letters of its choices are not one token each")
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        raise BadInput(f"fact {fact_id}: the prompt starts with two BOS tokens; leave BOS out of the template")
+    return Prompt(
+        fact_id=fact_id,
+        subject="" if subject is None else subject,
+        text=text,
+        answers=answers,
+        ids=tuple(ids),
+        tokens=tuple(decoded[token] for token in ids),
+        span=span,
+        prediction=length - 1,
+        shared_edge=edge,
+        choice_ids=letters,
+    )

@@ -1,0 +1,44 @@
+"""Neutral text of an exact number of tokens, to move a subject away from the beginning of its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from subjattn.errors import BadInput
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT = (
+    "The rain had stopped in the night and the street was quiet again . A window stood open and somebody was making "
+    "tea . On the table lay a book , a pen and a sheet of paper with a short list on it . Nobody was in a hurry . "
+    "The clock on the wall was slow by some minutes and had been so for years . After a while the door opened , "
+    "the light fell on the floor and the room was warm"
+)
+_END = "\n"
+
+
+def neutral_prefix(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> str:
+    """A text that says nothing, of exactly `n_tokens` tokens (a BOS not counted), and ends in a new line.
+
+    Raises:
+        BadInput: no beginning of the text has that many tokens, nor one with a small word added.
+    """
+    words = _TEXT.split() * (1 + n_tokens // len(_TEXT.split()))
+    for n_words in range(min(n_tokens, len(words)), -1, -1):
+        for last in ((), ("so",), ("so", "it", "was")):
+            text = " ".join([*words[:n_words], *last]).replace(" .", ".").replace(" ,", ",") + _END
+            encoded = tokenizer(text + "x", return_offsets_mapping=True)
+            if prefix_tokens(text + "x", encoded["offset_mapping"], len(text)) == n_tokens:
+                return text
+    raise BadInput(f"there is no neutral text of exactly {n_tokens} tokens in this tokenizer: try {n_tokens + 1}")
+
+
+def prefix_tokens(text: str, offsets: Sequence[tuple[int, int]], stop: int | None = None) -> int | None:
+    """Tokens before the end of a text's first paragraph (or `stop`); None if one lies across it."""
+    end = text.index(_END) + len(_END) if stop is None else stop
+    if any(a < end < b for a, b in offsets):
+        return None
+    return sum(1 for a, b in offsets if b > a and b <= end)
