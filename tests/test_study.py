@@ -117,7 +117,7 @@ def test_a_finished_study_is_reused(
     done: tuple[Path, dict[str, Any]], small: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, summary = done
-    for work in ("load_model", "train_adapter", "load_facts"):
+    for work in ("load_model", "train_adapter", "choose"):
         monkeypatch.setattr(f"subjattn.study.run.{work}", lambda *_, **__: pytest.fail("done again"))
     assert run_study(small, out) == summary
 
@@ -288,10 +288,10 @@ def test_arm_with_another_tokenizer_is_refused(
     [
         ("facts.ntest=4", r"facts\.ntest: no such field; did you mean 'n_test'\?"),
         ("facts.n_test=0", r"facts\.n_test: .*greater than 0, not '0'"),
-        ("arms.known.train=top", r"arms\.known\.train: .*'known', 'unknown' or 'random', not 'top'"),
-        ("arms.known.model=x", "either trained here .* or brought along"),
+        ("arms.known.train=best", r"arms\.known: arm 'best' is no arm: use known, unknown, random, whole, top, bottom"),
+        ("arms.known.adapter=x", "either trained here .* or brings an 'adapter', not both"),
         ("contrasts=[[unknown, nobody]]", "arm 'nobody' is compared but not defined"),
-        ("styles.list='City'", r"must contain \{subject\} exactly once"),
+        ("styles.list='City'", r"must contain \{subject\} or \{question\}, or be one of cloze, late"),
         ("claims=[]x", "not YAML|claims"),
         ("nonsense", "is not key=value"),
         ("model.x=1", "'model' has no fields"),

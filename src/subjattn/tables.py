@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from subjattn.facts.splits import CATEGORIES
+
 
 def table(title: str) -> Table:
     """A table that fits a terminal of 80 columns."""
@@ -21,7 +23,8 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
         found = arm["styles"][style]
         numbers = (found["accuracy"], found["answer_logprob"], found["attention_to_subject"])
         drops = (found["knockout_drop"], found["knockout_drop_total"])
-        made.add_row(Text(name), *(f"{value:.3f}" for value in (*numbers, *drops)), found["route"]["reading"])
+        shown = ("–" if value is None else f"{value:.3f}" for value in (*numbers, *drops))
+        made.add_row(Text(name), *shown, found["route"]["reading"])
     return made
 
 
@@ -31,9 +34,30 @@ def claims_table(summary: dict[str, Any]) -> Table:
         made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
     for claim in summary["claims"]:
         for style, found in claim["styles"].items():
-            interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
-            made.add_row(Text(claim["id"]), Text(style), found["verdict"], f"{found['estimate']:+.4f}", interval)
+            estimate = interval = "–"
+            if found["estimate"] is not None:
+                estimate = f"{found['estimate']:+.4f}"
+                interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
+            made.add_row(Text(claim["id"]), Text(style), found["verdict"], estimate, interval)
     return made
+
+
+def knowledge_tables(found: dict[str, Any]) -> list[Table]:
+    """Categories, and how far other definitions agree with them."""
+    counts = table(f"SliCK, {found['n_facts']} facts, {found['model']}")
+    for heading in ("category", "facts", "share"):
+        counts.add_column(heading, justify="left" if heading == "category" else "right")
+    for name in CATEGORIES:
+        n = found["categories"].get(name, 0)
+        counts.add_row(name, f"{n}", f"{n / found['n_facts']:.1%}")
+    agreed = table("agreement: rank correlation with P(T=0) and P(T>0); upper half against SliCK's known")
+    for heading in ("definition", "P(T=0)", "P(T>0)", "n", "same", "kappa"):
+        agreed.add_column(heading, justify="left" if heading == "definition" else "right")
+    for name, halves in found["known"].items():
+        correlations = [found["spearman"].get(name, {}).get(other) for other in ("p_greedy", "p_sampled")]
+        shown = ["–" if value is None else f"{value:+.2f}" for value in (*correlations, halves["kappa"])]
+        agreed.add_row(name, *shown[:2], f"{halves['n']}", f"{halves['agreement']:.1%}", shown[2])
+    return [counts, agreed]
 
 
 def bench_table(found: dict[str, Any]) -> Table:

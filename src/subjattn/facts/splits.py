@@ -170,7 +170,7 @@ def split(
         test = np.concatenate([test, rng.choice(unseen, n_held_out, replace=False)])
     table["test"] = table.index.isin(test)
     table["out_of_distribution"] = table["test"] & outside
-    name = table["subject"].str.casefold().str.strip()
+    name = table["subject"].fillna(table["fact_id"]).str.casefold().str.strip()
     left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
     for arm, chosen in _draw_arms(left, specs, n_train, match, rng).items():
         table[f"train_{arm}"] = table.index.isin(chosen)

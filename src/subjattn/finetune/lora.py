@@ -30,6 +30,7 @@ class Training(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: PositiveFloat = Field(1, description="passes over the arm's facts")
+    steps: PositiveInt | None = Field(None, description="optimiser steps, the same for arms of any size; over epochs")
     learning_rate: PositiveFloat = 5e-4
     weight_decay: float = Field(0.0, ge=0)
     batch_size: PositiveInt = 32
@@ -38,7 +39,7 @@ class Training(BaseModel):
 
     def n_steps(self, n_facts: int) -> int:
         """Optimiser steps of a run."""
-        return max(1, math.ceil(self.epochs * math.ceil(n_facts / self.batch_size)))
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(n_facts / self.batch_size)))
 
 
 def train_adapter(

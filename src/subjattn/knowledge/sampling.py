@@ -8,8 +8,8 @@ independent sampling; at a low temperature most samples agree and cost what one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ from subjattn.prompts import Prompt
 
 CACHED_TOKENS = 16_384
 """Tokens, over all branches, whose keys and values are held at a time; more are computed in turns."""
+BLOCK = 256
+"""Tokens of the vocabulary whose probabilities are summed before one of them is drawn."""
+SMALL_BATCH = 32
+"""Prompts of the next length are padded into a batch that has fewer than this many."""
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Drawn:
     """Probability of the greedy answer: the product over its tokens, the ending one included."""
     samples: dict[tuple[int, ...], int] = field(default_factory=dict)
     """How often each answer was sampled."""
+    given_up: int = 0
+    """Samples that were not drawn to their end, being wrong whatever their end."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Sampler:
         n_samples: sampled answers per prompt.
         temperature: of the samples.
         new_tokens: the longest answer.
+        hopeless: whether the answer to the prompt of this number that begins with these tokens is wrong whatever
+            follows; its samples are then given up. The greedy answer is drawn to its end all the same.
     """
 
     model: PreTrainedModel
@@ -67,6 +75,7 @@ class Sampler:
     n_samples: int
     temperature: float
     new_tokens: int
+    hopeless: Callable[[int, tuple[int, ...]], bool] = lambda _prompt, _tokens: False
 
     @torch.inference_mode()
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], share: bool = True) -> list[Drawn]:
@@ -80,28 +89,46 @@ class Sampler:
         check_model(self.model)
         self._drawn = [Drawn() for _ in prompts]
         self._seeds = seeds
-        shared = shared_tokens(list(prompts)) if share and len(prompts) > 1 else 0
-        cache = self._run(torch.tensor([prompts[0].ids[:shared]]), None)[1] if shared else None
-        lengths: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            lengths.setdefault(prompt.prediction + 1, []).append(i)
-        for length, members in lengths.items():
-            step = max(1, CACHED_TOKENS // (length + self.new_tokens))
-            for index in (members[i : i + step] for i in range(0, len(members), step)):
-                ids = torch.tensor([prompts[i].ids[shared:length] for i in index])
-                roots = [_Branch(i, (), self.n_samples, True, 0.0) for i in index]
-                own = None if cache is None else _select(cache, torch.zeros(len(index), dtype=torch.long))
-                self._grow(roots, *self._run(ids, own))
+        self._shared = shared_tokens(list(prompts)) if share and len(prompts) > 1 else 0
+        cache = None
+        if self._shared:
+            start = torch.tensor([prompts[0].ids[: self._shared]])
+            cache = self._run(start, None, torch.zeros(1, dtype=torch.long))[1]
+        lengths = [prompt.prediction + 1 for prompt in prompts]
+        for index in _batches(lengths, self.new_tokens, SMALL_BATCH if self._may_pad(max(lengths)) else 1):
+            longest = max(lengths[i] for i in index)
+            pads = torch.tensor([longest - lengths[i] for i in index])
+            ids = [[0] * (longest - lengths[i]) + list(prompts[i].ids[self._shared : lengths[i]]) for i in index]
+            roots = [_Branch(i, (), self.n_samples, True, 0.0) for i in index]
+            own = None if cache is None else _select(cache, torch.zeros(len(index), dtype=torch.long))
+            self._grow(roots, *self._run(torch.tensor(ids), own, pads), pads)
         return self._drawn
 
-    def _run(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits at the last token of each row, and the cache that holds it."""
-        output = self.model(
-            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        return output.logits[:, -1], output.past_key_values
+    def _may_pad(self, longest: int) -> bool:
+        """Whether padding goes unseen: a sliding window would count it among the tokens it holds."""
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return window is None or window > longest + self.new_tokens
 
-    def _grow(self, branches: list[_Branch], logits: Tensor, cache: Any) -> None:
+    def _run(self, ids: Tensor, cache: Any, pads: Tensor) -> tuple[Tensor, Any]:
+        """Logits at the last token of each row, and the cache that holds it.
+
+        Behind the shared tokens a row has `pads` tokens of padding, which no token sees and no position counts.
+        """
+        before, device = cache.get_seq_length() if cache else 0, self.model.device
+        slot = torch.arange(before + ids.shape[1])
+        padded = (slot >= self._shared) & (slot < self._shared + pads[:, None])
+        positions = (~padded).long().cumsum(1).sub(1).clamp(min=0)[:, before:]
+        output = self.model(
+            input_ids=ids.to(device),
+            attention_mask=(~padded).long().to(device) if padded.any() else None,
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float(), output.past_key_values
+
+    def _grow(self, branches: list[_Branch], logits: Tensor, cache: Any, pads: Tensor) -> None:
         """Draw the next token of every branch, and go on with those whose answer has not ended."""
         going: list[tuple[int, _Branch]] = []
         for row, children in enumerate(self._children(branches, logits)):
@@ -110,44 +137,58 @@ class Sampler:
                 ended = last in self.ends or (len(child.tokens) > 1 and last in self.newlines)
                 if ended or len(child.tokens) == self.new_tokens:
                     self._keep(child)
+                elif child.count and self.hopeless(child.prompt, child.tokens):
+                    self._drawn[child.prompt].given_up += child.count
+                    if child.greedy:
+                        going.append((row, replace(child, count=0)))
                 else:
                     going.append((row, child))
-        if not going:
-            return
-        length = cache.get_seq_length() + 1
-        step = max(1, CACHED_TOKENS // length)
+        step = max(1, CACHED_TOKENS // (cache.get_seq_length() + 1))
         for part in (going[i : i + step] for i in range(0, len(going), step)):
             rows = torch.tensor([row for row, _ in part])
             ids = torch.tensor([[child.tokens[-1]] for _, child in part])
-            self._grow([child for _, child in part], *self._run(ids, _select(cache, rows)))
+            own = pads[rows]
+            self._grow([child for _, child in part], *self._run(ids, _select(cache, rows), own), own)
 
     def _children(self, branches: list[_Branch], logits: Tensor) -> list[list[_Branch]]:
-        logprobs = logits.float().log_softmax(-1)
-        best = logprobs.argmax(-1).tolist()
-        cumulative = (logits.float() / self.temperature).softmax(-1).double().cumsum(-1).cpu().numpy()
+        best, log_total = logits.argmax(-1).tolist(), logits.logsumexp(-1)
+        drawn = self._sample(branches, logits)
+        tokens = [sorted({*counts, best[row]} if branches[row].greedy else counts) for row, counts in enumerate(drawn)]
+        rows = [row for row, own in enumerate(tokens) for _ in own]
+        flat = [token for own in tokens for token in own]
+        logprobs = iter((logits[rows, flat] - log_total[rows]).tolist())
+        return [
+            [
+                _Branch(
+                    branch.prompt,
+                    (*branch.tokens, token),
+                    counts.get(token, 0),
+                    branch.greedy and token == best[row],
+                    branch.logprob + next(logprobs),
+                )
+                for token in tokens[row]
+            ]
+            for row, (branch, counts) in enumerate(zip(branches, drawn, strict=True))
+        ]
+
+    def _sample(self, branches: list[_Branch], logits: Tensor) -> list[dict[int, int]]:
+        """How often each branch's samples take each token: inverse transform sampling, first of a block of tokens."""
+        vocab = logits.shape[1]
+        probabilities = torch.nn.functional.pad((logits / self.temperature).softmax(-1), (0, -vocab % BLOCK))
+        blocks = probabilities.unflatten(1, (-1, BLOCK))
+        sums = blocks.sum(-1).double().cumsum(-1).cpu().numpy()
         found = []
         for row, branch in enumerate(branches):
             counts: dict[int, int] = {}
-            if branch.count:
-                rng = np.random.default_rng([*self._seeds[branch.prompt], *branch.tokens])
-                draws = rng.random(branch.count) * cumulative[row, -1]
-                tokens = np.searchsorted(cumulative[row], draws, side="right")
-                for token in np.minimum(tokens, cumulative.shape[1] - 1).tolist():
-                    counts[token] = counts.get(token, 0) + 1
-            if branch.greedy:
-                counts.setdefault(best[row], 0)
-            found.append(
-                [
-                    _Branch(
-                        branch.prompt,
-                        (*branch.tokens, token),
-                        count,
-                        branch.greedy and token == best[row],
-                        branch.logprob + float(logprobs[row, token]),
-                    )
-                    for token, count in sorted(counts.items())
-                ]
-            )
+            rng = np.random.default_rng([*self._seeds[branch.prompt], *branch.tokens])
+            draws = rng.random(branch.count) * sums[row, -1]
+            for block, draw in zip(np.searchsorted(sums[row], draws, side="right"), draws, strict=True):
+                within = blocks[row, block].double().cumsum(0).cpu().numpy()
+                # The block's sum was taken in another order: what rounding leaves over goes to its last likely token.
+                left = min(draw - (sums[row, block - 1] if block else 0.0), np.nextafter(within[-1], 0))
+                token = int(block) * BLOCK + int(np.searchsorted(within, left, side="right"))
+                counts[token] = counts.get(token, 0) + 1
+            found.append(counts)
         return found
 
     def _keep(self, branch: _Branch) -> None:
@@ -156,6 +197,19 @@ class Sampler:
             drawn.greedy, drawn.confidence = branch.tokens, float(np.exp(branch.logprob))
         if branch.count:
             drawn.samples[branch.tokens] = branch.count
+
+
+def _batches(lengths: Sequence[int], new_tokens: int, enough: int) -> Iterator[list[int]]:
+    """Prompts to be run together, by number: of one length where they are `enough`, else of neighbouring ones."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = (len(batch) + 1) * (lengths[i] + new_tokens) > CACHED_TOKENS
+        if batch and (full or (len(batch) >= enough and lengths[i] > lengths[batch[-1]])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _select(cache: Any, rows: Tensor) -> Any:

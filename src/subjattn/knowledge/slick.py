@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +29,7 @@ from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
 from subjattn.measures.answers import ending_tokens
-from subjattn.measures.scoring import SCORERS
+from subjattn.measures.scoring import SCORERS, Scorer
 from subjattn.prompts import Prompt, Style, make_prompts
 from subjattn.stages import finished, key_of, writing
 
@@ -160,12 +161,18 @@ def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Bu
     )
     rows = []
     for group in _groups(facts, pool, model.tokenizer, budget, index):
+        sampler.hopeless = partial(_hopeless, model, SCORERS[budget.scorer], group)
         seeds = [[budget.seed, index, zlib.crc32(prompt.fact_id.encode())] for prompt in group]
         rows += [
             _score(prompt, drawn, model, budget)
             for prompt, drawn in zip(group, sampler.draw(group, seeds), strict=True)
         ]
     return pd.DataFrame(rows).set_index("fact_id").reindex(facts["fact_id"]).reset_index()
+
+
+def _hopeless(model: LoadedModel, rule: Scorer, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:
+    begun = str(model.tokenizer.decode(list(tokens))).lstrip()
+    return rule.hopeless(begun, group[number].answers)
 
 
 def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> dict[str, object]:

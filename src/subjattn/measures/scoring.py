@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+_ARTICLES = ("a", "an", "the")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
 ScorerName = Literal["answer_start", "exact_match", "containment", "letters"]
 
 
@@ -22,6 +25,8 @@ class Scorer:
     one_line: bool
     """Whether the answer ends with its line."""
     correct: Callable[[str, Sequence[str]], bool]
+    hopeless: Callable[[str, Sequence[str]], bool] = lambda _begun, _answers: False
+    """Whether an answer that begins so is wrong whatever follows; False where that is not known."""
 
 
 def is_correct(prediction: str, answers: Sequence[str]) -> bool:
@@ -42,6 +47,26 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """
     text = _normalised(prediction)
     return bool(text) and any(_normalised(answer) == text for answer in answers)
+
+
+def no_exact_match(begun: str, answers: Sequence[str]) -> bool:
+    """Whether no text that begins so can be an exact match.
+
+    All words but the last stand; what follows may still change the last one, down to its last letter (an accent,
+    a byte of a character).
+    """
+    words = _words(begun)
+    last = "" if begun[-1:].isspace() or not words else words.pop()[:-1]
+    changing = "\N{REPLACEMENT CHARACTER}" in begun or unicodedata.normalize("NFKC", begun) != begun
+    if changing or any(article.startswith(last) for article in _ARTICLES):
+        last = ""
+    stand = [word for word in words if word and word not in _ARTICLES]
+    for answer in answers:
+        accepted = _normalised(answer).split()
+        following = accepted[len(stand)] if len(stand) < len(accepted) else ""
+        if accepted[: len(stand)] == stand and following.startswith(last):
+            return False
+    return True
 
 
 def contains_alias(prediction: str, answers: Sequence[str]) -> bool:
@@ -66,6 +91,7 @@ SCORERS: Mapping[str, Scorer] = {
         16,
         True,
         exact_match,
+        no_exact_match,
     ),
     "containment": Scorer(
         "an accepted answer is part of the first 10 tokens generated, both in lower case (Ghosal et al. 2024)",
@@ -89,5 +115,10 @@ def _plain(text: str) -> str:
 
 
 def _normalised(text: str) -> str:
-    plain = unicodedata.normalize("NFKC", text).casefold().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+    return " ".join(word for word in _words(text) if word and word not in _ARTICLES)
+
+
+def _words(text: str) -> list[str]:
+    """Words in their compatibility form and lower case, without ASCII punctuation."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return [word.translate(_NO_PUNCTUATION) for word in plain.split()]

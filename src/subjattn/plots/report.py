@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from subjattn.errors import BadInput
 from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
 from subjattn.plots.verdicts import plot_claims
+from subjattn.prompts import Style
 from subjattn.stages import replacing
 
 
@@ -37,7 +38,7 @@ def write(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": lambda value: f"{value:+.4f}", "short": _short}
+    environment.filters |= {"signed": lambda value: "–" if value is None else f"{value:+.4f}", "short": _short}
     page = environment.get_template("report.html.jinja").render(_content(run))
     with replacing(run / "report.html") as path:
         path.write_text(page, encoding="utf-8")
@@ -49,30 +50,39 @@ def _content(run: Path) -> dict[str, Any]:
     manifest = json.loads((run / "manifest.json").read_text())
     study = manifest["study"]
     measures = xr.load_dataset(run / "measures.nc", engine="h5netcdf")
+    subjects = "attention_to_subject" in measures
     styles = [
         {
             "name": style,
-            "template": template,
+            "asked": _asked(asked),
             "arms": {name: arm["styles"][style] for name, arm in summary["arms"].items()},
             "contrasts": [row for row in summary["contrasts"] if row["style"] == style],
-            "attention": _figure(_attention(measures, style, study["contrasts"])),
+            "attention": _figure(_attention(measures, style, study["contrasts"])) if subjects else None,
+            "outside": {name: arm["styles"][style] for name, arm in summary.get("out_of_distribution", {}).items()},
             "tokens": _optional(run / f"tokens-{style}.nc", plot_tokens),
             "patching": _optional(run / f"patching-{style}.nc", plot_patching),
             "n_pairs": _n_facts(run / f"patching-{style}.nc"),
         }
-        for style, template in study["styles"].items()
+        for style, asked in study["styles"].items()
     ]
     return {
         "summary": summary,
         "manifest": manifest,
         "study": study,
         "styles": styles,
-        "claims_figure": _figure(plot_claims(summary["claims"])) if summary["claims"] else None,
+        "claims_figure": _figure(plot_claims(summary["claims"])) if _judged(summary) else None,
         "composition": _composition(run, study),
         "definitions": {name: array.attrs for name, array in measures.data_vars.items()},
         "plotly": Markup(get_plotlyjs()),
         "manifest_text": json.dumps(manifest, indent=1),
     }
+
+
+def _asked(style: dict[str, Any]) -> str:
+    """A style in words: its template, and what stands around it."""
+    defaults = Style(template="{subject}").model_dump()
+    around = {name: value for name, value in style.items() if name != "template" and value != defaults[name]}
+    return str(style["template"]) + "".join(f"\n{name.replace('_', ' ')}: {value}" for name, value in around.items())
 
 
 def _attention(measures: xr.Dataset, style: str, contrasts: list[list[str]]) -> go.Figure:
@@ -86,6 +96,10 @@ def _optional(path: Path, plot: Any) -> Markup | None:
 
 def _n_facts(path: Path) -> int:
     return int(xr.load_dataarray(path, engine="h5netcdf").sizes["fact"]) if path.is_file() else 0
+
+
+def _judged(summary: dict[str, Any]) -> bool:
+    return any(found["estimate"] is not None for claim in summary["claims"] for found in claim["styles"].values())
 
 
 def _figure(figure: go.Figure) -> Markup:

@@ -31,6 +31,8 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> go.Figure:
         turn = 1 if claim["direction"] == "increase" else -1
         unit = turn * claim["smallest_effect"]
         for style, found in reversed(claim["styles"].items()):
+            if found["estimate"] is None:
+                continue
             label = html.escape(f"{claim['id']} · {style}")
             labels.append(label)
             low, high = sorted((found["ci_low"] / unit, found["ci_high"] / unit))

@@ -20,9 +20,11 @@ from pydantic import (
 
 from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim
+from subjattn.facts.splits import parse_arm
 from subjattn.finetune.lora import Training
+from subjattn.measures.scoring import ScorerName
 from subjattn.models import PACKAGED
-from subjattn.prompts import check_template
+from subjattn.prompts import Style
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -32,25 +34,66 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class PopularityConfig(_Section):
+    """A table that says how popular subjects are, for a source that does not."""
+
+    path: str
+    subject: str = Field("subject", description="its column of names")
+    popularity: str = Field("popularity", description="its column of numbers")
+
+
+class HeldOut(_Section):
+    """Relations that no arm trains on, to test out of distribution."""
+
+    relations: list[str] = []
+    farthest: NonNegativeInt = Field(0, description="or this many, farthest from the others by embedding")
+    n_test: PositiveInt = Field(description="test facts from them, besides the others")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.relations) == bool(self.farthest):
+            raise ValueError("held_out needs either 'relations' or 'farthest'")
+        return self
+
+
+class SplitConfig(_Section):
+    """How facts are ranked and what arms must have in common; see `subjattn.facts.splits`."""
+
+    by: Literal["popularity", "category", "p_greedy", "p_sampled", "confidence", "answer_logprob"] = "popularity"
+    within: list[Literal["relation", "answer"]] = ["relation", "answer"]
+    match: list[Literal["relation", "answer", "n_tokens"]] = ["relation", "answer", "n_tokens"]
+    controlled: bool = False
+    held_out: HeldOut | None = None
+
+
 class FactsConfig(_Section):
     """Which facts, how many to train each arm on and how many to hold out."""
 
-    source: str = Field("cities", description="a built-in source or a CSV, TSV, JSONL or parquet file")
-    n_train: PositiveInt = Field(640, description="facts per trained arm")
+    source: str = Field("cities", description="a source, with a local copy as NAME:PATH, or a file of your own")
+    columns: dict[str, str] = Field({}, description="of a file of your own: its names for subject, answer, …")
+    relations: list[str] = Field([], description="only these relations")
+    popularity: PopularityConfig | None = None
+    knowledge: str | None = Field(None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id")
+    n_train: PositiveInt | None = Field(640, description="facts per trained arm; null for all an arm can have")
     n_test: PositiveInt = Field(300, description="held-out facts, in no arm")
+    split: SplitConfig = SplitConfig()
 
 
 class Arm(_Section):
     """One model of a study: trained here, or brought along; empty for the study's own model."""
 
-    train: Literal["known", "unknown", "random"] | None = None
+    train: str | None = Field(
+        None, description="which facts: known, top, top-30%, mixed-25%, … (subjattn.facts.splits)"
+    )
     model: str | None = Field(None, description="hub id or folder of a full checkpoint")
     adapter: str | None = Field(None, description="folder or hub id of a PEFT adapter")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.train and (self.model or self.adapter):
-            raise ValueError("an arm is either trained here ('train') or brought along ('model', 'adapter'), not both")
+        if self.train and self.adapter:
+            raise ValueError("an arm is either trained here ('train') or brings an 'adapter', not both")
+        if self.train:
+            parse_arm(self.train)
         return self
 
 
@@ -70,7 +113,8 @@ class StudyConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = Field(0, ge=0, lt=2**32)
     facts: FactsConfig = FactsConfig()
-    styles: dict[Name, str] = Field(min_length=1)
+    styles: dict[Name, Style] = Field(min_length=1)
+    scorer: ScorerName = Field("answer_start", description="when an answer is right; see subjattn.measures.scoring")
     arms: dict[Name, Arm] = Field(min_length=1, description="the first is the reference of the others")
     training: Training = Training()
     measures: MeasureConfig = MeasureConfig()
@@ -79,8 +123,8 @@ class StudyConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for template in self.styles.values():
-            check_template(template)
+        if self.trained and not self.training_styles:
+            raise ValueError("arms are trained in styles without shots and chain of thought, and there is none")
         named = [*self.contrasts, *(claim.arms for claim in self.claims)]
         for arm in (arm for pair in named for arm in pair):
             if arm not in self.arms:
@@ -94,6 +138,11 @@ class StudyConfig(_Section):
     def reference(self) -> str:
         """The arm that picks patching pairs, and that others are compared with by default."""
         return next(iter(self.arms))
+
+    @property
+    def training_styles(self) -> dict[str, Style]:
+        """Styles that arms are trained in: those that show the model no other facts and let it answer at once."""
+        return {name: s for name, s in self.styles.items() if not s.shots and not s.chain_of_thought}
 
     @property
     def trained(self) -> dict[str, str]:
@@ -141,7 +190,18 @@ def parse_study(raw: dict[str, Any], where: str) -> StudyConfig:
 def _suggestion(location: tuple[int | str, ...]) -> str:
     import difflib
 
-    sections = (StudyConfig, FactsConfig, Arm, MeasureConfig, Training, Claim)
+    sections = (
+        StudyConfig,
+        FactsConfig,
+        SplitConfig,
+        HeldOut,
+        PopularityConfig,
+        Style,
+        Arm,
+        MeasureConfig,
+        Training,
+        Claim,
+    )
     known = sorted({name for section in sections for name in section.model_fields})
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

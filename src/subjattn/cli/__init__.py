@@ -1,0 +1,44 @@
+"""The command line: one thin function per command over the Python API.
+
+Bad input ends with status 2 and one line on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from subjattn.cli import facts, measuring, studies
+from subjattn.cli.app import app
+from subjattn.errors import SubjattnError
+
+
+# Typer carries a click of its own; this is its UsageError, whichever click that is.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Run the command line; known errors become one line and status 2."""
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except SubjattnError as error:
+        status = _fail(str(error))
+    except _UsageError as error:
+        status = _fail(f"{error.format_message().rstrip('.')} (see --help)")
+    except OSError as error:
+        status = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = _fail("interrupted; finished stages are kept", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    Console(stderr=True).print(Text(f"error: {' '.join(message.split())}"), soft_wrap=True)
+    return status
+
+
+__all__ = ["app", "facts", "main", "measuring", "studies"]

@@ -1,0 +1,109 @@
+"""Commands for facts: `facts` shows them as prompts, `knowledge` labels what a model knows of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from subjattn import tables
+from subjattn.cli.app import (
+    ColumnsOption,
+    DtypeOption,
+    FactsOption,
+    NumberOption,
+    SeedOption,
+    TemplateOption,
+    app,
+    columns_of,
+    styles_of,
+)
+from subjattn.errors import BadInput
+
+
+@app.command()
+def facts(
+    name: Annotated[str, typer.Argument(help="`cities`, `popqa`, `popqa:PATH`, …, or a file of your own.")],
+    n: NumberOption = 5,
+    columns: ColumnsOption = "",
+    template: TemplateOption = None,
+    model: Annotated[str, typer.Option(help="Whose tokenizer to show.")] = "smollm2-135m",
+    seed: SeedOption = 0,
+    rejected: Annotated[
+        Path | None, typer.Option(help="Write the rows that were left out to this CSV: file, row, reason.")
+    ] = None,
+) -> None:
+    """Preview facts as prompts, the subject's tokens marked, and say what was left out.
+
+    Example: `subjattn facts cities --n 5`
+    """
+    from subjattn.facts import draw, read_facts
+    from subjattn.models import load_tokenizer
+    from subjattn.prompts import make_prompts
+
+    every, left_out = read_facts(name, columns_of(columns) or None)
+    table = draw(every, n, seed)
+    tokenizer, console = load_tokenizer(model), Console()
+    if rejected is not None:
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        left_out.to_csv(rejected, index=False)
+    relations = every["relation"].nunique()
+    of = f"{len(every)} facts in {name}, {relations} relation{'s' if relations > 1 else ''}"
+    where = f", listed in {rejected}" if rejected else " (--rejected FILE lists them)" if len(left_out) else ""
+    console.print(Text(f"{of}; {len(left_out)} rows left out{where}"), soft_wrap=True)
+    console.print(Text(f"{len(table)} of them, tokens of {model}, subject marked, answer after →"))
+    for style, text in styles_of(table, template).items():
+        console.print(Text(f"\n{style}", style="bold"))
+        for prompt in make_prompts(table, tokenizer, text):
+            line = Text()
+            for position, token in enumerate(prompt.tokens[: prompt.prediction + 1]):
+                inside = prompt.span is not None and position in prompt.subject_positions
+                shown = repr(token)[1:-1]
+                line.append(f"[{shown}]" if inside else shown, "bold reverse" if inside else "")
+            line.append(f"  →{''.join(prompt.tokens[prompt.prediction + 1 :])}", "green")
+            console.print(line, soft_wrap=True)
+
+
+@app.command()
+def knowledge(
+    out: Annotated[Path, typer.Option(help="Folder of results; a stopped run goes on there.")],
+    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    facts: FactsOption = "cities",
+    columns: ColumnsOption = "",
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Label this many facts, drawn at random; else all.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Few-shot prompts a fact is asked in.")] = 10,
+    shots: Annotated[int, typer.Option(min=1, help="Demonstrations a prompt.")] = 4,
+    samples: Annotated[int, typer.Option(min=0, help="Sampled answers a prompt, besides the greedy one.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.5,
+    scorer: Annotated[str, typer.Option(help="exact_match, answer_start or containment.")] = "exact_match",
+    template: Annotated[str, typer.Option(help="How a fact is asked.")] = "Q: {question}\nA:",
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Label what a model knows (SliCK, Gekhman et al. 2024) and show how far other definitions agree.
+
+    Example: `subjattn knowledge --model smollm2-135m --facts cities --n 200 --out runs/knowledge`
+    """
+    from subjattn.facts import draw, load_facts
+    from subjattn.knowledge.run import know
+    from subjattn.knowledge.slick import Budget
+    from subjattn.models import load_model
+
+    asked: dict[str, Any] = {"n_prompts": prompts, "shots": shots, "n_samples": samples, "temperature": temperature}
+    try:
+        budget = Budget(**asked, scorer=scorer, template=template, seed=seed)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise BadInput(f"--{str(error).splitlines()[1]}: {str(error).splitlines()[2].strip()}") from None
+    pool = load_facts(facts, columns=columns_of(columns) or None)
+    chosen = pool if n is None else draw(pool, n, seed)
+    found = know(load_model(model, adapter=adapter, dtype=dtype), chosen, pool, out, budget)
+    console = Console()
+    for table in tables.knowledge_tables(found):
+        console.print(table, "")
+    typer.echo(out / "knowledge.parquet")

