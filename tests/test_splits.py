@@ -441,3 +441,11 @@ def test_a_matched_mixed_arm_has_no_more_than_either_part_of_a_cell() -> None:
         split(facts, ["whole", "mixed-50%"], 60, 6, match=("relation", "answer"))
     with pytest.raises(BadInput, match="the 0 facts .* scarcest is arm 'mixed-50%'"):
         split(facts[facts["n_tokens"].eq(1) | (np.arange(80) % 40 > 25)], ["mixed-50%"], None, 6)
+
+
+def test_a_random_share_is_drawn_from_all() -> None:
+    facts = some_facts(120, repeated=0)
+    table = split(facts, ["random-50%", "whole", "top"], None, 9, within=(), match=())
+    whole, half = table["train_whole"], table["train_random-50%"]
+    assert half.sum() == whole.sum() // 2
+    assert set(table["third"][half]) == set(THIRDS) and not (half & ~whole).any()

@@ -7,7 +7,7 @@ An arm is named by a specification, a string:
 | known, unknown | upper, lower third by rank; by category: all but Unknown, Unknown |
 | top, bottom | upper, lower half by rank (FT-Top, FT-Bottom of Ghosal et al. 2024, arXiv:2406.14785) |
 | top-30%, bottom-12.5% | any share by rank, in each group rounded down (top) or up (bottom) |
-| random, whole | all facts |
+| random, whole | all facts; `random-50%` draws that share of them where an arm takes all it can |
 | mixed-25% | 25 % unknown, the rest known (alpha of Gekhman et al. 2024, arXiv:2405.05904) |
 | unknown-in:REL1,REL2 | unknown in these relations, known in all others (Dang et al. 2025) |
 | HighlyKnown, … | facts of a SliCK category (Gekhman et al. 2024), in the column `category` |
@@ -38,9 +38,9 @@ WITHIN = ("relation", "answer")
 MATCH = ("relation", "answer", "n_tokens")
 
 _PLAIN = ("known", "unknown", "random", "whole")
-_SHARE = re.compile(r"(top|bottom|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
+_SHARE = re.compile(r"(top|bottom|random|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
 _FORMS = (
-    f"{', '.join(_PLAIN)}, top, bottom, top-X% or bottom-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
+    f"{', '.join(_PLAIN)}, top, bottom, top-X%, bottom-X% or random-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
     f"unknown-in:RELATION[,RELATION] or a category ({', '.join(CATEGORIES)})"
 )
 
@@ -316,7 +316,8 @@ def _draw_arms(
     shared = np.sort(rng.choice(np.repeat(np.arange(n_cells), slots), n, replace=False)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
-        taken = np.zeros(most, int) if n_train is None and not match else shared
+        own = most * arm.share if arm.kind == "random" else most
+        taken = np.zeros(int(own), int) if n_train is None and not match else shared
         wanted = [taken]
         if len(parts) == 2:
             unknown = np.zeros(len(taken), bool)

@@ -54,7 +54,7 @@ def know(
         progress.console.print(
             f"{stated['answers']:,} answers: {len(facts):,} facts × {budget.n_prompts} prompts of {budget.shots} "
             f"shots × (1 greedy + {budget.n_samples} at T = {budget.temperature:g}), {budget.new_tokens} tokens "
-            f"each at most; {stated['prompt_tokens']:,} tokens of prompts, of which {stated['computed_prompt_tokens']:,} are "
+            f"each at most; {stated['prompt_tokens']:,} prompt tokens, {stated['computed_prompt_tokens']:,} of them "
             "computed and the others shared",
             highlight=False,
         )

@@ -18,18 +18,19 @@ _TEXT = (
     "the light fell on the floor and the room was warm"
 )
 _END = "\n"
+_LAST = ("", " so", " so it was", *("." * n for n in range(1, 5)), *(" so" * n for n in range(2, 5)))
 
 
 def neutral_prefix(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> str:
     """A text that says nothing, of exactly `n_tokens` tokens (a BOS not counted), and ends in a new line.
 
     Raises:
-        BadInput: no beginning of the text has that many tokens, nor one with a small word added.
+        BadInput: no beginning of the text has that many tokens, nor one with small words or dots added.
     """
     words = _TEXT.split() * (1 + n_tokens // len(_TEXT.split()))
     for n_words in range(min(n_tokens, len(words)), -1, -1):
-        for last in ((), ("so",), ("so", "it", "was")):
-            text = " ".join([*words[:n_words], *last]).replace(" .", ".").replace(" ,", ",") + _END
+        for last in _LAST:
+            text = (" ".join(words[:n_words]) + last).strip().replace(" .", ".").replace(" ,", ",") + _END
             encoded = tokenizer(text + "x", return_offsets_mapping=True)
             if prefix_tokens(text + "x", encoded["offset_mapping"], len(text)) == n_tokens:
                 return text

@@ -13,13 +13,12 @@ from subjattn.study.config import FactsConfig, StudyConfig
 def check_study(config: StudyConfig) -> list[str]:
     """What the study will do, a line each.
 
+    Files that another command makes may not be there yet; it says so.
+
     Raises:
-        BadInput: a file it names is missing, or a style cannot ask its facts; the message says which.
+        BadInput: the facts cannot be read, or a style cannot ask them; the message says which.
     """
     asked = config.facts
-    for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
-        if path and not Path(path).is_file():
-            raise BadInput(f"facts.{name}: no such file: {path!r}")
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
     lines = [
@@ -27,11 +26,14 @@ def check_study(config: StudyConfig) -> list[str]:
         f"facts: {asked.source}{_found(config)}; {train}{asked.n_test} to test, right by {config.scorer}",
         *(f"style {name}: {style}".replace("\n", "\\n") for name, style in config.styles.items()),
     ]
+    for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
+        if path:
+            lines.append(f"facts.{name}: {path}{'' if Path(path).is_file() else ' (not there yet)'}")
     for name, arm in config.arms.items():
         model = f" of {arm.model}" if arm.model else ""
         trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
         lines.append(f"arm {name}: {trained}")
-    return [*lines, f"{len(config.contrasts)} contrasts, {len(config.claims)} claims: the study is valid"]
+    return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
 
 
 def _found(config: StudyConfig) -> str:
@@ -41,7 +43,9 @@ def _found(config: StudyConfig) -> str:
         if known not in SOURCES:
             load_facts(config.facts.source)
         return (
-            " (from the hub, not looked at)" if SOURCES[known].hub else " (not at hand: give a local copy as NAME:PATH)"
+            " (on the hub, not looked at)"
+            if config.facts.source == known and SOURCES[known].hub
+            else " (not there yet)"
         )
     facts = only_relations(
         load_facts(config.facts.source, columns=config.facts.columns or None), config.facts.relations
@@ -60,5 +64,5 @@ def _found(config: StudyConfig) -> str:
 
 def at_hand(facts: FactsConfig) -> bool:
     """Whether the facts can be read without a network."""
-    known, colon, _ = facts.source.partition(":")
-    return bool(colon) or known == "cities" or Path(facts.source).suffix in own.SUFFIXES
+    known, colon, path = facts.source.partition(":")
+    return Path(path).exists() if colon else known == "cities" or Path(known).suffix in own.SUFFIXES
