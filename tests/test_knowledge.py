@@ -175,7 +175,7 @@ def test_labels_are_counts_of_right_answers(tiny: LoadedModel, cities: pd.DataFr
     for fact_id, row in found.iterrows():
         right_greedy, right_sampled = [], 0
         for index in range(3):
-            for group in slick._groups(facts, pool, tiny.tokenizer, budget, index):
+            for group in slick.answer_groups(facts, pool, tiny.tokenizer, budget, index):
                 numbers = [i for i, prompt in enumerate(group) if prompt.fact_id == fact_id]
                 for i in numbers:
                     seed = [0, index, slick.zlib.crc32(str(fact_id).encode())]  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def test_labels_are_counts_of_right_answers(tiny: LoadedModel, cities: pd.DataFr
 def test_no_fact_is_shown_to_itself(tokenizer: Any, cities: pd.DataFrame) -> None:
     facts = cities.iloc[:6]
     for index in range(5):
-        groups = slick._groups(facts, facts, tokenizer, Budget(shots=4), index)
+        groups = slick.answer_groups(facts, facts, tokenizer, Budget(shots=4), index)
         assert sum(map(len, groups)) == 6
         for prompt in (prompt for group in groups for prompt in group):
             assert prompt.text.count("Q:") == 5

@@ -44,13 +44,13 @@ def claims_table(summary: dict[str, Any]) -> Table:
 
 def knowledge_tables(found: dict[str, Any]) -> list[Table]:
     """Categories, and how far other definitions agree with them."""
-    counts = table(f"SliCK, {found['n_facts']} facts, {found['model']}")
+    counts = table(f"SliCK, {found['n_facts']} facts")
     for heading in ("category", "facts", "share"):
         counts.add_column(heading, justify="left" if heading == "category" else "right")
     for name in CATEGORIES:
         n = found["categories"].get(name, 0)
         counts.add_row(name, f"{n}", f"{n / found['n_facts']:.1%}")
-    agreed = table("agreement: rank correlation with P(T=0) and P(T>0); upper half against SliCK's known")
+    agreed = table("rank correlation; upper half against SliCK's known")
     for heading in ("definition", "P(T=0)", "P(T>0)", "n", "same", "kappa"):
         agreed.add_column(heading, justify="left" if heading == "definition" else "right")
     for name, halves in found["known"].items():
@@ -85,3 +85,25 @@ def bench_table(found: dict[str, Any]) -> Table:
     made.caption = f"peak working memory of the engine {found['peak_memory_bytes'] / 1e6:.0f} MB"
     made.caption_justify = "left"
     return made
+
+
+def spans_lines(found: dict[str, Any]) -> list[str]:
+    """What finding every subject's tokens took."""
+    seconds = found["seconds_reading"] + found["seconds_spans"]
+    return [
+        f"{found['rows']:,} rows ({found['rejected']} rejected), {found['shared_edges']:,} spans with a shared edge",
+        f"{seconds:.1f} s: reading {found['seconds_reading']:.1f}, spans {found['seconds_spans']:.1f}; "
+        f"peak memory of the process {found['peak_bytes'] / 2**30:.2f} GiB",
+    ]
+
+
+def slick_lines(found: dict[str, Any]) -> list[str]:
+    """What labelling took, and the plain ways to do it."""
+    one, budget = found["one_prompt"], found["budget"]
+    return [
+        f"{found['facts']} facts × {budget['n_prompts']} prompts × (1 + {budget['n_samples']}) answers: "
+        f"{found['seconds']:.1f} s",
+        f"one of the prompts: beginning shared {one['shared']:.2f} s; computed in every prompt {one['unshared']:.2f} s "
+        f"({found['ratios']['unshared']:.1f} ×); transformers' generate, {one['generate']:.0f} s "
+        f"({found['ratios']['generate']:.0f} ×, scaled from a few facts)",
+    ]

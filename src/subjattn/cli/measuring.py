@@ -54,6 +54,8 @@ class GridName(StrEnum):
     window = "window"
     head_knockout = "head-knockout"
     attention = "attention"
+    spans = "spans"
+    slick = "slick"
 
 
 class MeasureName(StrEnum):
@@ -190,7 +192,9 @@ def verify(
 
 @app.command()
 def bench(
-    grid: Annotated[GridName, typer.Option(help="Which cells.")],
+    grid: Annotated[
+        GridName, typer.Option(help="Which cells; or `spans` of all facts, or `slick`, labelling --n facts.")
+    ],
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
     random_init: Annotated[
         str | None,
@@ -207,7 +211,7 @@ def bench(
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Time a grid by the engine, by other libraries and against the arithmetic floor.
+    """Time a grid by the engine, by other libraries and against the arithmetic floor; or what is done with facts.
 
     Example: `subjattn bench --grid resid --n 8 --peers transformer-lens --json bench.json`
     """
@@ -216,6 +220,9 @@ def bench(
     from subjattn.models import best_device, load_model
 
     check_output(json_)
+    if grid in (GridName.spans, GridName.slick):
+        _bench_facts(grid, model, facts, n, seed, dtype, json_)
+        return
     if random_init is None:
         loaded = load_model(model, dtype=dtype)
         table = load_facts(facts, 20 * n + shots + 1, seed)
@@ -228,7 +235,7 @@ def bench(
     found = benches.bench(
         hf,
         pairs,
-        grid.value,
+        grid.value,  # type: ignore[arg-type]
         metric=metric.value,
         peers=names,
         memory_budget=memory_budget,  # type: ignore[arg-type]
@@ -236,3 +243,21 @@ def bench(
     found = {"model": random_init or model, "shots": shots, **found}
     Console().print(tables.bench_table(found))
     write_json(json_, found)
+
+
+def _bench_facts(grid: GridName, model: str, facts: str, n: int, seed: int, dtype: str, json_: Path | None) -> None:
+    from subjattn.bench_facts import time_slick, time_spans
+    from subjattn.facts import draw, load_facts
+    from subjattn.knowledge.slick import Budget
+    from subjattn.models import load_model
+
+    if grid is GridName.spans:
+        found = time_spans(facts, model)
+        for line in tables.spans_lines(found):
+            typer.echo(line)
+    else:
+        pool = load_facts(facts)
+        found = time_slick(load_model(model, dtype=dtype), draw(pool, n, seed), pool, Budget(seed=seed))
+        for line in tables.slick_lines(found):
+            typer.echo(line)
+    write_json(json_, {"model": model, "facts": facts, "dtype": dtype, **found})

@@ -65,8 +65,6 @@ class Sampler:
         n_samples: sampled answers per prompt.
         temperature: of the samples.
         new_tokens: the longest answer.
-        hopeless: whether the answer to the prompt of this number that begins with these tokens is wrong whatever
-            follows; its samples are then given up. The greedy answer is drawn to its end all the same.
     """
 
     model: PreTrainedModel
@@ -75,20 +73,28 @@ class Sampler:
     n_samples: int
     temperature: float
     new_tokens: int
-    hopeless: Callable[[int, tuple[int, ...]], bool] = lambda _prompt, _tokens: False
 
     @torch.inference_mode()
-    def draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], share: bool = True) -> list[Drawn]:
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[Sequence[int]],
+        *,
+        hopeless: Callable[[int, tuple[int, ...]], bool] = lambda _prompt, _tokens: False,
+        share: bool = True,
+    ) -> list[Drawn]:
         """One greedy and `n_samples` sampled answers to each prompt.
 
         Args:
             prompts: facts asked; their answers are not used.
             seeds: one seed (a list of numbers) per prompt, which alone decides its samples: not the batch.
+            hopeless: whether the answer to the prompt of this number that begins with these tokens is wrong whatever
+                follows; its samples are then given up. The greedy answer is drawn to its end all the same.
             share: compute what the prompts begin with once; False computes every prompt whole, for comparison.
         """
         check_model(self.model)
         self._drawn = [Drawn() for _ in prompts]
-        self._seeds = seeds
+        self._seeds, self._hopeless = seeds, hopeless
         self._shared = shared_tokens(list(prompts)) if share and len(prompts) > 1 else 0
         cache = None
         if self._shared:
@@ -137,7 +143,7 @@ class Sampler:
                 ended = last in self.ends or (len(child.tokens) > 1 and last in self.newlines)
                 if ended or len(child.tokens) == self.new_tokens:
                     self._keep(child)
-                elif child.count and self.hopeless(child.prompt, child.tokens):
+                elif child.count and self._hopeless(child.prompt, child.tokens):
                     self._drawn[child.prompt].given_up += child.count
                     if child.greedy:
                         going.append((row, replace(child, count=0)))

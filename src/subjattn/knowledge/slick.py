@@ -29,7 +29,7 @@ from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
 from subjattn.measures.answers import ending_tokens
-from subjattn.measures.scoring import SCORERS, Scorer
+from subjattn.measures.scoring import SCORERS
 from subjattn.prompts import Prompt, Style, make_prompts
 from subjattn.stages import finished, key_of, writing
 
@@ -73,7 +73,7 @@ def cost(facts: pd.DataFrame, pool: pd.DataFrame, tokenizer: PreTrainedTokenizer
 
     From the first of the prompts; the others differ in their demonstrations.
     """
-    groups = _groups(facts, pool, tokenizer, budget, 0)
+    groups = answer_groups(facts, pool, tokenizer, budget, 0)
     tokens = sum(prompt.prediction + 1 for group in groups for prompt in group)
     saved = sum(shared_tokens(group) * (len(group) - 1) for group in groups)
     return {
@@ -150,29 +150,25 @@ def slick(
 
 def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Budget, index: int) -> pd.DataFrame:
     """All facts in the few-shot prompt with one number: a row per fact."""
-    eos, newlines = ending_tokens(model.model, model.tokenizer)
-    sampler = Sampler(
-        model.model,
-        frozenset(eos.tolist()),
-        frozenset(newlines.tolist()),
-        budget.n_samples,
-        budget.temperature,
-        budget.new_tokens,
-    )
-    rows = []
-    for group in _groups(facts, pool, model.tokenizer, budget, index):
-        sampler.hopeless = partial(_hopeless, model, SCORERS[budget.scorer], group)
+    sampler, rows = sampler_of(model, budget), []
+    for group in answer_groups(facts, pool, model.tokenizer, budget, index):
         seeds = [[budget.seed, index, zlib.crc32(prompt.fact_id.encode())] for prompt in group]
-        rows += [
-            _score(prompt, drawn, model, budget)
-            for prompt, drawn in zip(group, sampler.draw(group, seeds), strict=True)
-        ]
+        drawn = sampler.draw(group, seeds, hopeless=partial(hopeless, model, budget, group))
+        rows += [_score(prompt, found, model, budget) for prompt, found in zip(group, drawn, strict=True)]
     return pd.DataFrame(rows).set_index("fact_id").reindex(facts["fact_id"]).reset_index()
 
 
-def _hopeless(model: LoadedModel, rule: Scorer, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:
+def sampler_of(model: LoadedModel, budget: Budget) -> Sampler:
+    """What draws a model's answers."""
+    eos, newlines = ending_tokens(model.model, model.tokenizer)
+    ends, lines = frozenset(eos.tolist()), frozenset(newlines.tolist())
+    return Sampler(model.model, ends, lines, budget.n_samples, budget.temperature, budget.new_tokens)
+
+
+def hopeless(model: LoadedModel, budget: Budget, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:
+    """Whether the answer to a group's prompt of this number that begins so is wrong whatever follows."""
     begun = str(model.tokenizer.decode(list(tokens))).lstrip()
-    return rule.hopeless(begun, group[number].answers)
+    return SCORERS[budget.scorer].hopeless(begun, group[number].answers)
 
 
 def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> dict[str, object]:
@@ -194,7 +190,7 @@ def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> 
     }
 
 
-def _groups(
+def answer_groups(
     facts: pd.DataFrame, pool: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, budget: Budget, index: int
 ) -> list[list[Prompt]]:
     """Prompts with the same demonstrations together: a relation's, and apart those whose fact is among them."""
