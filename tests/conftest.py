@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from zoo import CONFIGS, VOCAB, config
 
-from subjattn.facts import load_facts
+from subjattn.facts import draw, load_facts
 from subjattn.models import LoadedModel, load_model
 from subjattn.study.config import StudyConfig, load_study
 from subjattn.study.run import run_study
@@ -28,6 +28,20 @@ SMALL = [
     "training.learning_rate=0.01",
     "measures={by_layer_facts: 2, patching_pairs: 2, example_prompts: 2}",
 ]
+TRICKY = [
+    "Nairobi",
+    "São Paulo",
+    "東京",
+    "Kraków",
+    "L'Aquila",
+    'St. "X"',
+    "Beyoncé",
+    "{odd}",
+    "ʻEwa Beach",
+    "AC/DC",
+    "?!",
+]
+"""Names that have broken span finders: bytes of one character, quotes, braces, a prefix space, punctuation."""
 USUAL = ("llama", "gpt2", "mistral")
 """Architectures that every measure is tested on; test_engine.py goes through all of the zoo."""
 
@@ -111,3 +125,34 @@ def small(tiny_folders: dict[str, Path]) -> StudyConfig:
 def done(small: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("runs") / "small"
     return out, run_study(small, out)
+
+
+@pytest.fixture(scope="session")
+def kinds(cities: pd.DataFrame) -> dict[str, PreTrainedTokenizerFast]:
+    """Byte-level BPE with an added prefix space, SentencePiece-like BPE (Llama 2) and Unigram (T5), all learnt here."""
+    text = [f"In what country is {name}?" for name in [*draw(cities, 3000)["subject"], *TRICKY * 20]]
+    made = {}
+    bytes_ = Tokenizer(models.BPE())
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bytes_.decoder = decoders.ByteLevel()
+    made["byte-level"] = (
+        bytes_,
+        trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=900),
+    )
+    piece = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    piece.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    piece.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    piece.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fallback = [f"<0x{i:02X}>" for i in range(256)]
+    made["sentencepiece"] = (piece, trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", *fallback]))
+    unigram = Tokenizer(models.Unigram())
+    unigram.normalizer = normalizers.NFKC()
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    made["unigram"] = (unigram, trainers.UnigramTrainer(vocab_size=900, special_tokens=["<unk>"], unk_token="<unk>"))
+    for tokenizer, trainer in made.values():
+        trainer.show_progress = False
+        tokenizer.train_from_iterator(text, trainer)
+    return {name: PreTrainedTokenizerFast(tokenizer_object=tokenizer) for name, (tokenizer, _) in made.items()}

@@ -11,8 +11,11 @@ import subjattn
 
 def test_public_names_are_pinned() -> None:
     assert subjattn.__all__ == [
+        "Style",
+        "ablate",
         "answer_logprob",
         "contrast",
+        "join_popularity",
         "knockout",
         "load_facts",
         "load_model",
@@ -23,8 +26,11 @@ def test_public_names_are_pinned() -> None:
         "plot_patching",
         "plot_tokens",
         "predict",
+        "read_facts",
+        "reason",
         "recovery",
         "run_study",
+        "slick",
         "subject_attention",
         "swap_subjects",
         "token_attention",

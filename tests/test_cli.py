@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CITIES, SMALL
 
 from subjattn import cli
+from subjattn.facts.splits import CATEGORIES
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -156,6 +158,11 @@ def test_run_from_the_command_line(
         ("compare --base smollm2-135m --adapter /no/such --out {tmp} --n 9", "no such adapter folder"),
         ("compare --base smollm2-135m --adapter x --tuned y --out {tmp}", "give either --tuned or --adapter"),
         ("compare", "Missing option"),
+        ("check {study} --set styles.list=latest", "must contain {subject} or {question}"),
+        ("knowledge --out {tmp} --temperature 0", "--temperature: Input should be greater than 0"),
+        ("knowledge --out {tmp} --scorer best", "--scorer: Input should be 'exact_match'"),
+        ("knowledge --out {tmp} --facts popqa:/no/such", "no such file or folder"),
+        ("facts cities --columns subject", "'subject' is not FIELD=COLUMN"),
         ("nope", "No such command"),
     ],
 )
@@ -221,3 +228,41 @@ def test_measure_by_another_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         means.append(content["styles"]["list"]["mean"]["knockout_drop"])
     assert means[0] == pytest.approx(means[1], abs=1e-4)
     assert means[0] != 0
+
+
+def test_facts_lists_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text("name,land\nKenya,Nairobi\nKENYA,Nairobi\nPeru,Lima\nChad,A\nChad,B\n")
+    arguments = ["--columns", "subject=name,answer=land", "--rejected", str(tmp_path / "r" / "left.csv"), "--n", "1"]
+    assert run(monkeypatch, "facts", str(own), *arguments, "--template", "The capital of {subject} is") == 0
+    assert "2 facts in" in capsys.readouterr().out
+    left = pd.read_csv(tmp_path / "r" / "left.csv")
+    assert left["row"].tolist() == ["own-1", "own-3", "own-4"]
+    assert left["reason"].str.contains("merged").tolist() == [True, False, False]
+
+
+def test_knowledge(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    small = ["--n", "12", "--prompts", "2", "--shots", "2", "--samples", "3", "--out", str(tmp_path / "k")]
+    assert run(monkeypatch, "knowledge", "--model", str(tiny_folders["llama"]), *small) == 0
+    shown = capsys.readouterr()
+    assert "96 answers: 12 facts × 2 prompts of 2 shots" in " ".join(shown.err.split())
+    assert "HighlyKnown" in shown.out and "answer_logprob" in shown.out
+    table = pd.read_parquet(tmp_path / "k" / "knowledge.parquet")
+    assert len(table) == 12 and table["category"].isin(CATEGORIES).all() and table["answer_logprob"].notna().all()
+    found = json.loads((tmp_path / "k" / "agreement.json").read_text())
+    assert found["budget"]["n_samples"] == 3 and found["cost"]["answers"] == 96
+    monkeypatch.setattr("subjattn.knowledge.slick._ask", lambda *_: pytest.fail("asked again"))
+    assert run(monkeypatch, "knowledge", "--model", str(tiny_folders["llama"]), *small) == 0
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "check", str(CITIES)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "30805 in 1 relations" in lines[1] and "the study is valid" in lines[-1]

@@ -21,7 +21,7 @@ def test_readme_python_prints_what_the_readme_shows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = blocks("python")
+    first, styles, grids = blocks("python")
     shown, names = blocks("text")[0], dict[str, object]()
     exec(compile(first, "README.md", "exec"), names)
     printed = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
@@ -29,7 +29,10 @@ def test_readme_python_prints_what_the_readme_shows(
     assert printed == pytest.approx(expected, abs=0.002)
     assert expected, "the README shows numbers"
     assert (tmp_path / "attention.html").is_file()
-    exec(compile(second, "README.md", "exec"), names)
+    exec(compile(styles, "README.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("containment (") for line in lines)
+    exec(compile(grids, "README.md", "exec"), names)
     dims = "('fact', 'layer', 'head') ['logit_diff', 'kl', 'rank'] ('fact', 'route', 'layer') True"
     assert capsys.readouterr().out.strip() == dims
 
@@ -39,7 +42,7 @@ def test_readme_names_commands_and_files_that_exist() -> None:
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
     for command in re.findall(r"^subjattn (\w+)", text, re.MULTILINE):
-        assert command in ("run", "report", "facts", "measure", "compare", "verify", "bench")
+        assert command in ("run", "check", "report", "facts", "knowledge", "measure", "compare", "verify", "bench")
 
 
 def test_walkthrough_is_executed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def test_what_is_given_up_could_not_have_matched(text: str, answers: list[str], 
 
 
 def test_hopeless_beginnings() -> None:
+    assert exact_match("The The", ["The The"]) and not exact_match("Roof", ["The The"])
+    assert not no_exact_match("The T", ["The The"]) and no_exact_match("The Roof", ["The The"])
     assert no_exact_match("Germ", ["France"])
     assert no_exact_match("France andy", ["France"])
     assert not no_exact_match("the Uni", ["United States"])
@@ -220,11 +223,11 @@ def test_a_stopped_run_goes_on(
     whole = slick.slick(tiny, facts, cities, budget)
     monkeypatch.setattr(slick, "_ask", counting)
     with pytest.raises(KeyboardInterrupt):
-        slick.slick(tiny, facts, cities, budget, folder=tmp_path, identity="m")
+        slick.slick(tiny, facts, cities, budget, folder=tmp_path)
     monkeypatch.setattr(slick, "_ask", lambda *args: asked.append(args[-1]) or ask(*args))
-    pd.testing.assert_frame_equal(slick.slick(tiny, facts, cities, budget, folder=tmp_path, identity="m"), whole)
+    pd.testing.assert_frame_equal(slick.slick(tiny, facts, cities, budget, folder=tmp_path), whole)
     assert asked == [0, 1, 2]
-    slick.slick(tiny, facts, cities, budget, folder=tmp_path, identity="another")
+    slick.slick(replace(tiny, name="another"), facts, cities, budget, folder=tmp_path)
     assert asked == [0, 1, 2, 0, 1, 2], "another model's answers are asked anew"
 
 
@@ -279,5 +282,5 @@ def test_ranks_within_relation_and_answer() -> None:
         {"relation": ["r", "r", "r", "s"], "answers": [["a"], ["a"], ["b"], ["a"]], "popularity": [3.0, 1.0, 2.0, 9.0]}
     )
     ranked = with_popularity_ranks(facts)
-    assert ranked["popularity_in_relation"].tolist() == pytest.approx([1, 1 / 3, 2 / 3, 1])
-    assert ranked["popularity_in_answer"].tolist() == pytest.approx([1, 1 / 2, 1, 1])
+    assert ranked["popularity_in_relation"].tolist() == pytest.approx([1, 1 / 3, 2 / 3, np.nan], nan_ok=True)
+    assert ranked["popularity_in_answer"].isna().all(), "a rank among two means nothing"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from subjattn.facts import read_facts
+from subjattn.facts import draw, read_facts
 from subjattn.facts.mmlu import HISTORY
 from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
@@ -71,6 +72,25 @@ def test_every_entityquestions_span_decodes_to_its_subject(smollm2: LoadedModel)
             if (decoded.strip() != subject) != edge or subject not in decoded:
                 wrong.append((decoded, subject, edge))
     assert not wrong, wrong[:5]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram"])
+def test_spans_of_a_sample_in_other_tokenizers(kinds: dict[str, Any], kind: str) -> None:
+    """2,000 EntityQuestions rows of all relations."""
+    facts = draw(read_facts(f"entityquestions:{DATA / 'entityquestions' / 'dev'}", merge=False).facts, 2_000, 3)
+    tokenizer, spans = kinds[kind], subject_spans(facts, kinds[kind])
+    compared = 0
+    for question, subject, start, stop, edge in zip(
+        facts["question"], facts["subject"], spans["start"], spans["stop"], spans["shared_edge"], strict=True
+    ):
+        ids = tokenizer(question.format(subject=subject))["input_ids"]
+        decoded = tokenizer.decode(ids[start:stop]).strip()
+        if "<unk>" in decoded or "\N{REPLACEMENT CHARACTER}" in decoded:
+            continue
+        plain, name = (unicodedata.normalize("NFKC", text) for text in (decoded, subject))
+        assert name in plain if edge else plain == name
+        compared += 1
+    assert compared > 1_700
 
 
 def test_the_published_templates_are_ours() -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, hub, join_popularity, load_facts, read_facts
+from subjattn.facts import SOURCES, hub, join_popularity, load_facts, path_of, read_facts
 from subjattn.facts.table import COLUMNS
 
 
@@ -54,7 +54,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, str]], dict[str, str]], str]] = {
     "bad JSON": (lambda row: row | {"possible_answers": '["Nairobi"'}, "no JSON list"),
     "no list": (lambda row: row | {"possible_answers": '"Nairobi"'}, "no JSON list"),
     "empty answer": (lambda row: row | {"possible_answers": '["Nairobi", ""]'}, "empty answer"),
-    "number as answer": (lambda row: row | {"possible_answers": "[3]"}, "empty answer"),
+    "number as answer": (lambda row: row | {"possible_answers": "[3]"}, "the answer 3 is a number"),
     "punctuation as answer": (lambda row: row | {"obj": "..."}, "punctuation alone"),
     "popularity": (lambda row: row | {"s_pop": "1,000"}, "is not a number"),
     "negative popularity": (lambda row: row | {"s_pop": "-1"}, "is no count"),
@@ -287,7 +287,8 @@ def test_popularity_from_another_table(tmp_path: Path, caplog: pytest.LogCapture
     assert joined["popularity"].iloc[0] == 7
     assert joined["popularity"].iloc[1:].isna().all(), "two values, none, not named"
     for content, message in [
-        ("page,views\nKenya,many\n", "popularity 'many' in row 0 is not a number"),
+        ("page,views\nKenya,many\n", "row 0: popularity 'many' is not a number"),
+        ("page,views\nKenya,-5\n", "row 0: popularity '-5' is no count"),
         ("page,views\nOslo,1\n", "names none of the 4 subjects"),
         ("page,seen\nOslo,1\n", "has no column 'views'; it has page, seen"),
     ]:
@@ -330,3 +331,60 @@ def test_sources_that_are_not_there(name: str, message: str) -> None:
 def test_an_empty_folder_is_no_source(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput):
         read_facts(f"{name}:{tmp_path}")
+
+
+def test_own_files_of_odd_types(tmp_path: Path) -> None:
+    """Years as numbers are names; what cannot be one is said to be what it is."""
+    path = tmp_path / "own.JSONL"
+    path.write_text('{"subject": 1984, "answer": [1949, "1948"], "fact_id": 7}\n{"subject": "Emma", "answer": 1815}\n')
+    facts = load_facts(str(path))
+    assert facts["subject"].tolist() == ["1984", "Emma"]
+    assert facts["answers"].tolist() == [["1949", "1948"], ["1815"]]
+    assert facts["fact_id"].tolist() == ["7", "own-1"]
+    for line, message in [
+        ('{"subject": 1.5, "answer": "a"}', "row 0: the subject 1.5 is a number"),
+        ('{"subject": "a", "answer": 1.5}', "row 0: the answer 1.5 is a number"),
+        ("null", "row 0 is no mapping of columns"),
+        ("[1", "cannot be read as JSONL"),
+    ]:
+        path.write_text(line)
+        with pytest.raises(BadInput, match=message):
+            load_facts(str(path))
+    table = tmp_path / "own.TSV"
+    table.write_text("subject\tanswer\tanswer\nA\tB\tC\n")
+    with pytest.raises(BadInput, match="two columns have the same name"):
+        load_facts(str(table))
+
+
+def test_questions_without_a_relation_are_different_questions(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("subject,answer,question\nMonaco,Monaco,Capital of Monaco?\nMonaco,euro,Currency of Monaco?\n")
+    facts, rejected = read_facts(str(path))
+    assert len(facts) == 2 and rejected.empty
+    assert facts["relation"].tolist() == ["Capital of {subject}?", "Currency of {subject}?"]
+
+
+def test_paths_with_a_colon(tmp_path: Path) -> None:
+    folder = tmp_path / "d:v1"
+    folder.mkdir()
+    (folder / "f.csv").write_text("subject,answer\nKenya,Nairobi\n")
+    assert path_of(str(folder / "f.csv")) == str(folder / "f.csv")
+    assert path_of(f"popqa:{folder}") == str(folder)
+    assert len(load_facts(str(folder / "f.csv"))) == 1
+
+
+@pytest.mark.parametrize("value", ["BC", "AB", "", "4", "-1"])
+def test_an_mmlu_answer_is_one_letter(tmp_path: Path, value: str) -> None:
+    (tmp_path / "anatomy_test.csv").write_text(f"Q,a,b,c,d,A\nR,a,b,c,d,{value}\n")
+    facts, rejected = read_facts(f"mmlu:{tmp_path}")
+    assert len(facts) == 1 and "is neither a letter" in rejected["reason"][0]
+
+
+def test_parquet_that_is_no_mmlu(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pd.DataFrame({"question": ["?"]}).to_parquet(path)
+    with pytest.raises(BadInput, match="lacks the column 'subject'; it has question"):
+        read_facts(f"mmlu:{path}")
+    path.write_bytes(b"PAR")
+    with pytest.raises(BadInput, match="cannot be read as parquet"):
+        read_facts(f"mmlu:{path}")

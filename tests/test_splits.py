@@ -449,3 +449,26 @@ def test_a_random_share_is_drawn_from_all() -> None:
     whole, half = table["train_whole"], table["train_random-50%"]
     assert half.sum() == whole.sum() // 2
     assert set(table["third"][half]) == set(THIRDS) and not (half & ~whole).any()
+
+
+def test_a_name_is_the_same_but_for_case_and_spaces() -> None:
+    facts = some_facts(120, repeated=0)
+    facts["subject"] = [f"New{' ' if i % 2 else '  '}York {i // 2}" for i in range(len(facts))]
+    table = split(facts, ["top"], None, 9, within=(), match=())
+    names = table["subject"].str.split().str.join(" ")
+    assert not set(names[table["test"]]) & set(names[table["train_top"]])
+
+
+def test_controlled_tests_no_answer_that_any_relation_teaches() -> None:
+    facts = some_facts(120, n_relations=2, repeated=0).assign(popularity=np.arange(120.0))
+    facts["relation"] = ["director", "producer"] * 60
+    shared = [["Disney"], ["Lucas"], ["Disney"], ["Disney"], ["Lucas"], ["Lucas"], ["Ford"], ["Hitchcock"]]
+    facts["answers"] = [shared[i % 8] for i in range(120)]
+    table = split(facts, ["top"], None, 9, within=("relation",), match=(), controlled=True)
+    taught = set(table["answer"][table["train_top"]])
+    assert taught and not taught & set(table["answer"][table["test"]])
+
+
+def test_a_random_share_needs_room_to_be_one() -> None:
+    with pytest.raises(BadInput, match="'random-50%' is a share of all facts"):
+        split(some_facts(120), ["random-50%"], 10, 9, within=(), match=())

@@ -18,10 +18,11 @@ from subjattn.facts import draw, load_facts
 from subjattn.facts.distance import relation_distances
 from subjattn.measures.embeddings import prompt_embeddings
 from subjattn.models import LoadedModel
+from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
 from subjattn.study.checking import check_study
 from subjattn.study.config import load_study, parse_study
-from subjattn.study.run import run_study
+from subjattn.study.run import Runner, run_study
 
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -161,7 +162,9 @@ def test_the_farthest_relation_is_that_of_plain_arithmetic(people: Path, tiny: L
 
 def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     facts = load_facts(str(people))
-    labels = facts[["fact_id"]].assign(p_greedy=0.0, p_sampled=0.0, confidence=0.5, answer_logprob=-1.0)
+    labels = facts[["fact_id", "subject", "relation"]].assign(
+        p_greedy=0.0, p_sampled=0.0, confidence=0.5, answer_logprob=-1.0, model=str(tiny_folders["llama"])
+    )
     labels["category"] = np.where(facts["popularity"] > 500, "MaybeKnown", "Unknown")
     raw = study(
         people, tiny_folders["llama"], arms={"base": {}, "known": {"train": "known"}, "unknown": {"train": "Unknown"}}
@@ -174,8 +177,21 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
     used = pd.read_parquet(tmp_path / "run" / "facts" / "facts.parquet")
     assert (used["category"][used["train_known"]] == "MaybeKnown").all()
     assert (used["category"][used["train_Unknown"]] == "Unknown").all()
-    labels.assign(fact_id=labels["fact_id"] + "x").to_parquet(tmp_path / "knowledge.parquet")
-    with pytest.raises(BadInput, match="labels none of these facts"):
+    for changed, message in [
+        (labels.assign(fact_id=labels["fact_id"] + "x"), "labels none of these facts"),
+        (
+            labels.assign(fact_id=labels["fact_id"].to_numpy()[::-1]),
+            "labels another fact as .*: the source has changed",
+        ),
+        (labels.assign(model="another"), "says what 'another' knows"),
+        (pd.concat([labels, labels]), "labels a fact twice"),
+        (labels.drop(columns="category"), "has no column 'category'"),
+    ]:
+        changed.to_parquet(tmp_path / "knowledge.parquet")
+        with pytest.raises(BadInput, match=message):
+            run_study(parse_study(raw, "s"), tmp_path / "run")
+    (tmp_path / "knowledge.parquet").write_text("fact_id\n")
+    with pytest.raises(BadInput, match="cannot be read as parquet"):
         run_study(parse_study(raw, "s"), tmp_path / "run")
 
 
@@ -284,6 +300,7 @@ def test_experiments_run_in_small_on_the_real_rows(
         ({"styles": {"a": {"template": "late", "shots": 1}}}, "trained in styles without shots"),
         ({"facts.split.held_out": {"n_test": 3}}, "needs either 'relations' or 'farthest'"),
         ({"styles": {"a": "{question}\n{choices}"}}, "is not multiple choice"),
+        ({"arms": {"base": {}}, "facts.split.controlled": True}, "and no arm is trained"),
     ],
 )
 def test_studies_that_cannot_be(
@@ -298,3 +315,30 @@ def test_studies_that_cannot_be(
         target[last] = value
     with pytest.raises(BadInput, match=message):
         run_study(parse_study(raw, "s"), tmp_path / "run")
+
+
+def test_check_finds_what_would_fail_after_training(people: Path, tiny_folders: dict[str, Path]) -> None:
+    raw = study(people, tiny_folders["llama"])
+    with pytest.raises(BadInput, match="'letters' is for multiple choice"):
+        check_study(parse_study(raw | {"scorer": "letters"}, "s"))
+    unknown = people.with_name("odd.csv")
+    unknown.write_text("subject,answer,relation,question\nKenya,Nairobi,seat,Seat of {subject}?\n")
+    raw["facts"]["source"] = str(unknown)
+    thinking = {"template": "{question}", "shots": 1, "chain_of_thought": True}
+    raw["styles"] = {"plain": "{question}", "thinking": thinking}
+    with pytest.raises(BadInput, match="style 'thinking': .* the relation 'seat' has no built-in template 'cloze'"):
+        check_study(parse_study(raw, "s"))
+
+
+def test_stages_depend_on_what_they_are_made_from(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """A ranking by the model's own numbers depends on its precision; the check on training facts on its own style."""
+
+    def runner(**changes: Any) -> Runner:
+        return Runner(parse_study(study(people, tiny_folders["llama"], **changes), "s"), tmp_path, Progress())
+
+    facts = study(people, tiny_folders["llama"])["facts"]
+    by_loss = {"facts": facts | {"split": {"by": "answer_logprob", "within": [], "match": []}}}
+    assert runner(**by_loss).facts_key != runner(**by_loss, dtype="bfloat16").facts_key
+    assert runner().facts_key == runner(dtype="bfloat16").facts_key
+    shots = {"template": "{question}", "shots": 1}
+    assert runner(styles={"a": shots, "b": "{question}"}).config.training_style == "b"

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from subjattn.errors import BadInput, SpanNotFound
@@ -289,37 +288,6 @@ NAMES = [
     "AC/DC",
     "?!",
 ]
-
-
-@pytest.fixture(scope="module")
-def kinds(cities: pd.DataFrame) -> dict[str, PreTrainedTokenizerFast]:
-    """Byte-level BPE with an added prefix space, SentencePiece-like BPE (Llama 2) and Unigram (T5), all learnt here."""
-    text = [f"In what country is {name}?" for name in [*draw(cities, 3000)["subject"], *NAMES * 20]]
-    made = {}
-    bytes_ = Tokenizer(models.BPE())
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bytes_.decoder = decoders.ByteLevel()
-    made["byte-level"] = (
-        bytes_,
-        trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=900),
-    )
-    piece = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    piece.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    piece.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    piece.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fallback = [f"<0x{i:02X}>" for i in range(256)]
-    made["sentencepiece"] = (piece, trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", *fallback]))
-    unigram = Tokenizer(models.Unigram())
-    unigram.normalizer = normalizers.NFKC()
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.decoder = decoders.Metaspace()
-    made["unigram"] = (unigram, trainers.UnigramTrainer(vocab_size=900, special_tokens=["<unk>"], unk_token="<unk>"))
-    for tokenizer, trainer in made.values():
-        trainer.show_progress = False
-        tokenizer.train_from_iterator(text, trainer)
-    return {name: PreTrainedTokenizerFast(tokenizer_object=tokenizer) for name, (tokenizer, _) in made.items()}
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram"])

@@ -17,13 +17,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from subjattn.evidence.contrasts import contrast as contrast
+    from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
+    from subjattn.facts import read_facts as read_facts
+    from subjattn.knowledge.slick import slick as slick
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
+    from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
     from subjattn.measures.knockout import knockout as knockout
@@ -33,14 +37,19 @@ if TYPE_CHECKING:
     from subjattn.plots.heatmaps import plot_attention as plot_attention
     from subjattn.plots.heatmaps import plot_patching as plot_patching
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
+    from subjattn.prompts import Style as Style
+    from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
     from subjattn.prompts import swap_subjects as swap_subjects
     from subjattn.study.config import load_study as load_study
     from subjattn.study.run import run_study as run_study
 
 _HOMES = {
+    "Style": "prompts",
+    "ablate": "prompts",
     "answer_logprob": "measures.answers",
     "contrast": "evidence.contrasts",
+    "join_popularity": "facts",
     "knockout": "measures.knockout",
     "load_facts": "facts",
     "load_model": "models",
@@ -51,8 +60,11 @@ _HOMES = {
     "plot_patching": "plots.heatmaps",
     "plot_tokens": "plots.heatmaps",
     "predict": "measures.answers",
+    "read_facts": "facts",
+    "reason": "measures.answers",
     "recovery": "measures.patching",
     "run_study": "study.run",
+    "slick": "knowledge.slick",
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",

@@ -80,6 +80,12 @@ def read_facts(name: str, columns: Mapping[str, str] | None = None, *, merge: bo
     return Read(facts, rejected)
 
 
+def path_of(name: str) -> str:
+    """The file or folder that a source's name stands for, the name itself where there is none."""
+    known, _, path = name.partition(":")
+    return path if known in SOURCES and path else name
+
+
 def _read(name: str, columns: Mapping[str, str] | None) -> Read:
     known, colon, path = name.partition(":")
     if columns and (name == "cities" or known in SOURCES):
@@ -133,4 +139,4 @@ def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     return ordered.iloc[np.sort(rng.choice(len(ordered), n, replace=False))].reset_index(drop=True)
 
 
-__all__ = ["SOURCES", "draw", "join_popularity", "load_facts", "read_facts"]
+__all__ = ["SOURCES", "draw", "join_popularity", "load_facts", "path_of", "read_facts"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from subjattn.facts.table import REJECTED_COLUMNS, Read
+from subjattn.facts.table import REJECTED_COLUMNS, Read, plain_name
 
 
 def unambiguous(facts: pd.DataFrame) -> Read:
     """The facts with one meaning each, and those that went: columns `file` (the source), `row` (fact id), `reason`."""
     asked = [
-        (relation, " ".join(subject.casefold().split()) if isinstance(subject, str) else (question, *choices))
+        (relation, plain_name(subject) if isinstance(subject, str) else (question, *choices))
         for relation, subject, question, choices in zip(
             facts["relation"], facts["subject"], facts["question"], facts["choices"], strict=True
         )

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pandas as pd
-
 from subjattn.errors import BadInput
+from subjattn.facts.own import read_parquet
 from subjattn.facts.table import Read, Reader, escaped, read_csv
 
 
@@ -57,10 +56,15 @@ def _read_csv(file: Path, reader: Reader) -> None:
 
 
 def _read_parquet(file: Path, reader: Reader) -> None:
-    table = pd.read_parquet(file)
+    table = read_parquet(file)
+    if missing := [name for name in ("question", "subject", "choices", "answer") if name not in table]:
+        raise BadInput(f"{file}: lacks the column {missing[0]!r}; it has {', '.join(map(str, table))[:200]}")
     part = file.name.partition("-")[0]
     for row, item in enumerate(table.to_dict("records")):
-        choices, answer = [str(choice) for choice in item["choices"]], str(item["answer"])
+        choices, answer = (
+            [str(choice) for choice in (item["choices"] if item["choices"] is not None else ())],
+            str(item["answer"]),
+        )
         subject = str(item["subject"])
         _add(reader, str(file), row, f"mmlu-{part}-{row}", subject, str(item["question"]), choices, answer)
 
@@ -69,7 +73,9 @@ def _add(
     reader: Reader, file: str, row: int, fact_id: str, relation: str, stem: str, choices: list[str], answer: str
 ) -> None:
     letter = (
-        answer.strip() if answer.strip() in LETTERS else dict(zip("0123", LETTERS, strict=True)).get(answer.strip())
+        answer.strip()
+        if answer.strip() in tuple(LETTERS)
+        else dict(zip("0123", LETTERS, strict=True)).get(answer.strip())
     )
     if not letter:
         reader.reject(file, row, f"the answer {answer[:80]!r} is neither a letter A–D nor a number 0–3")

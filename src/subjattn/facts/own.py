@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> Read:
         raise BadInput(f"{path}: needs the columns 'subject' and 'answer', lacks {missing[0]!r}; it has {_joined(raw)}")
     reader = Reader(str(path))
     for row, cells in enumerate(raw.to_dict("records")):
-        given = {field: cells.get(name) for field, name in names.items()}
+        given = {field: _text(cells.get(name)) for field, name in names.items()}
         try:
             question = _question(given["question"], given["subject"])
         except Rejected as reason:
@@ -50,7 +51,7 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> Read:
             row,
             f"{path.stem}-{row}" if _missing(given["fact_id"]) else str(given["fact_id"]),
             given["subject"],
-            "unnamed" if _missing(given["relation"]) else str(given["relation"]),
+            (question or "unnamed") if _missing(given["relation"]) else str(given["relation"]),
             question,
             _answers(given["answer"]),
             popularity=None if _missing(given["popularity"]) else given["popularity"],
@@ -66,21 +67,34 @@ def read_table(path: Path) -> pd.DataFrame:
     """A table as the file has it, every cell of CSV and TSV as text."""
     if not path.is_file():
         raise BadInput(f"no such file of facts: {str(path)!r}")
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".jsonl":
-            read_text(path)
-            return pd.read_json(path, lines=True, dtype=False)
+        if suffix == ".parquet":
+            return read_parquet(path)
+        if suffix == ".jsonl":
+            rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+            if wrong := [number for number, row in enumerate(rows) if not isinstance(row, dict)]:
+                raise BadInput(f"{path}: row {wrong[0]} is no mapping of columns")
+            return pd.DataFrame(rows, dtype=object)
     except (ValueError, OSError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
-    rows = read_csv(path, "\t" if path.suffix == ".tsv" else ",")
+    rows = read_csv(path, "\t" if suffix == ".tsv" else ",")
+    if rows and len(set(rows[0])) < len(rows[0]):
+        raise BadInput(f"{path}: two columns have the same name: {', '.join(rows[0])[:200]}")
     for number, cells in enumerate(rows[1:]):
         if len(cells) != len(rows[0]):
             raise BadInput(f"{path}: row {number}: {len(cells)} cells instead of {len(rows[0])}")
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """A parquet file's table; BadInput where it is none."""
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, ImportError) as error:  # what pyarrow raises are ValueErrors and OSErrors
+        raise BadInput(f"{path}: cannot be read as parquet: {str(error).splitlines()[0][:200]}") from None
 
 
 def _question(question: Any, subject: Any) -> str | None:
@@ -90,13 +104,18 @@ def _question(question: Any, subject: Any) -> str | None:
     return text if "{subject}" in text or not isinstance(subject, str) else placed(text, subject)
 
 
-def _answers(value: object) -> list[str]:
-    """Accepted answers of a cell: text parted by `|`, a list, or a number; none for a missing value."""
+def _answers(value: object) -> list[Any]:
+    """Accepted answers of a cell: text parted by `|`, or a list; none for a missing value."""
     if isinstance(value, str):
         return [part.strip() for part in value.split("|")]
     if isinstance(value, list | np.ndarray):
-        return list(value)
-    return [str(value)] if isinstance(value, int) else []
+        return [_text(one) for one in value]
+    return [] if _missing(value) or isinstance(value, dict) else [value]
+
+
+def _text(value: Any) -> Any:
+    """A whole number as text, such as a year that is an answer; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _missing(value: object) -> bool:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts.own import read_table
+from subjattn.facts.table import Rejected, plain_name, popularity_of
 
 
 def join_popularity(
@@ -30,18 +31,19 @@ def join_popularity(
     for name in (subject, popularity):
         if name not in table:
             raise BadInput(f"{path}: has no column {name!r}; it has {', '.join(map(str, table))[:200]}")
-    text = table[popularity].astype(str).str.strip()
-    values = pd.to_numeric(text.where(~text.isin(["", "nan", "None"])), errors="coerce")
-    wrong = text[values.isna() & ~text.isin(["", "nan", "None"])]
-    if len(wrong):
-        raise BadInput(f"{path}: popularity {wrong.iloc[0]!r} in row {wrong.index[0]} is not a number")
-    named = pd.DataFrame({"name": _plain(table[subject].astype(str)), "value": values}).dropna().drop_duplicates()
+    values = []
+    for row, value in enumerate(table[popularity].tolist()):
+        try:
+            values.append(popularity_of(value))
+        except Rejected as reason:
+            raise BadInput(f"{path}: row {row}: {reason}") from None
+    named = (
+        pd.DataFrame({"name": [plain_name(str(name)) for name in table[subject]], "value": values})
+        .dropna()
+        .drop_duplicates()
+    )
     lookup = named[~named["name"].duplicated(keep=False)].set_index("name")["value"]
-    joined = _plain(facts["subject"]).map(lookup).astype(float)
+    joined = facts["subject"].map(plain_name, na_action="ignore").map(lookup).astype(float)
     if joined.isna().all():
         raise BadInput(f"{path} names none of the {len(facts)} subjects in its column {subject!r}")
     return facts.assign(popularity=joined)
-
-
-def _plain(names: pd.Series) -> pd.Series:
-    return names.str.casefold().str.split().str.join(" ")

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.table import plain_name
 
 
 THIRDS = ("bottom", "middle", "top")
@@ -119,8 +120,8 @@ def split(
 
     Args:
         facts: a table of facts with the columns `by` and `match` need; `n_tokens` is the subject's length.
-        arms: specifications as in the module's table, or none to draw test facts only. With `match` the
-            others change an arm's draw, since all draw from the cells in which every one has facts.
+        arms: specifications as in the module's table, or none to draw test facts only. The others change an arm's
+            draw: with `match` all draw from the cells in which every one has facts, and they draw in turn.
         n_train: facts per arm; None for as many as every arm can have, or without `match` each arm's all.
         n_test: test facts, equally many from each third (to one).
         by: the numeric column that ranks facts, or `category`. Facts without it take no part.
@@ -170,7 +171,7 @@ def split(
         test = np.concatenate([test, rng.choice(unseen, n_held_out, replace=False)])
     table["test"] = table.index.isin(test)
     table["out_of_distribution"] = table["test"] & outside
-    name = table["subject"].fillna(table["fact_id"]).str.casefold().str.strip()
+    name = table["subject"].fillna(table["fact_id"]).map(plain_name)
     left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
     for arm, chosen in _draw_arms(left, specs, n_train, match, rng).items():
         table[f"train_{arm}"] = table.index.isin(chosen)
@@ -245,15 +246,13 @@ def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.Data
 
 
 def _by_modal_answer(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Whether a fact has its relation's most frequent answer, and whether none of its answers is such a fact's."""
+    """Whether a fact has its relation's most frequent answer, and whether none of its answers is any such fact's."""
     counts = table.groupby(["relation", "answer"], as_index=False).size()
     modal = counts.sort_values(["size", "answer"], ascending=[False, True]).groupby("relation")["answer"].first()
     trained = table["answer"] == table["relation"].map(modal)
     accepted = [{answer.casefold().strip() for answer in answers} for answers in table["answers"]]
-    taken: dict[str, set[str]] = {}
-    for relation, answers in zip(table["relation"][trained], np.array(accepted, dtype=object)[trained], strict=True):
-        taken.setdefault(relation, set()).update(answers)
-    apart = [taken[relation].isdisjoint(answers) for relation, answers in zip(table["relation"], accepted, strict=True)]
+    taken = {answer for answers, own in zip(accepted, trained, strict=True) if own for answer in answers}
+    apart = [taken.isdisjoint(answers) for answers in accepted]
     return trained, pd.Series(apart, index=table.index)
 
 
@@ -306,6 +305,10 @@ def _draw_arms(
     slots, fewest = room.min(axis=0), room.sum(axis=1).argmin()
     most = int(slots.sum())
     n = most if n_train is None else n_train
+    if shares := [
+        arm.spec for arm in arms if arm.kind == "random" and arm.share < 1 and (n_train is not None or match)
+    ]:
+        raise BadInput(f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random")
     if not 1 <= n <= most:
         equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
         raise BadInput(
@@ -316,7 +319,7 @@ def _draw_arms(
     shared = np.sort(rng.choice(np.repeat(np.arange(n_cells), slots), n, replace=False)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
-        own = most * arm.share if arm.kind == "random" else most
+        own = -(-most * arm.share // 1) if arm.kind == "random" else most
         taken = np.zeros(int(own), int) if n_train is None and not match else shared
         wanted = [taken]
         if len(parts) == 2:

@@ -77,7 +77,7 @@ class Reader:
             name = None if subject is None and options is not None else _name(subject)
             accepted = _texts(answers, "answer", LONGEST_NAME)
             _check_question(question, name)
-            number = _number(popularity)
+            number = popularity_of(popularity)
         except Rejected as reason:
             self.rejected.append((file, row, str(reason)))
             return
@@ -132,6 +132,8 @@ def escaped(text: str) -> str:
 
 
 def _name(subject: object) -> str:
+    if isinstance(subject, int | float) and subject == subject:
+        raise Rejected(f"the subject {subject!r} is a number: write it as text")
     if not isinstance(subject, str) or not subject.strip():
         raise Rejected("there is no subject")
     if len(subject) > LONGEST_NAME:
@@ -146,6 +148,8 @@ def _texts(values: object, what: str, longest: int) -> list[str]:
         raise Rejected(f"there is no {what}")
     texts = []
     for value in values:
+        if isinstance(value, int | float) and value == value:
+            raise Rejected(f"the {what} {value!r} is a number: write it as text")
         if not isinstance(value, str) or not value.strip():
             raise Rejected(f"there is an empty {what}")
         if what == "answer" and not any(char.isalnum() or ord(char) > 127 for char in value):
@@ -169,8 +173,9 @@ def _check_question(question: str | None, subject: str | None) -> None:
         raise Rejected(f"the question {question[:80]!r} must hold {{subject}} once")
 
 
-def _number(value: object) -> float:
-    if value is None or (isinstance(value, str) and not value.strip()):
+def popularity_of(value: object) -> float:
+    """A number of at least 0, NaN where there is none; Rejected where it is something else."""
+    if value is None or value is pd.NA or (isinstance(value, str) and not value.strip()):
         return math.nan
     try:
         number = float(value)  # type: ignore[arg-type]
@@ -179,6 +184,11 @@ def _number(value: object) -> float:
     if math.isinf(number) or number < 0:
         raise Rejected(f"popularity {str(value)[:80]!r} is no count")
     return number
+
+
+def plain_name(name: str) -> str:
+    """A name as names are compared: case and spaces do not count."""
+    return " ".join(name.casefold().split())
 
 
 def read_text(path: Path) -> str:

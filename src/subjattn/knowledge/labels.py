@@ -19,13 +19,21 @@ DEFINITIONS = {
     "popularity_in_answer": "rank of the popularity among facts with the same relation and answer, as a share",
 }
 MIN_FACTS = 10
+MIN_GROUP = 3
+"""Facts of a group in which a rank means something."""
 
 
 def with_popularity_ranks(facts: pd.DataFrame) -> pd.DataFrame:
-    """The facts with their popularity's rank (0 to 1) within the relation, and within relation and answer."""
+    """The facts with their popularity's rank (0 to 1) within the relation, and within relation and answer.
+
+    NaN in groups of fewer than three facts.
+    """
     answer = facts["answers"].str[0]
     within = {"popularity_in_relation": [facts["relation"]], "popularity_in_answer": [facts["relation"], answer]}
-    ranks = {name: facts["popularity"].groupby(keys).rank(pct=True) for name, keys in within.items()}
+    ranks = {}
+    for name, keys in within.items():
+        groups = facts["popularity"].groupby(keys)
+        ranks[name] = groups.rank(pct=True).where(groups.transform("count") >= MIN_GROUP)
     return facts.assign(**ranks)
 
 
@@ -64,5 +72,5 @@ def _halves(values: pd.Series, known: pd.Series) -> dict[str, float | int | None
     upper, label = values[present] > values[present].median(), known[present]
     observed = float((upper == label).mean())
     chance = float(upper.mean() * label.mean() + (1 - upper.mean()) * (1 - label.mean()))
-    kappa = None if np.isclose(chance, 1) else (observed - chance) / (1 - chance)
+    kappa = None if np.isclose(chance, 1) or not upper.any() else (observed - chance) / (1 - chance)
     return {"n": int(present.sum()), "agreement": observed, "kappa": kappa}

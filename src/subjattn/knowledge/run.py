@@ -20,7 +20,7 @@ from rich.console import Console
 from subjattn.knowledge.labels import agreement, with_popularity_ranks
 from subjattn.knowledge.slick import Budget, cost, slick
 from subjattn.measures.answers import answer_logprob
-from subjattn.models import LoadedModel, identity
+from subjattn.models import LoadedModel
 from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
 from subjattn.stages import alone, replacing
@@ -48,7 +48,6 @@ def know(
         The content of `agreement.json`.
     """
     budget = budget or Budget()
-    who = f"{identity(model.name)} {model.adapter and identity(model.adapter)} {model.model.dtype}"
     with alone(out), Progress(console) as progress:
         stated = cost(facts, pool, model.tokenizer, budget)
         progress.console.print(
@@ -67,16 +66,15 @@ def know(
             pool,
             budget,
             folder=out / "prompts",
-            identity=who,
             advance=lambda share: progress.advance(share * stated["computed_prompt_tokens"]),
         )
         seconds = time.monotonic() - started
         progress.stage("log-probability of the answers")
         logprobs = answer_logprob(model, make_prompts(facts, model.tokenizer, budget.template))
     ranked = with_popularity_ranks(pool)[["fact_id", "popularity_in_relation", "popularity_in_answer"]]
-    table = facts.merge(ranked, on="fact_id").merge(labels, on="fact_id", validate="one_to_one")
+    table = facts.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
     table["answer_logprob"] = table["fact_id"].map(dict(zip(logprobs["fact"].values, logprobs.values, strict=True)))
-    table["scorer"] = budget.scorer
+    table = table.assign(model=model.name, adapter=model.adapter, **budget.model_dump())
     found = {
         "model": model.name,
         "adapter": model.adapter,

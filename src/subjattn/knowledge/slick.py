@@ -10,7 +10,8 @@ answer and `n_samples` sampled ones. Of the greedy answers P(T=0) are right, of 
 | WeaklyKnown | P(T=0) = 0 and P(T>0) > 0 |
 | Unknown | neither ever |
 
-The budget decides: with more samples some Unknown facts turn out WeaklyKnown. It is recorded with every label.
+The budget decides: with more samples some Unknown facts turn out WeaklyKnown, and an answer longer than `new_tokens`
+is never right. `subjattn knowledge` records it with the labels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from subjattn.engine.prefix import shared_tokens
 from subjattn.errors import BadInput
@@ -30,6 +31,7 @@ from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
 from subjattn.measures.answers import ending_tokens
 from subjattn.measures.scoring import SCORERS
+from subjattn.models import identity
 from subjattn.prompts import Prompt, Style, make_prompts
 from subjattn.stages import finished, key_of, writing
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from subjattn.models import LoadedModel
+
+
+Template = Annotated[str, AfterValidator(lambda text: Style.of(text).template)]
 
 
 class Budget(BaseModel):
@@ -49,9 +54,9 @@ class Budget(BaseModel):
     shots: PositiveInt = Field(4, description="demonstrations a prompt, of the fact's relation")
     n_samples: NonNegativeInt = Field(16, description="sampled answers a prompt, besides the greedy one")
     temperature: PositiveFloat = 0.5
-    new_tokens: PositiveInt = Field(10, description="the longest answer, in tokens")
+    new_tokens: PositiveInt = Field(16, description="the longest answer, in tokens")
     scorer: Literal["exact_match", "answer_start", "containment"] = "exact_match"
-    template: str = "Q: {question}\nA:"
+    template: Template = "Q: {question}\nA:"
     seed: NonNegativeInt = 0
 
     def style(self, index: int) -> Style:
@@ -90,7 +95,6 @@ def slick(
     budget: Budget | None = None,
     *,
     folder: Path | None = None,
-    identity: str = "",
     advance: Callable[[float], None] = lambda _: None,
 ) -> pd.DataFrame:
     """Label every fact.
@@ -102,7 +106,6 @@ def slick(
             themselves.
         budget: how much to ask.
         folder: where finished prompts are kept, so that a stopped run goes on; None keeps nothing.
-        identity: what the model is, for telling whether what is kept belongs to it.
         advance: told of the share of the work done just now.
 
     Returns:
@@ -116,12 +119,13 @@ def slick(
     budget = budget or Budget()
     if facts["choices"].notna().any():
         raise BadInput("SliCK asks for answers in words: rank multiple-choice facts by base-model loss instead")
+    who = [identity(model.name), model.adapter and identity(model.adapter), str(model.model.dtype)]
     parts = []
     for index in range(budget.n_prompts):
         part_folder = None if folder is None else folder / f"prompt-{index:02d}"
         digest = pd.util.hash_pandas_object(facts.astype(str), index=False).to_numpy().tobytes().hex()
         pool_digest = pd.util.hash_pandas_object(pool.astype(str), index=False).to_numpy().tobytes().hex()
-        key = key_of(model=identity, facts=digest, pool=pool_digest, budget=budget.model_dump(), index=index)
+        key = key_of(model=who, facts=digest, pool=pool_digest, budget=budget.model_dump(), index=index)
         if part_folder is None or not finished(part_folder, key):
             part = _ask(model, facts, pool, budget, index)
             if part_folder is not None:
@@ -161,14 +165,14 @@ def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Bu
 def sampler_of(model: LoadedModel, budget: Budget) -> Sampler:
     """What draws a model's answers."""
     eos, newlines = ending_tokens(model.model, model.tokenizer)
-    ends, lines = frozenset(eos.tolist()), frozenset(newlines.tolist())
+    ends, lines = frozenset(eos.tolist()), frozenset(newlines.tolist() if SCORERS[budget.scorer].one_line else ())
     return Sampler(model.model, ends, lines, budget.n_samples, budget.temperature, budget.new_tokens)
 
 
 def hopeless(model: LoadedModel, budget: Budget, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:
     """Whether the answer to a group's prompt of this number that begins so is wrong whatever follows."""
-    begun = str(model.tokenizer.decode(list(tokens))).lstrip()
-    return SCORERS[budget.scorer].hopeless(begun, group[number].answers)
+    begun = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
+    return len(begun.splitlines()) < 2 and SCORERS[budget.scorer].hopeless(begun, group[number].answers)
 
 
 def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> dict[str, object]:

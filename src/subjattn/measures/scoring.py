@@ -61,12 +61,18 @@ def no_exact_match(begun: str, answers: Sequence[str]) -> bool:
     if changing or any(article.startswith(last) for article in _ARTICLES):
         last = ""
     stand = [word for word in words if word and word not in _ARTICLES]
-    for answer in answers:
-        accepted = _normalised(answer).split()
-        following = accepted[len(stand)] if len(stand) < len(accepted) else ""
-        if accepted[: len(stand)] == stand and following.startswith(last):
-            return False
-    return True
+    only_articles = [word for word in words if word]
+    return not any(
+        _begins(_normalised(answer).split(), own, last)
+        for answer in answers
+        for own in ([only_articles, []] if not stand else [stand])
+    )
+
+
+def _begins(accepted: list[str], stand: list[str], last: str) -> bool:
+    """Whether an answer's words begin with those that stand and a beginning of the next."""
+    following = accepted[len(stand)] if len(stand) < len(accepted) else ""
+    return accepted[: len(stand)] == stand and following.startswith(last)
 
 
 def contains_alias(prediction: str, answers: Sequence[str]) -> bool:
@@ -115,7 +121,9 @@ def _plain(text: str) -> str:
 
 
 def _normalised(text: str) -> str:
-    return " ".join(word for word in _words(text) if word and word not in _ARTICLES)
+    """Text without articles, unless it is nothing else ("The The")."""
+    words = [word for word in _words(text) if word]
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def _words(text: str) -> list[str]:

@@ -114,7 +114,8 @@ def _composition(run: Path, study: dict[str, Any]) -> dict[str, Any]:
     for arm, spec in study["arms"].items():
         if spec["train"]:
             groups[arm] = facts[facts[f"train_{spec['train']}"]]
-    reference, style = next(iter(study["arms"])), next(iter(study["styles"]))
+    plain = [name for name, style in study["styles"].items() if not style["shots"] and not style["chain_of_thought"]]
+    reference, style = next(iter(study["arms"])), next(iter(plain), None)
     checked = run / "training_facts" / "predictions.parquet"
     predictions = pd.read_parquet(checked) if len(groups) > 1 else None
     answers = groups["test"]["answer"].value_counts().index[:TOP_ANSWERS].tolist()

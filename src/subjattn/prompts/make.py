@@ -18,6 +18,8 @@ from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHAT_DATE = "26 Jul 2024"
+"""What chat templates that name a date are given, the default of Llama 3.1: prompts must not change overnight."""
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -148,7 +150,10 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], b
     marked, whole = (
         str(
             tokenizer.apply_chat_template(
-                [*earlier, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+                [*earlier, {"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=CHAT_DATE,
             )
         )
         for text in (_PLACE, body.text)

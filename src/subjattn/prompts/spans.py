@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.prompts.style import check_template, template_fields, text_before
 
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templ
         SpanNotFound: a subject that no token covers; the message names the fact.
     """
     check_tokenizer(tokenizer)
+    if template is not None and template_fields(check_template(template)) != {"subject"}:
+        raise BadInput(
+            f"template {template!r} must contain {{subject}}; without a template each fact's question is asked"
+        )
     found: list[tuple[int, int, bool]] = []
     columns = (facts[name].tolist() for name in ("fact_id", "subject", "question"))
     asked: list[tuple[str, str, int, int]] = []
@@ -94,7 +99,7 @@ def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templ
         text = question if template is None else template
         if subject is None or text is None:
             raise BadInput(f"fact {fact_id} has no {'subject' if subject is None else 'question'}: it has no span")
-        start = len(text.partition("{subject}")[0].replace("{{", "{").replace("}}", "}"))
+        start = len(text_before(text))
         asked.append((fact_id, text.format(subject=subject), start, start + len(subject)))
     encoded = encode(tokenizer, [text for _, text, _, _ in asked])
     for (fact_id, text, start, stop), (_, offsets) in zip(asked, encoded, strict=True):

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from subjattn.errors import BadInput
+from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
 
 
@@ -90,7 +91,7 @@ class Style(BaseModel):
         if "subject" in fields:
             if subject is None:
                 raise BadInput(f"fact {fact['fact_id']} has no subject: ask it with {{question}}")
-            return template.format(subject=subject), len(_before(template))
+            return template.format(subject=subject), len(text_before(template))
         question = fact.get("question")
         if question is None:
             raise BadInput(f"fact {fact['fact_id']} has no question of its own: ask it with {{subject}}")
@@ -102,7 +103,7 @@ class Style(BaseModel):
                 f"{template!r} {'lacks' if has_choices else 'has'} {{choices}}"
             )
         asked = question.format(subject=subject)
-        start = None if subject is None else len(_before(template)) + len(_before(question))
+        start = None if subject is None else len(text_before(template)) + len(text_before(question))
         options = [] if choices is None else list(choices)
         listed = "\n".join(f"{string.ascii_uppercase[i]}. {text}" for i, text in enumerate(options))
         return template.format(question=asked, choices=listed), start
@@ -173,7 +174,7 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
             raise BadInput("known and unknown demonstrations need facts with a column 'third' (see split)")
         fitting = fitting[fitting["third"] == {"known": "top", "unknown": "bottom"}[style.demonstrations]]
     fitting = fitting.sort_values("fact_id")
-    fitting = fitting[~fitting["subject"].fillna(fitting["fact_id"]).str.casefold().duplicated()]
+    fitting = fitting[~fitting["subject"].fillna(fitting["fact_id"]).map(plain_name).duplicated()]
     if len(fitting) < style.shots + 1:
         raise BadInput(
             f"{style.shots} demonstrations (and one to spare) of the {style.relation} relation as {relation!r}, "
@@ -190,7 +191,7 @@ def shown_to(fact: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], s
         shown
         for shown in candidates
         if shown["fact_id"] != fact["fact_id"]
-        and (fact["subject"] is None or str(shown["subject"]).casefold() != str(fact["subject"]).casefold())
+        and (fact["subject"] is None or plain_name(str(shown["subject"])) != plain_name(str(fact["subject"])))
     ][:shots]
 
 
@@ -207,7 +208,7 @@ def _built_in(name: str, fact: Mapping[str, Any]) -> str:
     return styles[name]
 
 
-def _before(template: str) -> str:
+def text_before(template: str) -> str:
     """The text before a template's subject or question."""
     before = ""
     for literal, field, _, _ in string.Formatter().parse(template):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, load_facts, own
+from subjattn.facts import SOURCES, load_facts, own, path_of
 from subjattn.study.choosing import only_relations
 from subjattn.study.config import FactsConfig, StudyConfig
 
@@ -41,7 +41,7 @@ def _found(config: StudyConfig) -> str:
     if not at_hand(config.facts):
         known = config.facts.source.partition(":")[0]
         if known not in SOURCES:
-            load_facts(config.facts.source)
+            load_facts(config.facts.source, columns=config.facts.columns or None)
         return (
             " (on the hub, not looked at)"
             if config.facts.source == known and SOURCES[known].hub
@@ -53,9 +53,11 @@ def _found(config: StudyConfig) -> str:
     for name, style in config.styles.items():
         for fact in facts.drop_duplicates("relation").to_dict("records"):
             try:
-                style.body(fact)  # type: ignore[arg-type]
+                style.demonstration(fact) if style.shots else style.body(fact)  # type: ignore[arg-type]
             except BadInput as error:
                 raise BadInput(f"style {name!r}: {error}") from None
+    if (config.scorer == "letters") != bool(facts["choices"].notna().any()):
+        raise BadInput(f"scorer {config.scorer!r} does not fit: 'letters' is for multiple choice, and for it alone")
     held_out = config.facts.split.held_out
     if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
         raise BadInput(f"facts.split.held_out: no relation {missing[0]!r} among the facts")
@@ -64,5 +66,6 @@ def _found(config: StudyConfig) -> str:
 
 def at_hand(facts: FactsConfig) -> bool:
     """Whether the facts can be read without a network."""
-    known, colon, path = facts.source.partition(":")
-    return Path(path).exists() if colon else known == "cities" or Path(known).suffix in own.SUFFIXES
+    path = path_of(facts.source)
+    own_file = Path(path).suffix.lower() in own.SUFFIXES
+    return facts.source == "cities" or (Path(path).exists() if path != facts.source else own_file)

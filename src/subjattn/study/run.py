@@ -113,6 +113,7 @@ class Runner:
             set_aside=any(style.shots for style in config.styles.values()),
             model=identity(config.model),
             style=self._first_style.model_dump(),
+            dtype=config.dtype if config.facts.split.needs_model else None,
             seed=config.seed,
         )
 
@@ -232,7 +233,7 @@ class Runner:
     def training_facts_stage(self, facts: pd.DataFrame) -> None:
         """The reference arm's answers to some of each arm's training facts, as `training_facts/`."""
         config, folder = self.config, self.out / "training_facts"
-        key = key_of(measured=self.measuring_key(config.reference, next(iter(config.styles))), n=BASE_CHECK_FACTS)
+        key = key_of(measured=self.measuring_key(config.reference, config.training_style), n=BASE_CHECK_FACTS)
         if finished(folder, key):
             self.progress.skip(self._training_facts_cost)
             return
@@ -244,7 +245,7 @@ class Runner:
             predictions = predict(
                 model,
                 model.tokenizer,
-                self._asked(some, model, next(iter(self.config.training_styles.values()))),
+                self._asked(some, model, config.styles[config.training_style]),
                 config.scorer,
             )
             tables.append(predictions.assign(split=split_name))
