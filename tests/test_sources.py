@@ -350,7 +350,11 @@ def test_own_files_of_odd_types(tmp_path: Path) -> None:
         path.write_text(line)
         with pytest.raises(BadInput, match=message):
             load_facts(str(path))
+    path.write_text('{"subject": "a\u2028b", "answer": "c"}\n\n', encoding="utf-8")
+    assert load_facts(str(path))["subject"].tolist() == ["a\u2028b"], "a line separator within a name ends no line"
     table = tmp_path / "own.TSV"
+    table.write_text("subject\tanswer\r\nA\tB\r\n\r\n")
+    assert len(load_facts(str(table))) == 1, "a blank line at the end is no row"
     table.write_text("subject\tanswer\tanswer\nA\tB\tC\n")
     with pytest.raises(BadInput, match="two columns have the same name"):
         load_facts(str(table))

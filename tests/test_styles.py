@@ -275,21 +275,6 @@ def test_swaps_stay_within_what_is_asked(smollm2: LoadedModel) -> None:
     assert {(clean.subject, corrupt.subject) for clean, corrupt in pairs} == {("Kenya", "Peru"), ("Peru", "Kenya")}
 
 
-NAMES = [
-    "Nairobi",
-    "São Paulo",
-    "東京",
-    "Kraków",
-    "L'Aquila",
-    'St. "X"',
-    "Beyoncé",
-    "{odd}",
-    "ʻEwa Beach",
-    "AC/DC",
-    "?!",
-]
-
-
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram"])
 def test_spans_in_every_kind_of_tokenizer(kinds: dict[str, Any], kind: str, cities: pd.DataFrame) -> None:
     tokenizer = kinds[kind]

@@ -72,7 +72,7 @@ def read_table(path: Path) -> pd.DataFrame:
         if suffix == ".parquet":
             return read_parquet(path)
         if suffix == ".jsonl":
-            rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+            rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
             if wrong := [number for number, row in enumerate(rows) if not isinstance(row, dict)]:
                 raise BadInput(f"{path}: row {wrong[0]} is no mapping of columns")
             return pd.DataFrame(rows, dtype=object)

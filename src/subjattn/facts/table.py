@@ -210,10 +210,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """A file's rows of cells, however large; BadInput where quotes do not match."""
+    """A file's rows of cells, however large, blank lines left out; BadInput where quotes do not match."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        return list(csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True))
+        rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+        return [row for row in rows if row]
     except csv.Error as error:
         raise BadInput(f"{path} cannot be read as a table: {error}") from None
     finally:

@@ -52,7 +52,7 @@ def know(
         stated = cost(facts, pool, model.tokenizer, budget)
         progress.console.print(
             f"{stated['answers']:,} answers: {len(facts):,} facts × {budget.n_prompts} prompts of {budget.shots} "
-            f"shots × (1 greedy + {budget.n_samples} at T = {budget.temperature:g}), {budget.new_tokens} tokens "
+            f"shots × (1 greedy + {budget.n_samples} at T = {budget.temperature:g}), {budget.longest} tokens "
             f"each at most; {stated['prompt_tokens']:,} prompt tokens, {stated['computed_prompt_tokens']:,} of them "
             "computed and the others shared",
             highlight=False,
@@ -74,7 +74,9 @@ def know(
     ranked = with_popularity_ranks(pool)[["fact_id", "popularity_in_relation", "popularity_in_answer"]]
     table = facts.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
     table["answer_logprob"] = table["fact_id"].map(dict(zip(logprobs["fact"].values, logprobs.values, strict=True)))
-    table = table.assign(model=model.name, adapter=model.adapter, **budget.model_dump())
+    table = table.assign(
+        model=model.name, adapter=model.adapter, **{**budget.model_dump(), "new_tokens": budget.longest}
+    )
     found = {
         "model": model.name,
         "adapter": model.adapter,

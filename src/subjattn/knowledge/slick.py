@@ -10,8 +10,8 @@ answer and `n_samples` sampled ones. Of the greedy answers P(T=0) are right, of 
 | WeaklyKnown | P(T=0) = 0 and P(T>0) > 0 |
 | Unknown | neither ever |
 
-The budget decides: with more samples some Unknown facts turn out WeaklyKnown, and an answer longer than `new_tokens`
-is never right. `subjattn knowledge` records it with the labels.
+The budget decides: with more samples some Unknown facts turn out WeaklyKnown, and an answer longer than the
+longest one drawn is never right. `subjattn knowledge` records it with the labels.
 """
 
 from __future__ import annotations
@@ -54,10 +54,15 @@ class Budget(BaseModel):
     shots: PositiveInt = Field(4, description="demonstrations a prompt, of the fact's relation")
     n_samples: NonNegativeInt = Field(16, description="sampled answers a prompt, besides the greedy one")
     temperature: PositiveFloat = 0.5
-    new_tokens: PositiveInt = Field(16, description="the longest answer, in tokens")
+    new_tokens: PositiveInt | None = Field(None, description="the longest answer; by default the scorer's")
     scorer: Literal["exact_match", "answer_start", "containment"] = "exact_match"
     template: Template = "Q: {question}\nA:"
     seed: NonNegativeInt = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer."""
+        return self.new_tokens or SCORERS[self.scorer].new_tokens
 
     def style(self, index: int) -> Style:
         """The few-shot style of the prompt with this number."""
@@ -166,7 +171,7 @@ def sampler_of(model: LoadedModel, budget: Budget) -> Sampler:
     """What draws a model's answers."""
     eos, newlines = ending_tokens(model.model, model.tokenizer)
     ends, lines = frozenset(eos.tolist()), frozenset(newlines.tolist() if SCORERS[budget.scorer].one_line else ())
-    return Sampler(model.model, ends, lines, budget.n_samples, budget.temperature, budget.new_tokens)
+    return Sampler(model.model, ends, lines, budget.n_samples, budget.temperature, budget.longest)
 
 
 def hopeless(model: LoadedModel, budget: Budget, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,8 +21,11 @@ from subjattn.prompts import make_prompts, subject_lengths
 from subjattn.study.config import FactsConfig, StudyConfig
 
 
-SET_ASIDE = 40
-"""Facts of each relation (a fifth of it at most) that may be shown as demonstrations, in no arm and never tested."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SET_ASIDE = 15
+"""Facts of a third of a relation that may be shown as demonstrations at most; they are in no arm and never tested."""
 EMBEDDED = 200
 """Facts of each relation that its place among the others is found from."""
 
@@ -77,10 +80,17 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
         table["test"] = table["fact_id"].isin(draw(table, asked.n_test, config.seed)["fact_id"])
     used = [name for name in map(str, table) if name == "test" or name.startswith("train_")]
     if shown.empty:
-        return table[table[used].any(axis=1)]
+        return _asked(table[table[used].any(axis=1)], config, tokenizer)
     shown = shown.assign(third=_thirds(facts, config).loc[shown.index], answer=shown["answers"].str[0])
     shown = shown.assign(out_of_distribution=False, **dict.fromkeys(used, False))
-    return pd.concat([table[table[used].any(axis=1)], shown], ignore_index=True)
+    return _asked(pd.concat([table[table[used].any(axis=1)], shown], ignore_index=True), config, tokenizer)
+
+
+def _asked(table: pd.DataFrame, config: StudyConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The table itself, once every style has asked its test facts: what cannot be asked is found before training."""
+    for style in config.styles.values():
+        make_prompts(table[table["test"]], tokenizer, style, demonstrations=table[table["demonstration"]])
+    return table
 
 
 def _loaded(asked: FactsConfig, model: str) -> pd.DataFrame:
@@ -130,10 +140,12 @@ def _with_knowledge(facts: pd.DataFrame, path: str, model: str) -> pd.DataFrame:
 
 
 def _set_aside(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:
+    """A fifth of each relation's thirds, but enough for every style's shots where that leaves half of the third."""
+    shots = max(style.shots for style in config.styles.values())
     chosen: set[str] = set()
-    if any(style.shots for style in config.styles.values()):
-        for _, group in facts.groupby("relation"):
-            n = min(SET_ASIDE, len(group) // 5)
+    if shots:
+        for _, group in facts.groupby(["relation", _thirds(facts, config).fillna("none")]):
+            n = min(SET_ASIDE, max(len(group) // 5, min(shots + 1, len(group) // 2)))
             chosen |= set(draw(group, n, config.seed)["fact_id"]) if n else set()
     return facts["fact_id"].isin(chosen)
 

@@ -110,7 +110,7 @@ class Runner:
             split=config.facts.split.model_dump(),
             n_train=config.facts.n_train if config.trained else None,
             splits=self._splits,
-            set_aside=any(style.shots for style in config.styles.values()),
+            shots=max(style.shots for style in config.styles.values()),
             model=identity(config.model),
             style=self._first_style.model_dump(),
             dtype=config.dtype if config.facts.split.needs_model else None,
