@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TRICKY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -278,7 +279,7 @@ def test_swaps_stay_within_what_is_asked(smollm2: LoadedModel) -> None:
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "unigram"])
 def test_spans_in_every_kind_of_tokenizer(kinds: dict[str, Any], kind: str, cities: pd.DataFrame) -> None:
     tokenizer = kinds[kind]
-    names = [*NAMES, *draw(cities, 300, seed=9)["subject"]]
+    names = [*TRICKY, *draw(cities, 300, seed=9)["subject"]]
     facts = pd.DataFrame([fact(name, "Kenya", "country") for name in names]).assign(fact_id=range(len(names)))
     for template in ("In what country is {subject}?", "{subject} is in", 'Of "{subject}" (town):'):
         spans = subject_spans(facts, tokenizer, template)
