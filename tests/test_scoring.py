@@ -1,0 +1,62 @@
+"""When an answer counts as right, by hand; and predictions under every scorer."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from subjattn.errors import BadInput
+from subjattn.facts import draw
+from subjattn.measures.answers import choice_logprobs, generate, predict, reason
+from subjattn.measures.scoring import SCORERS, contains_alias, definition_of, exact_match
+from subjattn.models import LoadedModel
+from subjattn.prompts import Style, make_prompts
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "exact", "contained"),
+    [
+        ("Niger", ["Niger"], True, True),
+        (" the niger. ", ["Niger"], True, True),
+        ("Nigeria", ["Niger"], False, True),
+        ("It is Niger", ["Niger"], False, True),
+        ("Ni", ["Niger"], False, False),
+        ("U.S.A.", ["USA", "America"], True, False),
+        ("united   states", ["United States of America", "United States"], True, False),
+        ("", ["A"], False, False),
+        ("...", ["A"], False, False),
+    ],
+)
+def test_exact_match_and_containment(prediction: str, answers: list[str], exact: bool, contained: bool) -> None:
+    assert exact_match(prediction, answers) is exact
+    assert contains_alias(prediction, answers) is contained
+
+
+def test_every_prediction_names_its_scorer(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 6, 1), tiny.tokenizer, "list")
+    for name, rule in SCORERS.items():
+        found = predict(tiny, tiny.tokenizer, prompts, name)  # type: ignore[arg-type]
+        assert set(found["scorer"]) == {name} and definition_of(name) == rule.definition
+        texts = generate(tiny.model, tiny.tokenizer, prompts, rule.new_tokens, one_line=rule.one_line)
+        assert found["prediction"].tolist() == texts
+        own = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
+        assert found["correct"].tolist() == own
+    with pytest.raises(BadInput, match="scorer 'best' is not one of answer_start"):
+        predict(tiny, tiny.tokenizer, prompts, "best")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="has no choices"):
+        choice_logprobs(tiny, prompts)
+
+
+def test_reasoning_is_one_line_that_ends_before_the_conclusion(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
+    facts = draw(cities, 3, 1)
+    style = Style(template="Q: {question}\nA:", chain_of_thought=True)
+    prompts = make_prompts(facts, smollm2.tokenizer, style)
+    thoughts = reason(smollm2, smollm2.tokenizer, prompts, 12)
+    assert list(thoughts) == facts["fact_id"].tolist()
+    assert all("\n" not in text and "So the answer is" not in text for text in thoughts.values())
+    ended = make_prompts(facts, smollm2.tokenizer, style, reasoning=thoughts)
+    for prompt, begun in zip(ended, prompts, strict=True):
+        assert prompt.text == " ".join(
+            part for part in (begun.text, thoughts[prompt.fact_id], "So the answer is") if part
+        )
+        assert prompt.subject_span == begun.subject_span
