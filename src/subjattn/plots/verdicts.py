@@ -61,12 +61,17 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> go.Figure:
     figure.add_vline(x=0, line={"color": "#9aa5b1", "width": 1})
     figure.update_layout(
         font=FONT,
-        height=110 + 34 * len(labels),
+        height=140 + 34 * len(labels),
         width=900,
-        margin={"l": 20, "r": 20, "t": 20, "b": 50},
+        margin={"l": 20, "r": 20, "t": 50, "b": 50},
         plot_bgcolor="white",
         xaxis={"title": "effect in the claimed direction, in smallest effects that matter", "gridcolor": "#e4e7eb"},
-        yaxis={"categoryorder": "array", "categoryarray": labels, "automargin": True},
-        legend={"orientation": "h", "y": 1.08, "x": 0},
+        yaxis={
+            "categoryorder": "array",
+            "categoryarray": labels,
+            "automargin": True,
+            "range": [-0.6, len(labels) - 0.4],
+        },
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
     )
     return figure
