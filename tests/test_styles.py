@@ -214,6 +214,14 @@ def test_multiple_choice(smollm2: LoadedModel) -> None:
         _ = prompt.subject_span
 
 
+def test_a_question_without_a_subject_is_not_shown_to_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    questions = [{"fact_id": f"q{i}", "question": f"What is {i} + {i}?", "choices": MMLU["choices"]} for i in range(3)]
+    facts = pd.DataFrame([fact(None, "C", "arithmetic") | row for row in questions])
+    style = Style(template="{question}\n{choices}\nAnswer:", shots=2)
+    for prompt, row in zip(make_prompts(facts, tokenizer, style, demonstrations=facts), questions, strict=True):
+        assert prompt.text.count("Answer:") == 3 and prompt.text.count(row["question"]) == 1
+
+
 @pytest.mark.parametrize(
     ("row", "style", "message"),
     [

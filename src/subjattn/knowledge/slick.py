@@ -29,7 +29,7 @@ from subjattn.engine.prefix import shared_tokens
 from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
-from subjattn.measures.answers import ending_tokens
+from subjattn.measures.answers import ending_tokens, text_of
 from subjattn.measures.scoring import SCORERS
 from subjattn.models import identity
 from subjattn.prompts import Prompt, Style, make_prompts
@@ -125,12 +125,13 @@ def slick(
     if facts["choices"].notna().any():
         raise BadInput("SliCK asks for answers in words: rank multiple-choice facts by base-model loss instead")
     who = [identity(model.name), model.adapter and identity(model.adapter), str(model.model.dtype)]
+    digests = [
+        pd.util.hash_pandas_object(table.astype(str), index=False).to_numpy().tobytes().hex() for table in (facts, pool)
+    ]
     parts = []
     for index in range(budget.n_prompts):
         part_folder = None if folder is None else folder / f"prompt-{index:02d}"
-        digest = pd.util.hash_pandas_object(facts.astype(str), index=False).to_numpy().tobytes().hex()
-        pool_digest = pd.util.hash_pandas_object(pool.astype(str), index=False).to_numpy().tobytes().hex()
-        key = key_of(model=who, facts=digest, pool=pool_digest, budget=budget.model_dump(), index=index)
+        key = key_of(model=who, tables=digests, budget=budget.model_dump(), index=index)
         if part_folder is None or not finished(part_folder, key):
             part = _ask(model, facts, pool, budget, index)
             if part_folder is not None:
@@ -184,18 +185,15 @@ def _score(prompt: Prompt, drawn: Drawn, model: LoadedModel, budget: Budget) -> 
     rule = SCORERS[budget.scorer]
 
     def text(tokens: tuple[int, ...]) -> str:
-        decoded = str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
-        return decoded.splitlines()[0].strip() if decoded and rule.one_line else decoded
+        return text_of(model.tokenizer, tokens, one_line=rule.one_line)
 
-    answers = {text(tokens): 0 for tokens in drawn.samples}
-    for tokens, count in drawn.samples.items():
-        answers[text(tokens)] += count
+    right = [count for tokens, count in drawn.samples.items() if rule.correct(text(tokens), prompt.answers)]
     return {
         "fact_id": prompt.fact_id,
         "greedy": text(drawn.greedy),
         "greedy_correct": rule.correct(text(drawn.greedy), prompt.answers),
         "confidence": drawn.confidence,
-        "n_correct": sum(count for answer, count in answers.items() if rule.correct(answer, prompt.answers)),
+        "n_correct": sum(right),
     }
 
 

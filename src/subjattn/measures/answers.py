@@ -137,9 +137,14 @@ def generate(
     texts = [""] * len(prompts)
     for index, ids in _of_equal_length(prompts, hf.device, new_tokens):
         for i, tokens in zip(index, _greedy(hf, ids, eos, newline[: len(newline) * one_line], new_tokens), strict=True):
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-            texts[i] = text.splitlines()[0].strip() if text and one_line else text
+            texts[i] = text_of(tokenizer, tokens, one_line=one_line)
     return texts
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, one_line: bool) -> str:
+    """An answer's text, stripped; its first line if `one_line`."""
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+    return text.splitlines()[0].strip() if text and one_line else text
 
 
 def _of_equal_length(
