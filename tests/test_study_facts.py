@@ -175,6 +175,8 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
     labels.to_parquet(tmp_path / "knowledge.parquet")
     run_study(parse_study(raw, "s"), tmp_path / "run")
     used = pd.read_parquet(tmp_path / "run" / "facts" / "facts.parquet")
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "by SliCK label" in report and "<th>known (6)</th>" in report and "<th>top (6)</th>" not in report
     assert (used["category"][used["train_known"]] == "MaybeKnown").all()
     assert (used["category"][used["train_Unknown"]] == "Unknown").all()
     for changed, message in [
