@@ -185,7 +185,7 @@ def test_a_plain_hugging_face_model_will_do(tiny: LoadedModel, prompts: PromptSe
 
 
 def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: PromptSet) -> None:
-    found = predict(smollm2, smollm2.tokenizer, real)
+    found = predict(smollm2, real)
     for prompt, text in zip(real, found["prediction"], strict=True):
         ids = torch.tensor([prompt.ids[: prompt.prediction + 1]])
         out = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)

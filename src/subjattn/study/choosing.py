@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,9 +10,9 @@ import pandas as pd
 from subjattn.errors import BadInput
 from subjattn.facts import draw, identity_of_source, join_popularity, load_facts
 from subjattn.facts.distance import relation_distances
-from subjattn.facts.own import read_parquet
 from subjattn.facts.select import set_aside, thirds_of
 from subjattn.facts.splits import split
+from subjattn.knowledge.labels import join_labels
 from subjattn.measures.answers import answer_logprob
 from subjattn.measures.embeddings import prompt_embeddings
 from subjattn.models import LoadedModel, fingerprint, load_tokenizer
@@ -53,6 +52,7 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
     if by == "answer_logprob" and by not in facts:
         base = load_base()
         facts[by] = answer_logprob(base, make_prompts(facts, tokenizer, _plain(style))).values
+        facts["answer_logprob_template"] = style.template
     if by not in facts:
         raise BadInput(f"split.by {by!r} needs 'facts.knowledge', which `subjattn knowledge` writes")
     ranking = (by, asked.split.within, asked.split.controlled)
@@ -99,7 +99,7 @@ def _loaded(asked: FactsConfig, model: str) -> pd.DataFrame:
     if asked.popularity:
         facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     if asked.knowledge:
-        facts = _with_knowledge(facts, asked.knowledge, model)
+        facts = join_labels(facts, asked.knowledge, model)
     return facts
 
 
@@ -109,35 +109,6 @@ def only_relations(facts: pd.DataFrame, relations: Sequence[str]) -> pd.DataFram
     if missing := [name for name in relations if name not in known]:
         raise BadInput(f"facts.relations: no relation {missing[0]!r}; there are {', '.join(known)[:300]}")
     return facts[facts["relation"].isin(relations)].reset_index(drop=True) if relations else facts
-
-
-def _with_knowledge(facts: pd.DataFrame, path: str, model: str) -> pd.DataFrame:
-    if not Path(path).is_file():
-        raise BadInput(f"facts.knowledge: no such file: {path!r}")
-    labels = read_parquet(Path(path))
-    columns = ["category", "p_greedy", "p_sampled", "confidence", "answer_logprob"]
-    if missing := [name for name in ["fact_id", "subject", "relation", "model", *columns] if name not in labels]:
-        raise BadInput(f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge`")
-    if labels["fact_id"].duplicated().any():
-        raise BadInput(f"facts.knowledge: {path} labels a fact twice: it is not from `subjattn knowledge`")
-    own = labels.set_index("fact_id").reindex(facts["fact_id"])
-    present = own["category"].notna().to_numpy()
-    if not present.any():
-        raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
-    for name in ("subject", "relation"):
-        differ = present & (own[name].to_numpy() != facts[name].to_numpy())
-        if differ.any():
-            fact = facts[differ].iloc[0]
-            raise BadInput(
-                f"facts.knowledge: {path} labels another fact as {fact['fact_id']} ({fact[name]!r} here): the "
-                "source has changed, label it again"
-            )
-    if set(own["model"].dropna()) != {model}:
-        raise BadInput(
-            f"facts.knowledge: {path} says what {own['model'].dropna().iloc[0]!r} knows, and the study's model is "
-            f"{model!r}: label the facts with it"
-        )
-    return facts.assign(**{name: own[name].to_numpy() for name in columns})
 
 
 def _held_out(config: StudyConfig, facts: pd.DataFrame, load_base: Callable[[], LoadedModel]) -> list[str]:
