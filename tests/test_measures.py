@@ -20,7 +20,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import answer_logprob, predict
 from subjattn.measures.attention import subject_attention, token_attention
-from subjattn.measures.knockout import knockout
+from subjattn.measures.knockout import knockout, one_route, same_edges
 from subjattn.measures.patching import patch_grid, recovery
 from subjattn.measures.scoring import is_correct
 from subjattn.models import LoadedModel
@@ -104,6 +104,31 @@ def test_attention_is_output_attentions(tiny: LoadedModel, prompts: PromptSet) -
 def test_knockout_is_a_hand_masked_forward(tiny: LoadedModel, prompts: PromptSet) -> None:
     check_knockout(tiny, prompts)
     assert float(abs(knockout(tiny, prompts)).max()) > 0.1, "the knock-out moves these models too little to test it"
+
+
+def test_routes_that_coincide_are_marked(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    """By the edges written out, and by what blocking them costs."""
+    facts = draw(cities, 8, seed=3)
+    facts = pd.concat(
+        [facts, facts.assign(fact_id="b" + facts["fact_id"], answers=[[a[0] + "x"] for a in facts["answers"]])]
+    )
+    prompts = [p for t in ("In {subject},", STYLES["list"]) for p in make_prompts(facts, tiny.tokenizer, t)]
+    expected = [
+        {(q, k) for q in prompt.predicting for k in prompt.subject_positions}
+        == {(q, k) for q in range(prompt.subject_span[1], len(prompt) - 1) for k in prompt.subject_positions}
+        for prompt in prompts
+    ]
+    drop = knockout(tiny, prompts)
+    assert drop["routes_coincide"].values.tolist() == same_edges(prompts).tolist() == expected
+    assert any(expected) and not all(expected)
+    same = drop.where(drop["routes_coincide"], drop=True)
+    np.testing.assert_allclose(same.sel(route="direct"), same.sel(route="total"), atol=1e-5)
+    one = knockout(tiny, prompts, metric="kl")
+    assert one["routes_coincide"].values.tolist() == [p.prediction == p.subject_span[1] for p in prompts]
+    assert "routes_coincide" not in knockout(tiny, prompts[:2], ["direct"]).coords
+    assert "routes_coincide" not in one_route(drop, "direct").coords
+    with pytest.raises(BadInput, match="give a list of direct, total"):
+        same_edges(prompts, "direct", "all")  # type: ignore[arg-type]
 
 
 def test_patching_is_a_plain_hook(tiny: LoadedModel, cities: pd.DataFrame) -> None:
