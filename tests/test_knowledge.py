@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.knowledge import sampling, slick
-from subjattn.knowledge.labels import agreement, with_popularity_ranks
+from subjattn.knowledge.labels import DEFINITIONS, agreement, join_labels, with_popularity_ranks
+from subjattn.knowledge.run import know
 from subjattn.knowledge.sampling import Sampler
 from subjattn.knowledge.slick import Budget, category, cost
+from subjattn.measures.answers import answer_logprob
 from subjattn.measures.scoring import SCORERS, exact_match, no_exact_match
-from subjattn.models import LoadedModel
+from subjattn.models import LoadedModel, identity, load_model
 from subjattn.prompts import Prompt, Style, make_prompts
 
 
@@ -284,3 +289,128 @@ def test_ranks_within_relation_and_answer() -> None:
     ranked = with_popularity_ranks(facts)
     assert ranked["popularity_in_relation"].tolist() == pytest.approx([1, 1 / 3, 2 / 3, np.nan], nan_ok=True)
     assert ranked["popularity_in_answer"].isna().all(), "a rank among two means nothing"
+
+
+def test_kappa_by_hand() -> None:
+    """20 and 15 facts on which both say the same of 50, halves of 25: 0.7 observed, 0.5 by chance."""
+    half = [1.0] * 25 + [0.0] * 25
+    category = ["MaybeKnown"] * 20 + ["Unknown"] * 5 + ["MaybeKnown"] * 10 + ["Unknown"] * 15
+    labels = pd.DataFrame({"category": category, "confidence": half, "popularity": 1.0})
+    known = agreement(labels)["known"]
+    assert known["confidence"] == {"n": 50, "agreement": pytest.approx(0.7), "kappa": pytest.approx(0.4)}
+    assert known["popularity"]["kappa"] is None, "the same everywhere has no halves"
+
+
+LITTLE = Budget(n_prompts=3, shots=2, n_samples=2, new_tokens=2)
+
+
+def test_a_plain_hugging_face_model_can_be_asked(tiny: LoadedModel, cities: pd.DataFrame, tmp_path: Path) -> None:
+    facts, plain = draw(cities, 6, 1), tiny.model
+    expected = slick.slick(tiny, facts, cities, LITTLE)
+    found = slick.slick(plain, facts, cities, LITTLE, tokenizer=tiny.tokenizer, folder=tmp_path)
+    pd.testing.assert_frame_equal(found, expected)
+    with pytest.raises(BadInput, match="brings no tokenizer"):
+        slick.slick(plain, facts, cities, LITTLE)
+
+
+def test_a_plain_model_is_known_by_its_weights(
+    tiny_folders: dict[str, Path], cities: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, facts, asked = load_model(str(tiny_folders["llama"])), draw(cities, 6, 1), []
+    ask = slick._ask
+    monkeypatch.setattr(slick, "_ask", lambda *args: asked.append(args[-1]) or ask(*args))
+    for _ in range(2):
+        slick.slick(model.model, facts, cities, LITTLE, tokenizer=model.tokenizer, folder=tmp_path)
+    assert asked == [0, 1, 2]
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[0, 0] += 1
+    slick.slick(model.model, facts, cities, LITTLE, tokenizer=model.tokenizer, folder=tmp_path)
+    assert asked == [0, 1, 2, 0, 1, 2]
+
+
+def test_work_found_finished_is_no_work_done(
+    tiny: LoadedModel, cities: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, told = draw(cities, 6, 1), {"done": 0.0, "reused": 0.0}
+
+    def count(what: str, share: float) -> None:
+        told[what] += share
+
+    ask = slick._ask
+    monkeypatch.setattr(slick, "_ask", lambda *args: ask(*args) if args[-1] < 2 else (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        slick.slick(tiny, facts, cities, LITTLE, folder=tmp_path, advance=lambda s: count("done", s))
+    assert told == pytest.approx({"done": 2 / 3, "reused": 0})
+    monkeypatch.setattr(slick, "_ask", ask)
+    told = {"done": 0.0, "reused": 0.0}
+    callbacks = {"advance": lambda s: count("done", s), "on_reused": lambda s: count("reused", s)}
+    slick.slick(tiny, facts, cities, LITTLE, folder=tmp_path, **callbacks)
+    assert told == pytest.approx({"done": 1 / 3, "reused": 2 / 3})
+
+
+def test_the_time_estimate_leaves_out_what_was_found(
+    tiny: LoadedModel, cities: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped: list[float] = []
+    monkeypatch.setattr("subjattn.progress.Progress.skip", lambda self, units: skipped.append(units))
+    facts = draw(cities, 6, 1)
+    for _ in range(2):
+        stated = know(tiny, facts, cities, tmp_path, LITTLE, Console(file=io.StringIO()))["cost"]
+    assert sum(skipped) == pytest.approx(stated["computed_prompt_tokens"])
+
+
+@pytest.fixture(scope="module")
+def labelled(
+    tiny_folders: dict[str, Path], adapter: Path, cities: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What a small model knows of six cities, and what it knows with an adapter."""
+    out, name = tmp_path_factory.mktemp("labelled"), str(tiny_folders["llama"])
+    for where, own in (("base", None), ("tuned", adapter)):
+        know(
+            load_model(name, adapter=own), draw(cities, 6, 1), cities, out / where, LITTLE, Console(file=io.StringIO())
+        )
+    return out
+
+
+def test_labels_name_whose_they_are(
+    labelled: Path, tiny_folders: dict[str, Path], adapter: Path, cities: pd.DataFrame
+) -> None:
+    base, tuned = (pd.read_parquet(labelled / where / "knowledge.parquet") for where in ("base", "tuned"))
+    for table in (base, tuned):
+        assert set(table["model_identity"]) == {identity(str(tiny_folders["llama"]))}
+        assert set(table["answer_logprob_template"]) == {"Q: {question}\nA:"}
+    assert base["adapter_identity"].isna().all() and set(tuned["adapter_identity"]) == {identity(str(adapter))}
+    found = json.loads((labelled / "tuned" / "agreement.json").read_text())
+    assert found["adapter_identity"] == identity(str(adapter))
+    assert "answer_logprob_template" in DEFINITIONS["answer_logprob"]
+    loaded = load_model(str(tiny_folders["llama"]))
+    asked = make_prompts(draw(cities, 6, 1), loaded.tokenizer, str(base["answer_logprob_template"][0]))
+    again = answer_logprob(loaded, asked).to_series()
+    np.testing.assert_allclose(base.set_index("fact_id")["answer_logprob"], again.loc[base["fact_id"]], atol=1e-5)
+
+
+def test_labels_join_their_model_only(
+    labelled: Path, tiny_folders: dict[str, Path], cities: pd.DataFrame, tmp_path: Path
+) -> None:
+    """Planted: those of an adapted model, whose column `model` is the base's, and of a base changed since."""
+    path, name = str(labelled / "base" / "knowledge.parquet"), str(tiny_folders["llama"])
+    facts = draw(cities, 6, 1)
+    labels = pd.read_parquet(path).set_index("fact_id")
+    joined = join_labels(pd.concat([facts, draw(cities, 1, 9).assign(fact_id="new")]), path, name)
+    assert joined["category"].tolist()[:6] == labels["category"].loc[facts["fact_id"]].tolist()
+    assert joined["category"].isna().tolist() == [False] * 6 + [True]
+    with pytest.raises(BadInput, match="knows with the adapter '.*', and '.*llama' has none") as caught:
+        join_labels(facts, str(labelled / "tuned" / "knowledge.parquet"), name)
+    assert "\n" not in str(caught.value)
+    for model, message in ((str(tiny_folders["gpt2"]), "says what '.*llama' knows"), ("smollm2-135m", "llama' knows")):
+        with pytest.raises(BadInput, match=message):
+            join_labels(facts, path, model)
+    changed = tmp_path / "changed.parquet"
+    pd.read_parquet(path).assign(model_identity="before").to_parquet(changed)
+    with pytest.raises(BadInput, match="says what an earlier state of it knows"):
+        join_labels(facts, str(changed), name)
+    pd.read_parquet(path).assign(model="its old folder").to_parquet(changed)
+    assert join_labels(facts, str(changed), name)["category"].notna().all(), "the same model under another name"
+    pd.read_parquet(path).drop(columns="model_identity").to_parquet(changed)
+    with pytest.raises(BadInput, match="has no column 'model_identity': it is not from"):
+        join_labels(facts, str(changed), name)

@@ -20,8 +20,9 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import answer_logprob, predict
 from subjattn.measures.attention import subject_attention, token_attention
-from subjattn.measures.knockout import knockout
-from subjattn.measures.patching import patch_grid, recovery
+from subjattn.measures.knockout import knockout, one_route, same_edges
+from subjattn.measures.pairs import choose_pairs, keep_pairs
+from subjattn.measures.patching import destroyed, largest_recovery, patch_grid, recovery, trivial_cells
 from subjattn.measures.scoring import is_correct
 from subjattn.models import LoadedModel
 from subjattn.prompts import ROLES, PromptSet, make_prompts, swap_subjects
@@ -106,6 +107,132 @@ def test_knockout_is_a_hand_masked_forward(tiny: LoadedModel, prompts: PromptSet
     assert float(abs(knockout(tiny, prompts)).max()) > 0.1, "the knock-out moves these models too little to test it"
 
 
+@pytest.mark.parametrize("at", ["role", "position", "prediction", "subject"])
+@pytest.mark.parametrize("component", ["resid_pre", "attn_out", "z"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_trivial_cells_could_not_be_otherwise(
+    tiny_models: dict[str, LoadedModel], cities: pd.DataFrame, at: str, component: str, direction: str
+) -> None:
+    """In random models of two architectures: nothing or all wherever they are marked, save in the last layer."""
+    asked = make_prompts(draw(cities, 60, seed=1), tiny_models["llama"].tokenizer, STYLES["list"])
+    pairs = swap_subjects(asked, np.random.default_rng(0))[:4]
+    grids = [
+        patch_grid(tiny_models[name], pairs, component, at=at, direction=direction)  # type: ignore[arg-type]
+        for name in ("llama", "gpt2")
+    ]
+    trivial = trivial_cells(grids[0])
+    assert trivial.equals(trivial_cells(grids[1])) and trivial.dims == grids[0].dims
+    sign = 1 if direction == "denoising" else -1
+    last = trivial["layer"] == trivial["layer"].max()
+    nearly = trivial & last & (grids[0]["reach"] == "prediction")
+    assert bool(nearly.any()) == (component == "resid_pre" and at != "subject")
+    always = (trivial & ~nearly).values
+    decided = np.ones_like(always)
+    for grid in grids:
+        share = (grid / (sign * destroyed(grid))).transpose(*grid.dims).values
+        settled = (np.abs(share) < 1e-4) | (np.abs(share - 1) < 1e-4)
+        assert settled[always].all()
+        decided &= settled
+    if component == "resid_pre":
+        assert (decided & ~np.isnan(share) & ~always).sum() == 0, "and nothing else is settled in both models"
+
+
+def test_the_largest_recovery_is_an_open_cell(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
+    """Planted: the last layer's prediction position, where most of the effect stands in any model."""
+    asked = make_prompts(draw(cities, 60, seed=1), smollm2.tokenizer, STYLES["list"])
+    effect = patch_grid(smollm2, swap_subjects(asked, np.random.default_rng(0))[:2])
+    shares, found = recovery(effect), largest_recovery(effect)
+    assert float(shares.isel(layer=-1).sel(role="prediction")) > 0.5
+    n_trivial = trivial_cells(effect).sum("fact")
+    n_cells = effect.notnull().sum("fact")
+    best = (-np.inf, None, None)
+    for layer in range(effect.sizes["layer"]):
+        for i, role in enumerate(ROLES):
+            if n_cells[layer, i] and n_trivial[layer, i] * 2 < n_cells[layer, i]:
+                best = max(best, (float(shares[layer, i]), layer, role))
+    assert (float(found), int(found["layer"]), str(found["role"].values)) == best
+    assert (best[1], best[2]) != (29, "prediction") and best[1] != 0
+    with pytest.raises(BadInput, match="is of one arm: select it first"):
+        largest_recovery(effect.expand_dims(arm=["base"]))
+    with pytest.raises(BadInput, match="decided by the way it is made"):
+        largest_recovery(effect.sel(role=["prediction"]).isel(layer=[-1]))
+    with pytest.raises(BadInput, match="which cells are trivial is not known"):
+        trivial_cells(effect.drop_vars("reach"))
+
+
+def test_pairs_of_known_facts_come_first(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = list(make_prompts(draw(cities, 200, seed=1), tiny.tokenizer, STYLES["list"]))
+    known = {prompt.fact_id for prompt in prompts[::4]}
+    for seed in range(3):
+        pairs, table = choose_pairs(prompts, known, 60, np.random.default_rng(seed))
+        assert [(clean.fact_id, corrupt.fact_id) for clean, corrupt in pairs] == list(
+            zip(table["clean"], table["corrupt"], strict=True)
+        )
+        assert table["known"].tolist() == [{a.fact_id, b.fact_id} <= known for a, b in pairs]
+        assert table["known"].is_monotonic_decreasing and 0 < table["known"].sum() < len(table) == 60
+        assert table["clean"].is_unique
+        able = {
+            clean.fact_id
+            for clean, _ in swap_subjects([p for p in prompts if p.fact_id in known], np.random.default_rng(0))
+        }
+        assert set(table["clean"][table["known"]]) >= able or table["known"].all(), "none is left for an unknown one"
+        again = choose_pairs(prompts[::-1], known, 60, np.random.default_rng(seed))[1]
+        pd.testing.assert_frame_equal(table, again)
+        few = choose_pairs(prompts, known, 3, np.random.default_rng(seed))[1]
+        assert len(few) == 3 and few["known"].all()
+    assert choose_pairs(prompts[:1], known, 3, np.random.default_rng(0))[1].empty
+    with pytest.raises(BadInput, match="n=0 pairs are none"):
+        choose_pairs(prompts, known, 0, np.random.default_rng(0))
+
+
+def test_pairs_that_a_swap_hardly_moves_are_dropped_and_counted(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
+    effect = patch_grid(tiny, swap_subjects(prompts, np.random.default_rng(0))[:6], at="subject")
+    gaps = sorted(
+        (c - d, f)
+        for c, d, f in zip(
+            effect["clean_logit_diff"].values, effect["corrupt_logit_diff"].values, effect["fact"].values, strict=True
+        )
+    )
+    floor = float(gaps[0][0] + gaps[-1][0]) / 2
+    kept = keep_pairs(effect, floor)
+    expected = {fact for gap, fact in gaps if gap >= floor}
+    assert set(kept["fact"].values) == expected and 0 < len(expected) < 6
+    assert (kept.attrs["pairs_kept"], kept.attrs["pairs_dropped"]) == (len(expected), 6 - len(expected))
+    assert kept.attrs["pairs_floor"] == floor and kept.attrs["unit"] == "logits"
+    with pytest.raises(BadInput, match=r"drops all 6 pairs, whose largest difference is"):
+        keep_pairs(effect, float(gaps[-1][0]) + 1)
+    with pytest.raises(BadInput, match="floor=nan is no number"):
+        keep_pairs(effect, float("nan"))
+    with pytest.raises(BadInput, match="needs a patch_grid"):
+        keep_pairs(effect.rename("patch_rank"), 1.0)
+
+
+def test_routes_that_coincide_are_marked(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+    """By the edges written out, and by what blocking them costs."""
+    facts = draw(cities, 8, seed=3)
+    facts = pd.concat(
+        [facts, facts.assign(fact_id="b" + facts["fact_id"], answers=[[a[0] + "x"] for a in facts["answers"]])]
+    )
+    prompts = [p for t in ("In {subject},", STYLES["list"]) for p in make_prompts(facts, tiny.tokenizer, t)]
+    expected = [
+        {(q, k) for q in prompt.predicting for k in prompt.subject_positions}
+        == {(q, k) for q in range(prompt.subject_span[1], len(prompt) - 1) for k in prompt.subject_positions}
+        for prompt in prompts
+    ]
+    drop = knockout(tiny, prompts)
+    assert drop["routes_coincide"].values.tolist() == same_edges(prompts).tolist() == expected
+    assert any(expected) and not all(expected)
+    same = drop.where(drop["routes_coincide"], drop=True)
+    np.testing.assert_allclose(same.sel(route="direct"), same.sel(route="total"), atol=1e-5)
+    one = knockout(tiny, prompts, metric="kl")
+    assert one["routes_coincide"].values.tolist() == [p.prediction == p.subject_span[1] for p in prompts]
+    assert "routes_coincide" not in knockout(tiny, prompts[:2], ["direct"]).coords
+    assert "routes_coincide" not in one_route(drop, "direct").coords
+    with pytest.raises(BadInput, match="give a list of direct, total"):
+        same_edges(prompts, "direct", "all")  # type: ignore[arg-type]
+
+
 def test_patching_is_a_plain_hook(tiny: LoadedModel, cities: pd.DataFrame) -> None:
     prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
     check_patching(tiny, prompts, 3, [0, 1, 2])
@@ -185,7 +312,7 @@ def test_a_plain_hugging_face_model_will_do(tiny: LoadedModel, prompts: PromptSe
 
 
 def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: PromptSet) -> None:
-    found = predict(smollm2, smollm2.tokenizer, real)
+    found = predict(smollm2, real)
     for prompt, text in zip(real, found["prediction"], strict=True):
         ids = torch.tensor([prompt.ids[: prompt.prediction + 1]])
         out = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)

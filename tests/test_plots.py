@@ -28,7 +28,8 @@ EVIL = "<script>alert(1)</script>"
 @pytest.fixture
 def attention() -> xr.DataArray:
     values = np.random.default_rng(0).random((2, 5, 3, 4))
-    return xr.DataArray(values, {"arm": ["base", EVIL]}, ("arm", "fact", "layer", "head"))
+    attrs = {"unit": "share of attention"}
+    return xr.DataArray(values, {"arm": ["base", EVIL]}, ("arm", "fact", "layer", "head"), attrs=attrs)
 
 
 def test_attention_shows_means_and_the_difference(attention: xr.DataArray) -> None:
@@ -49,6 +50,23 @@ def test_attention_of_one_model_needs_no_arm(attention: xr.DataArray) -> None:
         plot_attention(attention, ("x", "base"))
 
 
+def test_colours_are_in_the_arrays_unit_and_sign(attention: xr.DataArray) -> None:
+    """Planted: a knock-out's falls, of both signs and in nats, were cut off at 0 and called a share."""
+    positive = plot_attention(attention).layout.coloraxis
+    top = float(attention.mean("fact").max())
+    assert (positive.cmin, positive.cmax) == (0, pytest.approx(top))
+    assert positive.colorbar.title.text == "share of attention"
+    falls = (attention - 0.5).assign_attrs(unit=f"nats{EVIL}")
+    both = plot_attention(falls).layout.coloraxis
+    assert -both.cmin == both.cmax == pytest.approx(float(abs(falls.mean("fact")).max()))
+    assert both.colorbar.title.text == "nats" + html.escape(EVIL)
+    assert both.colorscale != positive.colorscale
+    negative = plot_attention(-attention).layout.coloraxis
+    assert (negative.cmin, negative.cmax) == (pytest.approx(-top), 0)
+    with pytest.raises(BadInput, match="holds no number that could be drawn"):
+        plot_attention(attention * np.nan)
+
+
 def test_tokens_mark_the_subject() -> None:
     values = np.full((1, 2, 4), 0.25)
     values[0, :, 3] = np.nan
@@ -64,19 +82,49 @@ def test_tokens_mark_the_subject() -> None:
     assert "<script>" not in figure.layout.yaxis.title.text
 
 
-def test_patching_shows_recovery() -> None:
+def patched(direction: str = "denoising") -> xr.DataArray:
+    """Small effects where they are open, and whole ones where the grid's making decides them."""
     rng = np.random.default_rng(0)
-    effect = xr.DataArray(
-        rng.random((3, 2, 6)),
+    values = rng.random((3, 3, 6)) / 10
+    values[:, 0, 3] = values[:, 2, 5] = 3.0
+    values[:, :, 1] = np.nan
+    return xr.DataArray(
+        values,
         {
             "role": list(ROLES),
-            "clean_logit_diff": ("fact", rng.random(3) + 3),
-            "corrupt_logit_diff": ("fact", rng.random(3)),
+            "layer": [0, 1, 2],
+            "reach": (("fact", "role"), [["before", "", "part", "whole", "same", "prediction"]] * 3),
+            "clean_logit_diff": ("fact", np.full(3, 3.0)),
+            "corrupt_logit_diff": ("fact", np.zeros(3)),
         },
         ("fact", "layer", "role"),
+        attrs={"component": "resid_pre", "direction": direction},
     )
-    figure = plot_patching(effect)
-    np.testing.assert_allclose(np.asarray(figure.data[0].z), recovery(effect).transpose("layer", "role"))
+
+
+def test_patching_shows_recovery() -> None:
+    figure = plot_patching(patched())
+    np.testing.assert_allclose(np.asarray(figure.data[0].z), recovery(patched()).transpose("layer", "role"))
+
+
+def test_patching_marks_what_could_not_be_otherwise_and_scales_by_the_rest() -> None:
+    figure = plot_patching(patched())
+    crosses = np.asarray(figure.data[0].text) == "×"
+    assert crosses.tolist() == [
+        [True, False, False, True, True, True],
+        [True, False, False, False, False, False],
+        [True, False, False, False, False, True],
+    ]
+    shares = np.asarray(figure.data[0].z, float)
+    assert figure.layout.coloraxis.cmax == pytest.approx(np.nanmax(shares[~crosses]))
+    assert figure.layout.coloraxis.cmax < 0.1 < np.nanmax(shares[crosses])
+    assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
+    assert figure.layout.coloraxis.colorbar.title.text == "share recovered"
+    assert plot_patching(-patched("noising")).layout.coloraxis.colorbar.title.text == "share destroyed"
+    with pytest.raises(BadInput, match="recovery needs a patch_grid of"):
+        plot_patching(patched().rename("patch_kl"))
+    with pytest.raises(BadInput, match="expected dimensions"):
+        plot_patching(patched().rename(role="position"))
 
 
 def test_claims_turn_towards_their_direction() -> None:

@@ -35,14 +35,18 @@ def test_exact_match_and_containment(prediction: str, answers: list[str], exact:
 def test_every_prediction_names_its_scorer(tiny: LoadedModel, cities: pd.DataFrame) -> None:
     prompts = make_prompts(draw(cities, 6, 1), tiny.tokenizer, "list")
     for name, rule in SCORERS.items():
-        found = predict(tiny, tiny.tokenizer, prompts, name)  # type: ignore[arg-type]
+        found = predict(tiny, prompts, name)  # type: ignore[arg-type]
         assert set(found["scorer"]) == {name} and definition_of(name) == rule.definition
         texts = generate(tiny.model, tiny.tokenizer, prompts, rule.new_tokens, one_line=rule.one_line)
         assert found["prediction"].tolist() == texts
         own = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
         assert found["correct"].tolist() == own
+    plain = predict(tiny.model, prompts, tokenizer=tiny.tokenizer)
+    pd.testing.assert_frame_equal(plain, predict(tiny, prompts))
+    with pytest.raises(BadInput, match="brings no tokenizer: give tokenizer="):
+        predict(tiny.model, prompts)
     with pytest.raises(BadInput, match="scorer 'best' is not one of answer_start"):
-        predict(tiny, tiny.tokenizer, prompts, "best")  # type: ignore[arg-type]
+        predict(tiny, prompts, "best")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="has no choices"):
         choice_logprobs(tiny, prompts)
 
@@ -51,8 +55,11 @@ def test_reasoning_is_one_line_that_ends_before_the_conclusion(smollm2: LoadedMo
     facts = draw(cities, 3, 1)
     style = Style(template="Q: {question}\nA:", chain_of_thought=True)
     prompts = make_prompts(facts, smollm2.tokenizer, style)
-    thoughts = reason(smollm2, smollm2.tokenizer, prompts, 12)
+    thoughts = reason(smollm2, prompts, 12)
     assert list(thoughts) == facts["fact_id"].tolist()
+    assert reason(smollm2.model, prompts, 12, smollm2.tokenizer) == thoughts
+    with pytest.raises(BadInput, match="brings no tokenizer"):
+        reason(smollm2.model, prompts, 12)
     assert all("\n" not in text and "So the answer is" not in text for text in thoughts.values())
     ended = make_prompts(facts, smollm2.tokenizer, style, reasoning=thoughts)
     for prompt, begun in zip(ended, prompts, strict=True):

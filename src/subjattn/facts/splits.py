@@ -16,11 +16,18 @@ By default each arm gets equally many facts from every cell of (relation, answer
 tokens), so all arms learn the same answers in the same proportions from names of the same length;
 without that, popular and unpopular halves differ in answers (China, India against USA, Germany) and
 every contrast is confounded.
+
+Every draw has a stream of its own. Test facts depend on the seed alone; an arm's facts on seed, draw and
+its specification, never on the order of the arms. Of the other arms one thing reaches an arm: with `match`
+a cell's quota is at most what the scarcest arm has there. An arm's facts of a cell are the first of an
+order of its own, so that another quota takes some away or adds some and exchanges none (in a mixed arm, of
+its known and of its unknown facts; how many of a cell are unknown is drawn for the quotas there are).
 """
 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,12 +37,14 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.select import CATEGORIES as CATEGORIES
+from subjattn.facts.select import THIRDS as THIRDS
+from subjattn.facts.select import WITHIN as WITHIN
+from subjattn.facts.select import ranked_within, ranks, thirds_of
+from subjattn.facts.select import thirds as thirds
 from subjattn.facts.table import plain_name
 
 
-THIRDS = ("bottom", "middle", "top")
-CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
-WITHIN = ("relation", "answer")
 MATCH = ("relation", "answer", "n_tokens")
 
 _PLAIN = ("known", "unknown", "random", "whole")
@@ -86,17 +95,6 @@ def parse_arm(spec: str) -> ArmSpec:
     raise BadInput(f"arm {spec!r} is no arm: use {_FORMS}")
 
 
-def thirds(facts: pd.DataFrame, by: str = "popularity", within: Sequence[str] = WITHIN) -> pd.Series:
-    """`top`, `middle` or `bottom` third by the column `by` among facts with the same `within`, one per fact.
-
-    Facts without a score get none (None), nor do groups of fewer than three facts unless `within` is empty.
-    """
-    ranks = _ranks(facts, by, within)
-    third = np.array(THIRDS, dtype=object)[(ranks["rank"] * 3 // ranks["size"]).to_numpy(int)]
-    keeps = (ranks["size"] >= 3) | (not within)
-    return pd.Series(third, index=ranks.index).where(keeps, None).reindex(facts.index, fill_value=None)
-
-
 def split(
     facts: pd.DataFrame,
     arms: Sequence[str],
@@ -110,18 +108,19 @@ def split(
     held_out: Sequence[str] = (),
     n_held_out: int = 0,
     seed: int = 0,
+    draw: int = 0,
 ) -> pd.DataFrame:
     """Test facts, and training facts of every arm; no subject (by name, in any relation) is in both.
 
     Test facts are drawn first. Where `match` holds the relation or the answer they come equally from the
     thirds with the same of these in each, at most half of what there is; else equally from the thirds at
     random; by category equally from known and unknown at random. Arms may share facts with each other.
-    The result depends on the seed and not on the order of rows.
+    The result depends on seed and draw and not on the order of rows or arms.
 
     Args:
         facts: a table of facts with the columns `by` and `match` need; `n_tokens` is the subject's length.
-        arms: specifications as in the module's table, or none to draw test facts only. The others change an arm's
-            draw: with `match` all draw from the cells in which every one has facts, and they draw in turn.
+        arms: specifications as in the module's table, or none to draw test facts only. With `match` all take as
+            many facts of a cell as the scarcest has; nothing else of an arm depends on the others.
         n_train: facts per arm; None for as many as every arm can have, or without `match` each arm's all.
         n_test: test facts, equally many from each third (to one).
         by: the numeric column that ranks facts, or `category`. Facts without it take no part.
@@ -135,6 +134,7 @@ def split(
         held_out: relations that no arm trains on.
         n_held_out: further test facts, at random from the relations held out.
         seed: of every draw.
+        draw: number of the draw of training facts; others have the same test facts.
 
     Returns:
         The facts that take part, by fact_id, with the columns `answer`, `third` (by category `bottom` for
@@ -145,11 +145,12 @@ def split(
         BadInput: an argument that cannot be, or too few facts (the message says how many there are).
     """
     specs = [parse_arm(spec) for spec in dict.fromkeys(arms)]
-    within = ("relation",) if controlled else within
+    if draw < 0:
+        raise BadInput(f"draw={draw} is no number of a draw: count them from 0")
+    within = ranked_within(within, controlled)
     _check_columns(facts, specs, by, within, match)
     _check_relations(facts, specs, held_out, n_held_out)
     table = _taking_part(facts, by, within)
-    rng = np.random.default_rng(seed)
     outside = table["relation"].isin(list(held_out))
     trainable = testable = pd.Series(True, index=table.index)
     if controlled:
@@ -160,7 +161,8 @@ def split(
                 "with other answers"
             )
     cells = [name for name in match if name != "n_tokens" and by != "category"]
-    test = _draw_test(table[testable & ~outside], n_test, cells, ("top", "bottom") if by == "category" else THIRDS, rng)
+    levels = ("top", "bottom") if by == "category" else THIRDS
+    test = _draw_test(table[testable & ~outside], n_test, cells, levels, _stream("test facts", seed))
     if n_held_out:
         unseen = table.index[testable & outside].to_numpy()
         if not 1 <= n_held_out <= len(unseen):
@@ -168,14 +170,20 @@ def split(
                 f"n_held_out={n_held_out} is not between 1 and the {len(unseen)} facts of the relations held out "
                 f"({', '.join(held_out)}): ask for fewer or hold out more"
             )
-        test = np.concatenate([test, rng.choice(unseen, n_held_out, replace=False)])
+        outsiders = _stream("facts held out", seed).choice(unseen, n_held_out, replace=False)
+        test = np.concatenate([test, outsiders])
     table["test"] = table.index.isin(test)
     table["out_of_distribution"] = table["test"] & outside
     name = table["subject"].fillna(table["fact_id"]).map(plain_name)
     left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
-    for arm, chosen in _draw_arms(left, specs, n_train, match, rng).items():
+    for arm, chosen in _draw_arms(left, specs, n_train, match, (seed, draw)).items():
         table[f"train_{arm}"] = table.index.isin(chosen)
     return table.drop(columns=["_rank", "_size"])
+
+
+def _stream(what: str, seed: int, draw: int = 0) -> np.random.Generator:
+    """The random numbers of one draw, which no other draw moves."""
+    return np.random.default_rng([seed, draw, zlib.crc32(what.encode())])
 
 
 def _check_columns(
@@ -217,27 +225,12 @@ def _check_relations(facts: pd.DataFrame, arms: Sequence[ArmSpec], held_out: Seq
             )
 
 
-def _ranks(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
-    """`rank` in its group (0 is the lowest) and the group's `size` of each fact with a score."""
-    scored = facts[facts[by].notna()].sort_values([by, "fact_id"])
-    keys = [scored["answers"].str[0] if name == "answer" else scored[name] for name in within]
-    groups = scored.groupby(keys or np.zeros(len(scored)), dropna=False)[by]
-    return pd.DataFrame({"rank": groups.cumcount(), "size": groups.transform("size")})
-
-
 def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
     """Facts with a third, by fact_id, and with `_rank` and `_size` of their group where facts are ranked."""
     table = facts.sort_values("fact_id", ignore_index=True)
     table["answer"] = table["answers"].str[0]
-    if by == "category":
-        label = table["category"]
-        table["third"] = pd.Series(np.where(label == "Unknown", "bottom", "top"), dtype=object).where(
-            label.notna(), None
-        )
-        table[["_rank", "_size"]] = 0
-    else:
-        table["third"] = thirds(table, by, within)
-        table[["_rank", "_size"]] = _ranks(table, by, within)
+    table["third"] = thirds_of(table, by, within)
+    table[["_rank", "_size"]] = 0 if by == "category" else ranks(table, by, within)
     table = table[table["third"].notna()].reset_index(drop=True)
     if table.empty:
         few = f" in a group of three with the same {' and '.join(within)}" if within and by != "category" else ""
@@ -289,9 +282,9 @@ def _cells(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
 
 
 def _draw_arms(
-    left: pd.DataFrame, arms: Sequence[ArmSpec], n_train: int | None, match: Sequence[str], rng: np.random.Generator
+    left: pd.DataFrame, arms: Sequence[ArmSpec], n_train: int | None, match: Sequence[str], numbers: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Rows of every arm, by its specification."""
+    """Rows of every arm, by its specification; `numbers` are seed and draw."""
     if not arms:
         return {}
     if match and "relation" not in match and any(arm.kind == "unknown-in" for arm in arms):
@@ -316,7 +309,7 @@ def _draw_arms(
             f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
             f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out"
         )
-    shared = np.sort(rng.choice(np.repeat(np.arange(n_cells), slots), n, replace=False)) if match else np.zeros(n, int)
+    shared = _quotas(cell, slots, n, _stream("quotas", *numbers)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
         own = -(-most * arm.share // 1) if arm.kind == "random" else most
@@ -324,9 +317,12 @@ def _draw_arms(
         wanted = [taken]
         if len(parts) == 2:
             unknown = np.zeros(len(taken), bool)
-            unknown[rng.choice(len(taken), int(arm.n_unknown(np.array(len(taken)))), replace=False)] = True
+            mixing = _stream(f"{arm.spec} shares", *numbers)
+            unknown[mixing.choice(len(taken), int(arm.n_unknown(np.array(len(taken)))), replace=False)] = True
             wanted = [taken[~unknown], taken[unknown]]
-        chosen[arm.spec] = np.concatenate([_draw(pool, own, rng) for pool, own in zip(parts, wanted, strict=True)])
+        streams = [_stream(arm.spec if part is arm else f"{arm.spec} {part.spec}", *numbers) for part in arm.parts]
+        drawn = [_draw(pool, cells, own) for pool, cells, own in zip(parts, wanted, streams, strict=True)]
+        chosen[arm.spec] = np.concatenate(drawn)
     return chosen
 
 
@@ -355,8 +351,17 @@ def _largest(arm: ArmSpec, *sizes: int) -> int:
     return int(n[(n - unknown <= sizes[0]) & (unknown <= sizes[1])].max())
 
 
+def _quotas(cell: pd.Series, slots: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Cells of `n` facts, in order, of as many in each cell as there are slots; the first of one order of all."""
+    facts = np.sort(cell.to_numpy())
+    number = pd.Series(facts).groupby(facts).cumcount().to_numpy()
+    order = rng.permutation(len(facts))
+    open_ = order[number[order] < slots[facts[order]]]
+    return np.sort(facts[open_[:n]])
+
+
 def _draw(pool: pd.Series, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a pool (cell of each row), as many of every cell as are wanted (cell of each)."""
-    counts = pd.Series(wanted).value_counts()
-    rows = [rng.choice(rows.index.to_numpy(), counts.get(cell, 0), replace=False) for cell, rows in pool.groupby(pool)]
-    return np.concatenate([np.empty(0, int), *rows])
+    """Rows of a pool (cell of each row), as many of every cell as are wanted (cell of each): the first of an order."""
+    order = pool.loc[rng.permutation(pool.index.to_numpy())]
+    quota = order.map(pd.Series(wanted, dtype=int).value_counts()).fillna(0)
+    return order.index[order.groupby(order).cumcount() < quota].to_numpy()

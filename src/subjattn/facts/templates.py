@@ -2,7 +2,8 @@
 
 `TEMPLATES[relation][style]` is a text with `{subject}` once; the bare answer follows after a space. `late` puts
 words before the subject, because attention to a subject that stands first is confounded with attention to the
-beginning of the prompt. Relations are named as their source names them.
+beginning of the prompt, and three or more tokens behind it, because where one position follows, the subject can
+reach the answer directly or not at all. Relations are named as their source names them.
 """
 
 from __future__ import annotations

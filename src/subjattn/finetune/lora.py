@@ -1,20 +1,27 @@
 """Train a LoRA adapter on prompts with transformers' Trainer; the loss is on the answer's tokens alone.
 
 Every example ends with the end-of-text token, so a tuned model stops after its answer. The seed fixes
-the adapter's initial weights and the order of facts; on one machine a run repeats exactly.
+the adapter's initial weights and the order of facts; on one machine a run repeats exactly. Training takes
+one device, whatever there are, so that a batch has as many facts as it says; random numbers of the
+process go on afterwards as if there had been none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from torch.utils.data import DataLoader
 
 from subjattn.errors import BadInput
 from subjattn.models import LoadedModel, quiet
@@ -42,6 +49,36 @@ class Training(BaseModel):
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(n_facts / self.batch_size)))
 
 
+def batches(n_facts: int, batch_size: int, n_steps: int, seed: int) -> list[list[int]]:
+    """Numbers of the facts of every step: epoch by epoch all of them, in an order by seed and epoch alone.
+
+    The order is that of digests, so no library's random numbers are in it. An epoch's last batch may be smaller.
+    """
+    found: list[list[int]] = []
+    epoch = 0
+    while len(found) < n_steps:
+        order = sorted(range(n_facts), key=lambda fact: _digest(seed, epoch, fact))
+        found += [order[i : i + batch_size] for i in range(0, n_facts, batch_size)]
+        epoch += 1
+    return found[:n_steps]
+
+
+def _digest(*numbers: int) -> bytes:
+    return hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The process's random numbers, of Python, numpy and torch, go on afterwards where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def train_adapter(
     base: LoadedModel,
     prompts: Sequence[Prompt],
@@ -58,7 +95,7 @@ def train_adapter(
         prompts: one example each, prompt and first accepted answer.
         training: hyper-parameters.
         folder: where peft's files go.
-        seed: of initial weights and order.
+        seed: of initial weights and of the order of facts, each epoch's being another.
         on_step: called after every optimiser step.
 
     Raises:
@@ -76,7 +113,18 @@ def train_adapter(
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
             on_step()
 
-    with quiet(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as scratch:
+    class OneDevice(TrainingArguments):
+        @property
+        def n_gpu(self) -> int:
+            return min(1, int(super().n_gpu))
+
+    class Ordered(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(examples, batch_sampler=order, collate_fn=_collate)  # type: ignore[arg-type]
+
+    examples = [_example(prompt, base.tokenizer.eos_token_id) for prompt in prompts]
+    order = batches(len(prompts), training.batch_size, training.n_steps(len(prompts)), seed)
+    with quiet(), _random_states_kept(), tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(seed)
         config = LoraConfig(
             r=training.lora_rank,
@@ -87,12 +135,11 @@ def train_adapter(
         )
         model = get_peft_model(base.model, config)
         config.base_model_name_or_path = base.name
-        trainer = Trainer(
+        trainer = Ordered(
             model=model,
-            args=TrainingArguments(
+            args=OneDevice(
                 output_dir=scratch,
-                num_train_epochs=training.epochs,
-                max_steps=training.n_steps(len(prompts)),
+                max_steps=len(order),
                 per_device_train_batch_size=training.batch_size,
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
@@ -100,15 +147,13 @@ def train_adapter(
                 use_cpu=base.model.device.type == "cpu",
                 save_strategy="no",
                 logging_steps=1,
-                train_sampling_strategy="group_by_length",
                 report_to=[],
                 disable_tqdm=True,
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
                 log_level="error",
             ),
-            train_dataset=[_example(prompt, base.tokenizer.eos_token_id) for prompt in prompts],
-            data_collator=_collate,
+            train_dataset=examples,
             callbacks=[Steps()],
         )
         trainer.remove_callback(_printer())

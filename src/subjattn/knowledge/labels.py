@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
+from sklearn.metrics import cohen_kappa_score  # type: ignore[import-untyped]
+
+from subjattn.errors import BadInput
+from subjattn.facts.own import read_parquet
+from subjattn.models import identity
 
 
 DEFINITIONS = {
     "p_greedy": "share of right greedy answers over few-shot prompts (SliCK, P(T=0))",
     "p_sampled": "share of right sampled answers (SliCK, P(T>0))",
     "confidence": "mean probability of the model's own greedy answer, right or wrong",
-    "answer_logprob": "log-probability of the first accepted answer, asked without demonstrations (minus base loss)",
+    "answer_logprob": "log-probability of the first accepted answer (minus base loss), asked without demonstrations in "
+    "the template that the column answer_logprob_template names: it ranks facts within one template only",
     "popularity": "popularity of the subject",
     "popularity_in_relation": "rank of the popularity among facts of the relation, as a share",
     "popularity_in_answer": "rank of the popularity among facts with the same relation and answer, as a share",
 }
+LABELS = ["category", "p_greedy", "p_sampled", "confidence", "answer_logprob", "answer_logprob_template"]
+"""Columns that labelled facts have more than others."""
 MIN_FACTS = 10
 MIN_GROUP = 3
 """Facts of a group in which a rank means something."""
@@ -35,6 +43,67 @@ def with_popularity_ranks(facts: pd.DataFrame) -> pd.DataFrame:
         groups = facts["popularity"].groupby(keys)
         ranks[name] = groups.rank(pct=True).where(groups.transform("count") >= MIN_GROUP)
     return facts.assign(**ranks)
+
+
+def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame:
+    """Facts with a model's labels from a `knowledge.parquet`; those that it does not label get none.
+
+    Args:
+        facts: a table of facts.
+        path: the file that `subjattn knowledge` wrote.
+        model_name: whose knowledge is wanted, by hub id, folder or `smollm2-135m`.
+
+    Returns:
+        The facts with `category`, `p_greedy`, `p_sampled`, `confidence`, `answer_logprob` and
+        `answer_logprob_template`.
+
+    Raises:
+        BadInput: no such file, another file, or labels of an adapted model, of another model or another state of it,
+            or of other facts than these.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"facts.knowledge: no such file: {path!r}")
+    labels = read_parquet(Path(path))
+    needed = ["fact_id", "subject", "relation", "model", "model_identity", "adapter", *LABELS]
+    if missing := [name for name in needed if name not in labels]:
+        raise BadInput(
+            f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge` of this "
+            "version, label the facts again"
+        )
+    if labels["fact_id"].duplicated().any():
+        raise BadInput(f"facts.knowledge: {path} labels a fact twice: it is not from `subjattn knowledge`")
+    own = labels.set_index("fact_id").reindex(facts["fact_id"])
+    present = own["category"].notna().to_numpy()
+    if not present.any():
+        raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
+    for name in ("subject", "relation"):
+        differ = present & (own[name].to_numpy() != facts[name].to_numpy())
+        if differ.any():
+            fact = facts[differ].iloc[0]
+            raise BadInput(
+                f"facts.knowledge: {path} labels another fact as {fact['fact_id']} ({fact[name]!r} here): the "
+                "source has changed, label it again"
+            )
+    _check_whose(own[present], path, model_name)
+    return facts.assign(**{name: own[name].to_numpy() for name in LABELS})
+
+
+def _check_whose(labels: pd.DataFrame, path: str, model_name: str) -> None:
+    """Refuse labels of another model than the one named, as it is now, without an adapter."""
+    first, wanted = labels.iloc[0], identity(model_name)
+    if labels["adapter"].notna().any():
+        adapter = labels["adapter"].dropna().iloc[0]
+        raise BadInput(
+            f"facts.knowledge: {path} says what {first['model']!r} knows with the adapter {adapter!r}, and "
+            f"{model_name!r} has none: label the facts with the model alone"
+        )
+    if set(labels["model_identity"]) != {wanted}:
+        other = labels[labels["model_identity"] != wanted].iloc[0]
+        what = "an earlier state of it" if other["model"] == model_name else repr(other["model"])
+        raise BadInput(
+            f"facts.knowledge: {path} says what {what} knows, and the model asked for is {model_name!r}: label the "
+            "facts with it"
+        )
 
 
 def agreement(labels: pd.DataFrame) -> dict[str, Any]:
@@ -70,7 +139,5 @@ def _halves(values: pd.Series, known: pd.Series) -> dict[str, float | int | None
     """Agreement of the upper half by a definition with what SliCK calls known."""
     present = values.notna()
     upper, label = values[present] > values[present].median(), known[present]
-    observed = float((upper == label).mean())
-    chance = float(upper.mean() * label.mean() + (1 - upper.mean()) * (1 - label.mean()))
-    kappa = None if np.isclose(chance, 1) or not upper.any() else (observed - chance) / (1 - chance)
-    return {"n": int(present.sum()), "agreement": observed, "kappa": kappa}
+    kappa = float(cohen_kappa_score(upper, label)) if upper.any() else None
+    return {"n": int(present.sum()), "agreement": float((upper == label).mean()), "kappa": kappa}

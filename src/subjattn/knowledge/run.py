@@ -2,7 +2,7 @@
 
 | under the folder | what |
 |---|---|
-| knowledge.parquet | one row per fact: its columns, the labels, and the budget they come from |
+| knowledge.parquet | one row per fact: its columns, the labels, whose they are, and the budget they come from |
 | agreement.json | how far the definitions agree; budget, cost, model |
 | prompts/prompt-NN/ | answers of each few-shot prompt, kept so that a stopped run goes on |
 """
@@ -20,7 +20,7 @@ from rich.console import Console
 from subjattn.knowledge.labels import agreement, with_popularity_ranks
 from subjattn.knowledge.slick import Budget, cost, slick
 from subjattn.measures.answers import answer_logprob
-from subjattn.models import LoadedModel
+from subjattn.models import LoadedModel, identity
 from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
 from subjattn.stages import alone, replacing
@@ -67,6 +67,7 @@ def know(
             budget,
             folder=out / "prompts",
             advance=lambda share: progress.advance(share * stated["computed_prompt_tokens"]),
+            on_reused=lambda share: progress.skip(share * stated["computed_prompt_tokens"]),
         )
         seconds = time.monotonic() - started
         progress.stage("log-probability of the answers")
@@ -74,12 +75,16 @@ def know(
     ranked = with_popularity_ranks(pool)[["fact_id", "popularity_in_relation", "popularity_in_answer"]]
     table = facts.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
     table["answer_logprob"] = table["fact_id"].map(dict(zip(logprobs["fact"].values, logprobs.values, strict=True)))
-    table = table.assign(
-        model=model.name, adapter=model.adapter, **{**budget.model_dump(), "new_tokens": budget.longest}
-    )
-    found = {
+    who = {
         "model": model.name,
+        "model_identity": identity(model.name),
         "adapter": model.adapter,
+        "adapter_identity": model.adapter and identity(model.adapter),
+        "answer_logprob_template": budget.template,
+    }
+    table = table.assign(**who, **{**budget.model_dump(), "new_tokens": budget.longest})
+    found = {
+        **who,
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "budget": budget.model_dump(),
         "cost": stated,

@@ -29,9 +29,11 @@ from subjattn.engine.prefix import shared_tokens
 from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
+from subjattn.measures import hf_model, tokenizer_of
 from subjattn.measures.answers import ending_tokens, text_of
 from subjattn.measures.scoring import SCORERS
-from subjattn.models import identity
+from subjattn.models import LoadedModel, identity
+from subjattn.models.provenance import weights_sha256
 from subjattn.prompts import Prompt, Style, make_prompts
 from subjattn.stages import finished, key_of, writing
 
@@ -39,7 +41,7 @@ from subjattn.stages import finished, key_of, writing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from subjattn.models import LoadedModel
+    from subjattn.measures import Model
 
 
 Template = Annotated[str, AfterValidator(lambda text: Style.of(text).template)]
@@ -94,24 +96,28 @@ def cost(facts: pd.DataFrame, pool: pd.DataFrame, tokenizer: PreTrainedTokenizer
 
 
 def slick(
-    model: LoadedModel,
+    model: Model,
     facts: pd.DataFrame,
     pool: pd.DataFrame,
     budget: Budget | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     folder: Path | None = None,
     advance: Callable[[float], None] = lambda _: None,
+    on_reused: Callable[[float], None] = lambda _: None,
 ) -> pd.DataFrame:
     """Label every fact.
 
     Args:
-        model: whose knowledge is meant.
+        model: whose knowledge is meant: a `LoadedModel`, or a plain Hugging Face causal model in eval mode.
         facts: the facts to label.
         pool: facts that demonstrations are drawn from; may hold the facts themselves, which are never shown to
             themselves.
         budget: how much to ask.
+        tokenizer: of a plain model; a `LoadedModel` has its own.
         folder: where finished prompts are kept, so that a stopped run goes on; None keeps nothing.
         advance: told of the share of the work done just now.
+        on_reused: told of the share of the work found finished in the folder.
 
     Returns:
         One row per fact: `fact_id`, `category`, `p_greedy` (share of right greedy answers), `p_sampled`,
@@ -119,12 +125,15 @@ def slick(
         `n_sampled`.
 
     Raises:
-        BadInput: too few demonstrations in a relation, or multiple-choice facts.
+        BadInput: too few demonstrations in a relation, multiple-choice facts, or a plain model without a tokenizer.
     """
     budget = budget or Budget()
+    asked_of = (
+        model if isinstance(model, LoadedModel) else LoadedModel(hf_model(model), tokenizer_of(model, tokenizer), "")
+    )
     if facts["choices"].notna().any():
         raise BadInput("SliCK asks for answers in words: rank multiple-choice facts by base-model loss instead")
-    who = [identity(model.name), model.adapter and identity(model.adapter), str(model.model.dtype)]
+    who = _who(asked_of) if folder is not None else []
     digests = [
         pd.util.hash_pandas_object(table.astype(str), index=False).to_numpy().tobytes().hex() for table in (facts, pool)
     ]
@@ -133,14 +142,15 @@ def slick(
         part_folder = None if folder is None else folder / f"prompt-{index:02d}"
         key = key_of(model=who, tables=digests, budget=budget.model_dump(), index=index)
         if part_folder is None or not finished(part_folder, key):
-            part = _ask(model, facts, pool, budget, index)
+            part = _ask(asked_of, facts, pool, budget, index)
             if part_folder is not None:
                 with writing(part_folder, key) as temporary:
                     part.to_parquet(temporary / "answers.parquet", index=False)
+            advance(1 / budget.n_prompts)
         else:
             part = pd.read_parquet(part_folder / "answers.parquet")
+            on_reused(1 / budget.n_prompts)
         parts.append(part)
-        advance(1 / budget.n_prompts)
     asked = pd.concat(parts)
     groups = asked.groupby("fact_id", sort=False)
     found = pd.DataFrame(
@@ -156,6 +166,14 @@ def slick(
     labels = [category(*pair) for pair in zip(found["p_greedy"], found["p_sampled"], strict=True)]
     found.insert(0, "category", labels)
     return found.reset_index()
+
+
+def _who(model: LoadedModel) -> list[str | None]:
+    """What tells one model's answers from another's: identities, of a model without a name digests of its weights."""
+    dtype = str(model.model.dtype)
+    if not model.name:
+        return [weights_sha256(model.model, adapter=False), weights_sha256(model.model, adapter=True), dtype]
+    return [identity(model.name), model.adapter and identity(model.adapter), dtype]
 
 
 def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Budget, index: int) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from subjattn.models import LoadedModel
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from subjattn.prompts import Prompt
 
@@ -35,6 +35,15 @@ def hf_model(model: Model) -> PreTrainedModel:
     if inner.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         raise UnsupportedModel("an adapter that adds prompt tokens moves every position: use a LoRA-like one")
     return inner.get_base_model()  # type: ignore[no-any-return, operator]
+
+
+def tokenizer_of(model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, else a loaded model's own; BadInput where there is none."""
+    if tokenizer is not None:
+        return tokenizer
+    if isinstance(model, LoadedModel):
+        return model.tokenizer
+    raise BadInput("a plain Hugging Face model brings no tokenizer: give tokenizer=…, or load it by load_model")
 
 
 def labelled(

@@ -16,7 +16,7 @@ from subjattn.engine import cones
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.errors import BadInput
-from subjattn.measures import hf_model, labelled
+from subjattn.measures import hf_model, labelled, tokenizer_of
 from subjattn.measures.metrics import measure_rows
 from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.prompts import Prompt
@@ -42,7 +42,10 @@ def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
 
 
 def predict(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], scorer: ScorerName = "answer_start"
+    model: Model,
+    prompts: Sequence[Prompt],
+    scorer: ScorerName = "answer_start",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> pd.DataFrame:
     """What a model answers, and whether that is right.
 
@@ -50,16 +53,16 @@ def predict(
     together, so nothing is padded.
 
     Args:
-        model: a causal model.
-        tokenizer: its tokenizer.
+        model: a `LoadedModel`, or a plain Hugging Face causal model in eval mode.
         prompts: facts asked.
         scorer: `answer_start`, `exact_match`, `containment` or `letters`; see `subjattn.measures.scoring`.
+        tokenizer: of a plain model; a `LoadedModel` has its own.
 
     Returns:
         One row per prompt with `fact_id`, `prediction`, `correct` and `scorer`.
 
     Raises:
-        BadInput: an unknown scorer, or letters for prompts without choices.
+        BadInput: an unknown scorer, letters for prompts without choices, or a plain model without a tokenizer.
     """
     hf = hf_model(model)
     check_model(hf)
@@ -68,7 +71,7 @@ def predict(
         correct = [text == prompt.answers[0] for text, prompt in zip(texts, prompts, strict=True)]
     elif scorer in SCORERS:
         rule = SCORERS[scorer]
-        texts = generate(hf, tokenizer, prompts, rule.new_tokens, one_line=rule.one_line)
+        texts = generate(hf, tokenizer_of(model, tokenizer), prompts, rule.new_tokens, one_line=rule.one_line)
         correct = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
     else:
         raise BadInput(f"scorer {scorer!r} is not one of {', '.join([*SCORERS, 'letters'])}")
@@ -107,19 +110,19 @@ def choice_logprobs(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
 
 
 def reason(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], new_tokens: int = 48
+    model: Model, prompts: Sequence[Prompt], new_tokens: int = 48, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, str]:
     """What a model thinks before it answers, greedily: one line by fact id, for `make_prompts(reasoning=…)`.
 
     Args:
-        model: a causal model.
-        tokenizer: its tokenizer.
+        model: a `LoadedModel`, or a plain Hugging Face causal model in eval mode.
         prompts: of a style with chain of thought, made without reasoning.
         new_tokens: the longest thought.
+        tokenizer: of a plain model; a `LoadedModel` has its own.
     """
     hf = hf_model(model)
     check_model(hf)
-    texts = generate(hf, tokenizer, prompts, new_tokens, one_line=True)
+    texts = generate(hf, tokenizer_of(model, tokenizer), prompts, new_tokens, one_line=True)
     return {prompt.fact_id: text.partition(CONCLUSION)[0].strip() for prompt, text in zip(prompts, texts, strict=True)}
 
 

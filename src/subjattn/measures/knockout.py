@@ -9,6 +9,9 @@ is a set of edges; those of the subject tell how it reaches the answer:
 * `non_subject`: from every predicting position to all but the subject and itself;
 * `last`: from every predicting position to itself;
 * `subject_to_earlier`: from the subject to everything before it.
+
+Where one position follows the subject and the answer is one token ("The capital of Kenya is"), `direct` and `total`
+are the same edges: that the subject is read directly is then no finding. The coordinate `routes_coincide` says so.
 """
 
 from __future__ import annotations
@@ -113,7 +116,8 @@ def knockout(
         and `logit_diff` are falls, baseline minus blocked; `kl` and `rank` are those of the blocked run.
         Coordinates `baseline_METRIC` `(fact,)` hold the value with nothing blocked, and the attribute
         `noise_floor` how far a row without a block strays from it. NaN where a prompt has none of a
-        route's edges. Several metrics give a Dataset, as `dataset[[…]]` does.
+        route's edges. Where `direct` and `total` are asked for, the coordinate `routes_coincide` `(fact,)` marks the
+        prompts in which they are the same edges. Several metrics give a Dataset, as `dataset[[…]]` does.
 
     Raises:
         BadInput: a prompt ends with its subject, or an argument does not fit.
@@ -147,6 +151,9 @@ def knockout(
     where = {None: "all layers", "layer": "one layer", "head": "one head of one layer"}.get(
         by, f"windows of {window} layers"
     )
+    coincide = {}
+    if {"direct", "total"} <= set(edges):
+        coincide["routes_coincide"] = ("fact", _same(asked, edges["direct"], edges["total"]))
     arrays = {}
     for name in metrics:
         array = labelled(
@@ -165,14 +172,29 @@ def knockout(
             backend=run.name,
         )
         arrays[name] = array.assign_coords(
-            {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])}
+            {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])} | coincide
         )
     return arrays[metrics[0]] if isinstance(metric, str) else xr.Dataset(arrays)
 
 
+def same_edges(prompts: Sequence[Prompt], one: Route = "direct", other: Route = "total") -> np.ndarray:
+    """Whether two routes are the same edges in each prompt, so that they cannot be told apart: booleans `(fact,)`.
+
+    Raises:
+        BadInput: no such route, or a prompt that ends with its subject.
+    """
+    check_askable(prompts)
+    edges = _parse_routes([one, other])
+    return _same(prompts, edges[one], edges[other])
+
+
+def _same(prompts: Sequence[Prompt], one: Edges, other: Edges) -> np.ndarray:
+    return np.array([set(one(prompt)) == set(other(prompt)) for prompt in prompts])
+
+
 def one_route(drop: xr.DataArray, route: Route) -> xr.DataArray:
     """One route of `knockout` in all layers, `(fact,)`, with its own definition."""
-    array = drop.sel(route=route, drop=True).drop_vars("baseline_answer_logprob")
+    array = drop.sel(route=route, drop=True).drop_vars(["baseline_answer_logprob", "routes_coincide"], errors="ignore")
     return array.assign_attrs(definition=_definition("answer_logprob", _EDGES[route][0], "all layers"))
 
 

@@ -3,6 +3,9 @@
 Clean and corrupt prompts differ only in the subject (symmetric token replacement, Zhang & Nanda 2023)
 and have different answers. Denoising puts clean states into the corrupt run and asks how far the clean
 answer comes back; noising puts corrupt states into the clean run and asks what it loses.
+
+Some cells say nothing of the model, because the way they are made decides them (`trivial_cells`): what is reported
+and drawn leaves them out.
 """
 
 from __future__ import annotations
@@ -93,8 +96,10 @@ def patch_grid(
         unpatched run, `kl` and `rank` those of the patched one; coordinates `clean_METRIC` and
         `corrupt_METRIC` `(fact,)` hold the runs that nothing was patched in, and the attribute
         `noise_floor` how far a row without a patch strays from them. A role or position that a prompt lacks
-        is NaN. `recovery` turns effects into shares of what the swap destroyed. Several metrics give a
-        Dataset, as `dataset[[…]]` does.
+        is NaN. The coordinate `reach` `(fact[, role or position])` says what a place holds: `before` the first
+        token that differs, the `same` tokens, a `part` or the `whole` of those that differ, or the `prediction`
+        position; empty where a prompt lacks it. `recovery` turns effects into shares of what the swap destroyed.
+        Several metrics give a Dataset, as `dataset[[…]]` does.
 
     Raises:
         BadInput: no pairs, a pair whose positions do not align, or an argument that does not fit.
@@ -118,11 +123,13 @@ def patch_grid(
     n_place = {"role": len(ROLES), "position": max(clean.prediction for clean, _, _ in runs) + 1}.get(at, 1)
     rows = [Row(p, contrast=contrast) for side in sides for p, contrast in zip(side, contrasts, strict=True)]
     dead = np.full((len(runs), n_layers, len(heads), n_place), np.nan)
+    reach = np.full((len(runs), n_place), "", dtype="<U10")
     cells: list[tuple[int, int, int, int]] = []
     for fact, (clean, corrupt, contrast) in enumerate(runs):
         into, source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
         differs = next(i for i, (a, b) in enumerate(zip(clean.ids, corrupt.ids, strict=False)) if a != b)
         for place, positions in enumerate(_positions(clean, at)):
+            reach[fact, place] = _reach(clean, corrupt, positions)
             live = tuple(position for position in positions if position >= differs)
             for layer in range(n_layers):
                 last = component != "resid_pre" and layer == n_layers - 1
@@ -138,6 +145,7 @@ def patch_grid(
 
     dims = ("layer", *(("head",) if component == "z" else ()), *((at,) if at in ("role", "position") else ()))
     keep = tuple(slice(None) if dim in dims else 0 for dim in ("layer", "head", at))
+    held = ("fact", at) if at in ("role", "position") else ("fact",)
     arrays = {}
     for name in metrics:
         grid = dead.copy()
@@ -165,6 +173,7 @@ def patch_grid(
         )
         array = array.assign_coords(
             {
+                "reach": (held, reach if len(held) == 2 else reach[:, 0]),
                 "corrupt_subject": ("fact", [corrupt.subject for _, corrupt in pairs]),
                 f"clean_{name}": ("fact", found.values[name][: len(runs)]),
                 f"corrupt_{name}": ("fact", found.values[name][len(runs) : 2 * len(runs)]),
@@ -184,16 +193,71 @@ def recovery(effect: xr.DataArray) -> xr.DataArray:
     Raises:
         BadInput: the array holds no change (`kl`, `rank`).
     """
-    named = [effect.name] if effect.name in METRICS else [name for name in CHANGES if f"clean_{name}" in effect.coords]
-    if effect.name in ("patch_kl", "patch_rank") or len(named) != 1 or named[0] not in CHANGES:
-        raise BadInput("recovery needs a patch_grid of 'logit_diff' or 'answer_logprob'; of a Dataset, one variable")
-    destroyed = effect[f"clean_{named[0]}"] - effect[f"corrupt_{named[0]}"]
+    lost = destroyed(effect)
     if effect.attrs.get("direction") == "noising":
-        destroyed = -destroyed
-    share = effect.mean("fact") / destroyed.where(effect.notnull()).mean("fact")
+        lost = -lost
+    share = effect.mean("fact") / lost.where(effect.notnull()).mean("fact")
     return share.rename("recovery").assign_attrs(
         unit="share of the destroyed difference", definition="mean effect over mean destroyed difference"
     )
+
+
+def destroyed(effect: xr.DataArray) -> xr.DataArray:
+    """What the swap takes from each pair: the metric of the clean run minus that of the corrupt one, `(fact,)`.
+
+    Raises:
+        BadInput: the array holds no change (`kl`, `rank`).
+    """
+    named = [effect.name] if effect.name in METRICS else [name for name in CHANGES if f"clean_{name}" in effect.coords]
+    if effect.name in ("patch_kl", "patch_rank") or len(named) != 1 or named[0] not in CHANGES:
+        raise BadInput("recovery needs a patch_grid of 'logit_diff' or 'answer_logprob'; of a Dataset, one variable")
+    return effect[f"clean_{named[0]}"] - effect[f"corrupt_{named[0]}"]
+
+
+def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
+    """Cells of a `patch_grid` that the way it is made decides, the last kind all but: booleans of its shape.
+
+    * before the first token that differs: exactly nothing;
+    * outputs of the last layer anywhere but at the prediction position: exactly nothing;
+    * the residual stream before the first layer: exactly nothing where the tokens are the same, exactly all where they
+      are the whole of those that differ;
+    * the residual stream before the last layer at the prediction position: whatever came there earlier is in it, and
+      one layer's attention alone can still read elsewhere, so most of the effect stands there in any model.
+
+    Raises:
+        BadInput: an array that does not say what its places hold (not from `patch_grid`, or from an earlier version).
+    """
+    if "reach" not in effect.coords or "component" not in effect.attrs:
+        raise BadInput("which cells are trivial is not known: give an array of patch_grid, made by this version")
+    reach, layer = effect["reach"], xr.DataArray(effect["layer"].values, dims="layer")
+    first, last = layer == 0, layer == layer.max()
+    if effect.attrs["component"] == "resid_pre":
+        trivial = (first & (reach != "part") & (reach != "")) | (last & (reach == "prediction"))
+    else:
+        trivial = last & (reach != "prediction") & (reach != "")
+    held = effect.notnull().reset_coords(drop=True)
+    trivial = (trivial | (reach == "before")).reset_coords(drop=True)
+    return (trivial & held).transpose(*effect.dims).rename("trivial").drop_attrs()
+
+
+def mostly_trivial(effect: xr.DataArray) -> xr.DataArray:
+    """Cells of `recovery` that are trivial in at least half of the facts that have them: booleans `(layer, …)`."""
+    held = effect.notnull().reset_coords(drop=True)
+    return (trivial_cells(effect).sum("fact") * 2 >= held.sum("fact")).rename("trivial").drop_attrs()
+
+
+def largest_recovery(effect: xr.DataArray) -> xr.DataArray:
+    """The largest share among the cells that are not trivial: one number, its coordinates say where.
+
+    Raises:
+        BadInput: several arms, no change (`kl`, `rank`), or no cell that could have been otherwise.
+    """
+    if "arm" in effect.dims:
+        raise BadInput("the largest recovery is of one arm: select it first")
+    shares = recovery(effect).where(~mostly_trivial(effect))
+    if not bool(shares.notnull().any()):
+        raise BadInput("every cell of this array is decided by the way it is made: patch more layers or places")
+    return shares.isel(shares.argmax(...))  # type: ignore[arg-type]
 
 
 def _runs(
@@ -228,6 +292,20 @@ def _positions(prompt: Prompt, at: At) -> list[range]:
     if at == "position":
         return [range(position, position + 1) for position in range(prompt.prediction + 1)]
     return [prompt.role("prediction") if at == "prediction" else prompt.subject_positions]
+
+
+def _reach(clean: Prompt, corrupt: Prompt, positions: range) -> str:
+    """What a place holds; see `patch_grid`."""
+    if not positions:
+        return ""
+    if clean.prediction in positions:
+        return "prediction"
+    end = clean.prediction + 1
+    differing = {i for i, (a, b) in enumerate(zip(clean.ids[:end], corrupt.ids[:end], strict=True)) if a != b}
+    if positions[-1] < min(differing):
+        return "before"
+    held = differing & set(positions)
+    return "whole" if held == differing else "part" if held else "same"
 
 
 def _definition(metric: Metric, component: Component, direction: Direction, at: At) -> str:

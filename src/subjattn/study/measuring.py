@@ -62,7 +62,7 @@ def measure(
         seed: of that choice, which is then the same in every arm.
         advance: told of forward passes done.
     """
-    predictions = predict(model, model.tokenizer, prompts, scorer)
+    predictions = predict(model, prompts, scorer)
     advance(len(prompts) * ROWS_TO_PREDICT)
     logprob = answer_logprob(model, prompts)
     arrays = {"accuracy": accuracy(predictions, logprob, scorer), "answer_logprob": logprob}

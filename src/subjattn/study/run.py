@@ -244,7 +244,6 @@ class Runner:
             some = draw(own, min(BASE_CHECK_FACTS, len(own)), config.seed)
             predictions = predict(
                 model,
-                model.tokenizer,
                 self._asked(some, model, config.styles[config.training_style]),
                 config.scorer,
             )
@@ -285,7 +284,7 @@ class Runner:
         prompts = make_prompts(asked, model.tokenizer, style, demonstrations=shown)
         if not style.chain_of_thought:
             return prompts
-        thoughts = reason(model, model.tokenizer, prompts)
+        thoughts = reason(model, prompts)
         return make_prompts(asked, model.tokenizer, style, demonstrations=shown, reasoning=thoughts)
 
     def _prompts(self, name: str, model: LoadedModel, facts: pd.DataFrame, style: Style) -> PromptSet:

@@ -1,0 +1,90 @@
+"""What a name of a model or adapter stands for: the packaged model, a local folder, or a hub id at a commit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from subjattn.errors import BadInput
+from subjattn.facts.digest import content_digest
+from subjattn.facts.hub import commit_of, parted
+from subjattn.models.packaged import PACKAGED, packaged_model
+
+
+def resolve_model(name: str) -> str:
+    """A folder or hub id (with `@revision` where given); BadInput where the name can be neither."""
+    if name == PACKAGED:
+        return str(packaged_model())
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise BadInput(f"folder {name!r} holds an adapter: give its base model, and the folder as the adapter")
+        if (path / "config.json").is_file():
+            return str(path)
+        raise BadInput(f"folder {name!r} holds no config.json: give a folder saved by save_pretrained()")
+    repository, _ = parted(name)
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or repository.count("/") > 1:
+        raise BadInput(f"no such folder: {name!r}")
+    if "/" not in repository:
+        raise BadInput(f"unknown model {name!r}: use {PACKAGED}, a hub id such as 'org/name', or an existing folder")
+    return name
+
+
+def located(name: str) -> tuple[str, str | None]:
+    """What transformers loads a model from: a folder, or a repository of the hub and its commit."""
+    source = resolve_model(name)
+    if Path(source).is_dir():
+        return source, None
+    repository, revision = parted(source)
+    return repository, commit_of(repository, revision)
+
+
+def resolve_adapter(adapter: str) -> str:
+    """A local folder with the adapter's safetensors, fetched from the hub if need be."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        repository, revision = parted(adapter)
+        if folder.is_absolute() or adapter.startswith(".") or repository.count("/") != 1:
+            raise BadInput(f"no such adapter folder: {adapter!r}")
+        from huggingface_hub import snapshot_download
+
+        try:
+            wanted = ["adapter_config.json", "adapter_model.safetensors"]
+            commit = commit_of(repository, revision)
+            folder = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise BadInput(f"adapter {adapter!r} is no folder and cannot be fetched: {reason}") from None
+    if not (folder / "adapter_config.json").is_file():
+        raise BadInput(
+            f"folder {adapter!r} holds no adapter_config.json: give a folder saved by peft's save_pretrained()"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput(
+            f"adapter {adapter!r} has no adapter_model.safetensors: pickled weights are not loaded, save it again"
+        )
+    return str(folder)
+
+
+def identity(name: str) -> str:
+    """What a model or adapter is, for stage keys and records, the same on every machine.
+
+    The packaged weights' digest, a digest of what a local folder holds, or `org/name@commit`; any other name is
+    given back as it is.
+
+    Raises:
+        BadInput: a hub id whose commit can be found out neither from the hub nor in the local cache.
+    """
+    if name == PACKAGED:
+        return packaged_model().name
+    if Path(name).exists():
+        return content_digest(name)
+    repository, revision = parted(name)
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        return name
+    return f"{repository}@{commit_of(repository, revision)}"
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """A digest of what a local folder or file holds, whatever its times and place; else the name."""
+    return content_digest(path) if Path(path).exists() else str(path)
