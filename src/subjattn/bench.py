@@ -171,7 +171,7 @@ class _Spy:
         chosen = [i for i, row in enumerate(rows) if row.plain] + changed[:: self.every]
         self.changed, self.all_changed = [rows[i] for i in changed[:: self.every]], len(changed)
         sources = {row.source for row in self.changed} - {None}
-        self.fixed = len(rows) - len(changed) + len({row.prompt for row in self.changed}) + len(sources)
+        self.fixed = len(rows) - len(changed) + len({row.run for row in self.changed}) + len(sources)
         for output in self.backend.forward([rows[i] for i in chosen], only_contrast=only_contrast):
             yield replace(output, index=[chosen[i] for i in output.index])
 

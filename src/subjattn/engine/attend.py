@@ -1,6 +1,6 @@
 """Attention of cones: each token reads its cone's own keys, and the base run's where the cone has none.
 
-The base run's keys are shared by all cones of a prompt and never copied: queries of one prompt meet
+The base run's keys are shared by all cones of a run and never copied: queries of one run meet
 them in one matrix product.
 """
 
@@ -21,14 +21,14 @@ from subjattn.engine.interventions import Row, blocked_edges, wide
 class Tokens:
     """Tokens of all cones, one cone's suffix after another, and those that pass through the present layer.
 
-    `offsets` says where each cone begins; `prompt` (row of the base run), `position` and `cone` belong to
+    `offsets` says where each cone begins; `run` (row of the base), `position` and `cone` belong to
     each token. `select` chooses the tokens of one layer.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        prompts: Sequence[int],
+        runs: Sequence[int],
         suffixes: Sequence[range],
         *,
         length: int,
@@ -41,7 +41,7 @@ class Tokens:
         self.offsets = [0, *accumulate(sizes.tolist())]
         cone = torch.repeat_interleave(torch.arange(len(rows)), sizes)
         self.position = torch.cat([torch.arange(suffix.start, suffix.stop) for suffix in suffixes])
-        self.cone, self.prompt = cone.to(device), torch.tensor(prompts)[cone].to(device)
+        self.cone, self.run = cone.to(device), torch.tensor(runs)[cone].to(device)
         self.n_key = int(self.position.max()) + 1
         self.blocked, self.acts, self.heads = None, None, None
         if any(row.block is not None for row in rows):
@@ -69,7 +69,7 @@ class Tokens:
         return (torch.arange(len(shift)) + shift).to(self.device)
 
     def select(self, flat: Tensor, n_own: list[int]) -> None:
-        """Choose the tokens of one pass through a layer, `n_own` of each cone; those of a prompt lie together."""
+        """Choose the tokens of one pass through a layer, `n_own` of each cone; those of a run lie together."""
         self.selected = flat
         sizes = torch.tensor(n_own)
         starts = sizes.cumsum(0) - sizes
@@ -79,9 +79,9 @@ class Tokens:
         self.valid = (steps < sizes[:, None]).to(self.device)
         self.row = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
         self.step = torch.arange(len(self.selected), device=self.device) - starts.to(self.device)[self.row]
-        prompts, counts = self.prompt[self.selected].unique_consecutive(return_counts=True)
+        runs, counts = self.run[self.selected].unique_consecutive(return_counts=True)
         ends = [0, *accumulate(counts.tolist())]
-        self.by_prompt = [(p, slice(a, b)) for p, a, b in zip(prompts.tolist(), ends, ends[1:], strict=False)]
+        self.by_run = [(p, slice(a, b)) for p, a, b in zip(runs.tolist(), ends, ends[1:], strict=False)]
 
     def among_selected(self, flat: Tensor) -> Tensor:
         """Where tokens stand among the selected, -1 for those that do not."""
@@ -106,8 +106,8 @@ def attend(
     n_group, n_token, d_head = queries.shape[1:]
     longest = tokens.own.shape[1]
     scores = queries.new_empty(n_token, n_kv, n_group, n_key + longest)
-    for prompt, some in tokens.by_prompt:
-        shared = wide(base.keys[layer][prompt, :, :n_key])
+    for run, some in tokens.by_run:
+        shared = wide(base.keys[layer][run, :, :n_key])
         found = queries[:, :, some].flatten(1, 2) @ shared.transpose(1, 2)
         scores[some, ..., :n_key] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
     own_keys, own_values = keys[:, tokens.own], values[:, tokens.own]
@@ -119,8 +119,8 @@ def attend(
     weights = capped(scores.mul_(scale), softcap).masked_fill_(~allowed, -torch.inf).softmax(-1)
 
     z = values.new_empty(n_token, n_kv, n_group, d_head)
-    for prompt, some in tokens.by_prompt:
-        shared = wide(base.values[layer][prompt, :, :n_key])
+    for run, some in tokens.by_run:
+        shared = wide(base.values[layer][run, :, :n_key])
         found = weights[some, ..., :n_key].permute(1, 2, 0, 3).flatten(1, 2) @ shared
         z[some] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
     own_weights = weights[..., n_key:][tokens.own].permute(2, 0, 3, 1, 4).flatten(2, 3)
@@ -133,7 +133,7 @@ def _allowed(base: Base, tokens: Tokens, layer: int) -> Tensor:
     """What each selected token may read, `[token, 1 or kv_head, 1 or group, base key + own key]`."""
     selected, n_key = tokens.selected, tokens.n_key
     position = tokens.position[selected]
-    allowed = base.visible(layer, tokens.prompt[selected], position, n_key)
+    allowed = base.visible(layer, tokens.run[selected], position, n_key)
     in_cone = torch.zeros(len(tokens.own), n_key, dtype=torch.bool, device=tokens.device)
     at = position[tokens.own]
     in_cone.scatter_(1, at, True)

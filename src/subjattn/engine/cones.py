@@ -2,7 +2,7 @@
 
 In a causal model an intervention at layer l and position p changes nothing below l and nothing before
 p. Everything outside is the base run's (base.py): its residual streams, keys and values, computed once
-for all rows of a prompt. All rows advance together, layer by layer: at layer l the rows whose cone
+for all rows of a run. All rows advance together, layer by layer: at layer l the rows whose cone
 starts there join, so a layer's weights are visited once for a whole grid.
 
 The tokens of all cones lie behind each other in one flat row without padding, which is all the same to
@@ -37,6 +37,7 @@ from subjattn.engine.interventions import (
     Output,
     Patch,
     Row,
+    Run,
     batches,
     check_rows,
     controls,
@@ -46,7 +47,6 @@ from subjattn.engine.patches import Patches
 from subjattn.engine.prefix import run_shared
 from subjattn.engine.unembed import unembed
 from subjattn.errors import UnsupportedModel
-from subjattn.prompts import Prompt
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -57,7 +57,7 @@ class _Cone:
     """What is recomputed of a row: `touched` positions in its first layer, its suffix in every later one."""
 
     row: Row
-    prompt: int
+    base_row: int
     layer: int
     touched: Sequence[int]
     suffix: range
@@ -72,7 +72,7 @@ def forward(
 ) -> Iterator[Output]:
     """The logits of `forward.forward`, for less: rows without an intervention are the base run's.
 
-    Rows of one prompt should come in one call, so that they share its base run.
+    Rows of one run should come in one call, so that they share its base.
 
     Args:
         model: a causal language model in eval mode.
@@ -88,14 +88,15 @@ def forward(
     budget = budget or Budget()
     check_rows(rows, len(decoder_layers(model)), n_heads(model))
     if rows and model not in _checked:
-        _check_exact(model, run_base(model, [rows[0].prompt], {"z"}), budget)
+        _check_exact(model, run_base(model, [rows[0].run], {"z"}), budget)
         _checked.add(model)
     families = _families(rows)
-    for chosen in batches([max(map(len, prompts)) * len(prompts) for prompts, _ in families], budget.base_tokens):
+    sizes = [max(len(run.prompt) for run in runs) * len(runs) for runs, _ in families]
+    for chosen in batches(sizes, budget.base_tokens):
         index = [i for c in chosen for i in families[c][1]]
         components = {patch.component for i in index if (patch := rows[i].patch) is not None}
-        prompts = list(dict.fromkeys(prompt for c in chosen for prompt in families[c][0]))
-        base = run_shared(model, prompts, components, budget)
+        runs = list(dict.fromkeys(run for c in chosen for run in families[c][0]))
+        base = run_shared(model, runs, components, budget)
         if plain := [i for i in index if rows[i].plain]:
             yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
         changed = [i for i in index if not rows[i].plain]
@@ -104,17 +105,17 @@ def forward(
             yield from _run_cones(model, base, own, [rows[i] for i in own], only_contrast, budget)
 
 
-def _families(rows: Sequence[Row]) -> list[tuple[list[Prompt], list[int]]]:
-    """Prompts that need one base run, a prompt and those it is patched from, with the rows that it serves."""
-    members: dict[Prompt, list[int]] = {}
+def _families(rows: Sequence[Row]) -> list[tuple[list[Run], list[int]]]:
+    """Runs that need one base, a run and those it is patched from, with the rows that it serves."""
+    members: dict[Run, list[int]] = {}
     for i, row in enumerate(rows):
-        members.setdefault(row.prompt, []).append(i)
+        members.setdefault(row.run, []).append(i)
     sources = {
-        prompt: list(dict.fromkeys(source for i in own if (source := rows[i].source) not in (None, prompt)))
-        for prompt, own in members.items()
+        run: list(dict.fromkeys(source for i in own if (source := rows[i].source) is not None and source != run))
+        for run, own in members.items()
     }
-    # A prompt that is only looked at and patched from has no family of its own.
-    hosts = {source: prompt for prompt, some in sources.items() for source in some}
+    # A run that is only looked at and patched from has no family of its own.
+    hosts = {source: run for run, some in sources.items() for source in some}
     guests = {p: host for p, host in hosts.items() if p in members and all(rows[i].plain for i in members[p])}
     families = {p: ([p, *sources[p]], list(own)) for p, own in members.items() if p not in guests}
     for guest, host in guests.items():
@@ -137,7 +138,7 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: bool) -> Output:
-    logits = [base.logits_of(row.prompt) for row in rows]
+    logits = [base.logits_of(row.run) for row in rows]
     if only_contrast:
         return Output(
             index, rows, torch.stack([of[0, list(row.contrast or ())] for of, row in zip(logits, rows, strict=True)])
@@ -149,17 +150,17 @@ def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: 
 def _run_cones(
     model: PreTrainedModel, base: Base, index: list[int], rows: list[Row], only_contrast: bool, budget: Budget
 ) -> Iterator[Output]:
-    """Rows of one base run, all layers; beside them every prompt once more without an intervention."""
+    """Rows of one base run, all layers; beside them every run once more without an intervention."""
     beside, of = controls(rows)
     first_layer = min(row.first_layer for row in rows)
-    starts: dict[Prompt, int] = {}
+    starts: dict[Run, int] = {}
     for row in rows:
-        starts[row.prompt] = min(row.suffix.start, starts.get(row.prompt, row.suffix.start))
+        starts[row.run] = min(row.suffix.start, starts.get(row.run, row.suffix.start))
     cones = []
     for row in beside:
-        whole = range(starts[row.prompt], row.prompt.predicting[-1] + 1)
-        cones.append(_Cone(row, base.row_of[row.prompt], first_layer, whole, whole))
-    cones += [_Cone(row, base.row_of[row.prompt], row.first_layer, row.touched, row.suffix) for row in rows]
+        whole = range(starts[row.run], row.prompt.predicting[-1] + 1)
+        cones.append(_Cone(row, base.row_of[row.run], first_layer, whole, whole))
+    cones += [_Cone(row, base.row_of[row.run], row.first_layer, row.touched, row.suffix) for row in rows]
     hidden = _advance(model, base, cones, budget.chunk_tokens)
     sizes = [len(row.prompt.predicting) for row in (*beside, *rows)]
     ends = list(accumulate(sizes))
@@ -180,12 +181,12 @@ def _advance(
     model: PreTrainedModel, base: Base, asked: list[_Cone], chunk_tokens: int
 ) -> Float[Tensor, "prediction d_model"]:
     """Run cones through all layers; the final residual stream where they predict answer tokens, in the order asked."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].prompt, asked[i].layer, asked[i].narrow))
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].base_row, asked[i].layer, asked[i].narrow))
     cones = [asked[i] for i in order]
     layers, device = decoder_layers(model), model.device
     tokens = Tokens(
         [cone.row for cone in cones],
-        [cone.prompt for cone in cones],
+        [cone.base_row for cone in cones],
         [cone.suffix for cone in cones],
         length=base.streams[0].shape[1],
         n_layers=len(layers),
@@ -193,13 +194,13 @@ def _advance(
         device=device,
     )
     origins = [offset - cone.suffix.start for offset, cone in zip(tokens.offsets, cones, strict=False)]
-    patches = Patches(base, tokens, ((o, c.row.patch) for o, c in zip(origins, cones, strict=True) if c.row.patch))
+    patches = Patches(base, tokens, ((origin, cone.row) for origin, cone in zip(origins, cones, strict=True)))
     hidden = base.streams[0].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
 
     def enter(numbers: list[int], layer: int) -> None:
         """Fill whole suffixes from the base run."""
         flat = tokens.suffixes(numbers)
-        hidden[flat] = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
+        hidden[flat] = base.streams[layer][tokens.run[flat], tokens.position[flat]]
 
     first = min(cone.layer for cone in cones)
     tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
@@ -219,7 +220,7 @@ def _advance(
             for a, b in pieces(sizes, chunk_tokens):
                 flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched], device=device)
                 tokens.select(flat, sizes[a:b])
-                before = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
+                before = base.streams[layer][tokens.run[flat], tokens.position[flat]]
                 hidden[flat] = _call(model, base, tokens, patches, layer, before)
     patches.check_fired()
     where = dict(zip(order, origins, strict=True))
@@ -240,7 +241,7 @@ def _call(
     states = hidden[None]
     if (patched := patches.put("resid_pre", layer, states)) is not None:
         states = patched
-    args, kwargs = base.arguments(layer, tokens.prompt[tokens.selected], tokens.position[tokens.selected])
+    args, kwargs = base.arguments(layer, tokens.run[tokens.selected], tokens.position[tokens.selected])
     with ExitStack() as stack:
         for component in OUTPUTS:
             if (component, layer) in patches.places:
@@ -251,13 +252,13 @@ def _call(
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
     """Cones that change nothing, whole and narrow, from the first and a middle layer, must give the base's logits."""
-    prompt, middle = base.prompts[0], len(base.keys) // 2
-    expected = base.logits_of(prompt)
+    run, middle = base.runs[0], len(base.keys) // 2
+    prompt, expected = run.prompt, base.logits_of(run)
     contrast = (int(expected[0].argmax()), prompt.answer_ids[0])
     start = max(1, prompt.prediction - 1)
     whole = tuple(range(1, prompt.prediction + 1))
-    patches = [Patch(0, whole, prompt), Patch(middle, whole[-2:], prompt), Patch(middle, (start,), prompt, "z", 0)]
-    rows = [Row(prompt, patch=patch, contrast=contrast) for patch in patches]
+    patches = [Patch(0, whole, run), Patch(middle, whole[-2:], run), Patch(middle, (start,), run, "z", 0)]
+    rows = [Row(prompt, patch=patch, contrast=contrast, arm=run.arm) for patch in patches]
     (output,) = _run_cones(model, base, list(range(len(rows))), rows, False, budget)
     (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
     gaps = [relative_gap(output.logits.view(len(rows), *expected.shape), expected[None])]

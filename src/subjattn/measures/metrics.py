@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subjattn.engine.interventions import Output, Row
+from subjattn.engine.interventions import Output, Row, Run
 from subjattn.errors import BadInput
-from subjattn.prompts import Prompt
 
 
 Metric = Literal["answer_logprob", "logit_diff", "kl", "rank"]
@@ -37,7 +36,7 @@ CHANGES: tuple[Metric, ...] = ("answer_logprob", "logit_diff")
 """Metrics reported as their change; the others are those of the changed run itself."""
 
 
-_Key = tuple[Prompt, tuple[int, int] | None]
+_Key = tuple[Run, tuple[int, int] | None]
 
 
 @dataclass
@@ -74,12 +73,12 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
     control = {metric: np.full(len(rows), np.nan) for metric in metrics}
     seen: list[tuple[Row, dict[Metric, Tensor], int]] = []
     last: tuple[Output | None, dict[Metric, Tensor]] = (None, {})
-    waiting = Counter((row.prompt, row.contrast) for row in rows if not row.plain and "kl" in metrics)
+    waiting = Counter((row.run, row.contrast) for row in rows if not row.plain and "kl" in metrics)
     plain_runs: dict[_Key, Tensor] = {}
     for output in outputs:
         own = {metric: _metric(output, metric) for metric in metrics}
         beside = own
-        names = [(row.prompt, row.contrast) for row in output.rows]
+        names = [(row.run, row.contrast) for row in output.rows]
         if output.control is None and waiting:
             plain_runs |= dict(zip(names, _next_token(output), strict=True))
         if output.control is not None:
@@ -92,10 +91,10 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
         for metric in metrics:
             values[metric][output.index] = own[metric].cpu().numpy()
             control[metric][output.index] = beside[metric].cpu().numpy()
-    plain = {(row.prompt, row.contrast): i for i, row in enumerate(rows) if row.plain}
+    plain = {(row.run, row.contrast): i for i, row in enumerate(rows) if row.plain}
     floor = {
         metric: max(
-            (abs(float(of[metric][i] - values[metric][plain[row.prompt, row.contrast]])) for row, of, i in seen),
+            (abs(float(of[metric][i] - values[metric][plain[row.run, row.contrast]])) for row, of, i in seen),
             default=0.0,
         )
         for metric in metrics
@@ -109,7 +108,7 @@ def _of_control(
     """Metrics of rows without an intervention that ran beside others; their `kl` is that from their plain runs."""
     found: dict[Metric, Tensor] = {metric: _metric(control, metric) for metric in metrics if metric != "kl"}
     if "kl" in metrics:
-        runs = torch.stack([plain[row.prompt, row.contrast] for row in control.rows])
+        runs = torch.stack([plain[row.run, row.contrast] for row in control.rows])
         found["kl"] = _divergence(_next_token(control), runs)
     return found
 
