@@ -31,7 +31,7 @@ from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
-from subjattn.engine.checks import check_model, relative_gap, tolerance
+from subjattn.engine.checks import check_model, relative_gap, strayed, tolerance
 from subjattn.engine.interventions import (
     OUTPUTS,
     Output,
@@ -251,7 +251,8 @@ def _call(
 
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
-    """Cones that change nothing, whole and narrow, from the first and a middle layer, must give the base's logits."""
+    """Cones that change nothing, whole and narrow, must give what the base run has: in every layer, and as logits."""
+    _check_layers(model, base)
     run, middle = base.runs[0], len(base.keys) // 2
     prompt, expected = run.prompt, base.logits_of(run)
     contrast = (int(expected[0].argmax()), prompt.answer_ids[0])
@@ -261,10 +262,50 @@ def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
     rows = [Row(prompt, patch=patch, contrast=contrast, arm=run.arm) for patch in patches]
     (output,) = _run_cones(model, base, list(range(len(rows))), rows, False, budget)
     (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
-    gaps = [relative_gap(output.logits.view(len(rows), *expected.shape), expected[None])]
-    gaps.append(relative_gap(short.logits, expected[0, list(contrast)][None]))
-    if not max(gaps) <= tolerance(model):
+    found = output.logits.view(len(rows), *expected.shape)
+    gap = max(relative_gap(found, expected[None]), relative_gap(short.logits, expected[0, list(contrast)][None]))
+    if not gap <= tolerance(model):
         raise UnsupportedModel(
-            f"{type(model).__name__}: recomputing part of a run moves its logits by {max(gaps):.1e} of their size, so "
+            f"{type(model).__name__}: recomputing part of a run moves its logits by {gap:.1e} of their size, so "
             "the engine would not be exact on it"
+        )
+
+
+@torch.inference_mode()
+def _check_layers(model: PreTrainedModel, base: Base) -> None:
+    """Each layer by itself, from the base run's own input: a long and a short suffix, and single positions."""
+    run, layers = base.runs[0], decoder_layers(model)
+    end, middle = run.prompt.predicting[-1] + 1, run.prompt.prediction // 2 + 1
+    chosen = [range(1, end), range(middle, end), (middle, end - 1)]
+    suffixes = [range(some[0], end) for some in chosen]
+    tokens = Tokens(
+        [Row(run.prompt, arm=run.arm)] * len(chosen),
+        [0] * len(chosen),
+        suffixes,
+        length=base.streams[0].shape[1],
+        n_layers=len(layers),
+        n_heads=n_heads(model),
+        device=model.device,
+    )
+    flat = [
+        start + position - suffix.start
+        for start, suffix, some in zip(tokens.offsets, suffixes, chosen, strict=False)
+        for position in some
+    ]
+    tokens.select(torch.tensor(flat, device=model.device), [len(some) for some in chosen])
+    at = torch.tensor([position for some in chosen for position in some], device=model.device)
+    kept: dict[int, Tensor] = {}
+    gaps = []
+    tap = Tap(attend=partial(attend, base, tokens), change_z=kept.__setitem__)
+    with tapped(model, tap, range(len(layers))):
+        for layer in range(len(layers)):
+            before, expected = base.streams[layer][0, at], base.streams[layer + 1][0, at]
+            found = _call(model, base, tokens, Patches(base, tokens, ()), layer, before)
+            z, wanted = kept[layer][0].flatten(1), base.parts["z", layer][0, at].flatten(1)
+            gaps.append(max(float(strayed(found, expected, before).max()), float(strayed(z, wanted, 0 * z).max())))
+    worst = max(range(len(gaps)), key=lambda layer: gaps[layer] if gaps[layer] == gaps[layer] else torch.inf)
+    if not gaps[worst] <= 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: part of layer {worst} recomputed from the same input parts from the whole by "
+            f"{gaps[worst]:.1e} times what rounding may in {model.dtype}, so the engine would not be exact on it"
         )
