@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from subjattn.bench import random_pairs
 from subjattn.engine import attend, checks, cones
 from subjattn.engine.base import Base
-from subjattn.engine.budget import Budget
 from subjattn.engine.checks import check_model, layer_tolerance, strayed, tolerance
 from subjattn.engine.interventions import Patch, Row
 from subjattn.errors import UnsupportedModel
@@ -115,9 +114,7 @@ def test_a_model_is_taken_in_its_precision(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("plant", [wrong_position, key_read_twice, stale_cache, stale_values, late_stream])
-def test_a_fault_in_one_layer_is_refused(
-    model: PreTrainedModel, plant: Plant, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_in_one_layer_is_refused(model: PreTrainedModel, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     first_use(model)
     plant(monkeypatch)
     with pytest.raises(UnsupportedModel, match="part of layer 1 recomputed .* would not be exact"):
@@ -151,7 +148,7 @@ def test_rounding_is_counted_by_hand(fresh: PreTrainedModel) -> None:
 def test_logits_in_half_precision_are_judged_by_the_models_own_distance(
     fresh: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four times the distance between SDPA and eager attention, and no less than usual; in float32 it does not count."""
+    """Four times the distance between SDPA and eager attention, and no less than usual; not in float32."""
     half = copy.deepcopy(fresh).bfloat16()
     for model in (fresh, half):
         check_model(model)
@@ -171,9 +168,7 @@ def test_wrong_contrasts_are_refused(fresh: PreTrainedModel, monkeypatch: pytest
         first_use(fresh)
 
 
-def test_attention_that_strays_in_one_layer_is_refused(
-    fresh: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_that_strays_in_one_layer_is_refused(fresh: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: our attention function is half too strong in layer 2, in half precision too."""
     from subjattn.engine import attention
 
