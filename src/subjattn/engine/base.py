@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import (
     decoder_layers,
+    layer_device,
     on_component,
     on_output,
     only_positions,
@@ -31,7 +33,7 @@ class Base:
     """One pass of some runs, and all that cones need of it, by layer.
 
     `streams` are the residual streams before every layer and behind the last; `parts` what patches
-    take from components; `calls` a layer's arguments besides its hidden states.
+    take from components; `calls` a layer's arguments besides its hidden states. Each lies on its layer's device.
     """
 
     runs: list[Run]
@@ -92,10 +94,12 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
         base.values.append(value)
         base.masks.append(mask)
 
-    def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *args = args if args else (kwargs["hidden_states"],)  # type: ignore[assignment]
-        base.streams.append(hidden)  # type: ignore[arg-type]
-        base.calls.append((tuple(args), {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        device = layer_device(module)
+        base.streams.append(hidden.to(device))  # type: ignore[attr-defined]
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        base.calls.append(tree_map_only(Tensor, lambda value: value.to(device), (tuple(args), rest)))
 
     def keep_part(component: Component, layer: int, state: Tensor) -> None:
         base.parts[component, layer] = state

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
+from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
@@ -140,9 +140,8 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: bool) -> Output:
     logits = [base.logits_of(row.run) for row in rows]
     if only_contrast:
-        return Output(
-            index, rows, torch.stack([of[0, list(row.contrast or ())] for of, row in zip(logits, rows, strict=True)])
-        )
+        first = torch.stack([of[0] for of in logits])
+        return Output(index, rows, first.gather(1, torch.tensor([row.contrast for row in rows], device=first.device)))
     return Output(index, rows, torch.cat(logits))
 
 
@@ -183,7 +182,7 @@ def _advance(
     """Run cones through all layers; the final residual stream where they predict answer tokens, in the order asked."""
     order = sorted(range(len(asked)), key=lambda i: (asked[i].base_row, asked[i].layer, asked[i].narrow))
     cones = [asked[i] for i in order]
-    layers, device = decoder_layers(model), model.device
+    layers = decoder_layers(model)
     tokens = Tokens(
         [cone.row for cone in cones],
         [cone.base_row for cone in cones],
@@ -191,41 +190,45 @@ def _advance(
         length=base.streams[0].shape[1],
         n_layers=len(layers),
         n_heads=n_heads(model),
-        device=device,
     )
     origins = [offset - cone.suffix.start for offset, cone in zip(tokens.offsets, cones, strict=False)]
     patches = Patches(base, tokens, ((origin, cone.row) for origin, cone in zip(origins, cones, strict=True)))
-    hidden = base.streams[0].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
+    first = min(cone.layer for cone in cones)
+    hidden = base.streams[first].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
 
     def enter(numbers: list[int], layer: int) -> None:
         """Fill whole suffixes from the base run."""
-        flat = tokens.suffixes(numbers)
-        hidden[flat] = base.streams[layer][tokens.run[flat], tokens.position[flat]]
+        flat, stream = tokens.suffixes(numbers), base.streams[layer]
+        run, position, flat = (of.to(stream.device) for of in (tokens.run[flat], tokens.position[flat], flat))
+        hidden[flat] = stream[run, position]
 
-    first = min(cone.layer for cone in cones)
     tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
     with tapped(model, tap, range(first, len(layers))):
         for layer in range(first, len(layers)):
+            device = layer_device(layers[layer])
+            hidden = hidden.to(device)
             joining = [i for i, cone in enumerate(cones) if cone.layer == layer]
             enter([i for i in joining if not cones[i].narrow], layer)
             running = [i for i, c in enumerate(cones) if c.layer < layer or (c.layer == layer and not c.narrow)]
             sizes = [len(cones[i].suffix) for i in running]
             for a, b in pieces(sizes, chunk_tokens):
-                flat = tokens.suffixes(running[a:b])
-                tokens.select(flat, sizes[a:b])
-                hidden[flat] = _call(model, base, tokens, patches, layer, hidden[flat])
+                tokens.select(tokens.suffixes(running[a:b]), sizes[a:b], device)
+                hidden[tokens.flat] = _call(model, base, tokens, patches, layer, hidden[tokens.flat])
             narrow = [i for i in joining if cones[i].narrow]
+            hidden = hidden.to(base.streams[layer + 1].device)
             enter(narrow, layer + 1)
             sizes = [len(cones[i].touched) for i in narrow]
             for a, b in pieces(sizes, chunk_tokens):
-                flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched], device=device)
-                tokens.select(flat, sizes[a:b])
-                before = base.streams[layer][tokens.run[flat], tokens.position[flat]]
-                hidden[flat] = _call(model, base, tokens, patches, layer, before)
+                flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched])
+                tokens.select(flat, sizes[a:b], device)
+                before = base.streams[layer][tokens.run_at, tokens.position_at]
+                behind = _call(model, base, tokens, patches, layer, before)
+                hidden[tokens.flat.to(hidden.device)] = behind.to(hidden.device)
     patches.check_fired()
+    tokens.check_some_key()
     where = dict(zip(order, origins, strict=True))
     last = [where[i] + position for i, cone in enumerate(asked) for position in cone.row.prompt.predicting]
-    return hidden[torch.tensor(last, device=device)]
+    return hidden[torch.tensor(last, device=hidden.device)]
 
 
 def _call(
@@ -241,7 +244,7 @@ def _call(
     states = hidden[None]
     if (patched := patches.put("resid_pre", layer, states)) is not None:
         states = patched
-    args, kwargs = base.arguments(layer, tokens.run[tokens.selected], tokens.position[tokens.selected])
+    args, kwargs = base.arguments(layer, tokens.run_at, tokens.position_at)
     with ExitStack() as stack:
         for component in OUTPUTS:
             if (component, layer) in patches.places:
@@ -285,21 +288,21 @@ def _check_layers(model: PreTrainedModel, base: Base) -> None:
         length=base.streams[0].shape[1],
         n_layers=len(layers),
         n_heads=n_heads(model),
-        device=model.device,
     )
     flat = [
         start + position - suffix.start
         for start, suffix, some in zip(tokens.offsets, suffixes, chosen, strict=False)
         for position in some
     ]
-    tokens.select(torch.tensor(flat, device=model.device), [len(some) for some in chosen])
-    at = torch.tensor([position for some in chosen for position in some], device=model.device)
     kept: dict[int, Tensor] = {}
     gaps = []
     tap = Tap(attend=partial(attend, base, tokens), change_z=kept.__setitem__)
     with tapped(model, tap, range(len(layers))):
         for layer in range(len(layers)):
-            before, expected = base.streams[layer][0, at], base.streams[layer + 1][0, at]
+            device = layer_device(layers[layer])
+            tokens.select(torch.tensor(flat), [len(some) for some in chosen], device)
+            at = tokens.position_at
+            before, expected = base.streams[layer][0, at], base.streams[layer + 1].to(device)[0, at]
             found = _call(model, base, tokens, Patches(base, tokens, ()), layer, before)
             z, wanted = kept[layer][0].flatten(1), base.parts["z", layer][0, at].flatten(1)
             gaps.append(max(float(strayed(found, expected, before).max()), float(strayed(z, wanted, 0 * z).max())))

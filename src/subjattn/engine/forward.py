@@ -105,7 +105,8 @@ def attention_rows(
                 norms[layer] = _value_norms(value, grams[layer])
 
         tap = Tap(keep_queries=last[:, None], keep=keep)
-        with only_positions(model, torch.zeros(0, dtype=torch.long), last[:0]), tapped(model, tap, range(len(layers))):
+        none = torch.zeros(0, dtype=torch.long)
+        with only_positions(model, none, none), tapped(model, tap, range(len(layers))):
             model(input_ids=ids, use_cache=False)
         yield Output(index, [Row(prompt) for prompt in some], torch.empty(0), attention=tap.weights, value_norms=norms)
 

@@ -14,6 +14,10 @@ from subjattn.engine.interventions import Component, Patch, Row, Run
 from subjattn.errors import NotFired
 
 
+_Place = tuple[int, int, Patch, Run | None]
+"""A flat token, the position's number in its patch, the patch, and the run that its values are taken from."""
+
+
 class Patches:
     """All patches of some cones, by component and layer; each position must be written exactly once.
 
@@ -25,7 +29,7 @@ class Patches:
 
     def __init__(self, base: Base, tokens: Tokens, rows: Iterable[tuple[int, Row]]) -> None:
         self.base, self.tokens = base, tokens
-        self.places: dict[tuple[Component, int], list[tuple[int, int, Patch, Run | None]]] = {}
+        self.places: dict[tuple[Component, int], list[_Place]] = {}
         for origin, row in rows:
             if (patch := row.patch) is not None:
                 place = self.places.setdefault((patch.component, patch.layer), [])
@@ -46,24 +50,27 @@ class Patches:
         here = [self.places[component, layer][i] for i in chosen.tolist()]
         self.missing -= len(here)
         state = state.clone()
-        heads = ([patch.head for _, _, patch, _ in here],) if component == "z" else ()
-        state[0, at[chosen], *heads] = self._values(component, layer, here).to(state)
+        heads = _heads(component, here, state.device)
+        state[0, at[chosen].to(state.device), *heads] = self._values(component, layer, here).to(state)
         return state
 
-    def _values(
-        self, component: Component, layer: int, here: list[tuple[int, int, Patch, Run | None]]
-    ) -> Float[Tensor, "patch width"]:
+    def _values(self, component: Component, layer: int, here: list[_Place]) -> Float[Tensor, "patch width"]:
         """Taken from the run that a patch names, or brought along."""
         sources = [source for *_, source in here]
         if not any(sources):
             return torch.stack([patch.values[i] for _, i, patch, _ in here])  # type: ignore[misc, index]
         if not all(sources):
             raise NotFired("patches of one layer take their values either all from runs or all from tensors")
-        rows = [self.base.row_of[source] for source in sources]  # type: ignore[index]
-        positions = [patch.positions[i] for _, i, patch, _ in here]
-        heads = ([patch.head for _, _, patch, _ in here],) if component == "z" else ()
-        return self.base.parts[component, layer][rows, positions, *heads]
+        part = self.base.parts[component, layer]
+        rows = torch.tensor([self.base.row_of[source] for source in sources], device=part.device)  # type: ignore[index]
+        positions = torch.tensor([patch.positions[i] for _, i, patch, _ in here], device=part.device)
+        return part[rows, positions, *_heads(component, here, part.device)]
 
     def check_fired(self) -> None:
         if self.missing:
             raise NotFired(f"{self.missing} patched positions were never written, or written twice")
+
+
+def _heads(component: Component, here: list[_Place], device: torch.device) -> tuple[Tensor, ...]:
+    """The heads of patches of `z`, as an index."""
+    return (torch.tensor([patch.head for _, _, patch, _ in here], device=device),) if component == "z" else ()

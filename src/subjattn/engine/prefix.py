@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
+from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
@@ -54,7 +54,7 @@ def _run_suffixes(
         setattr(base, name, [kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for kept in getattr(root, name)])
     base.parts = {at: kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for at, kept in root.parts.items()}
 
-    layers, device = decoder_layers(model), model.device
+    layers = decoder_layers(model)
     rows, suffixes = [Row(run.prompt, arm=run.arm) for run in runs], [range(shared, len(prompt)) for prompt in prompts]
     tokens = Tokens(
         rows,
@@ -63,13 +63,13 @@ def _run_suffixes(
         length=len(root.runs[0].prompt),
         n_layers=len(layers),
         n_heads=n_heads(model),
-        device=device,
     )
     sizes = [len(suffix) for suffix in suffixes]
-    hidden = embed(model, prompts)[tokens.cone, tokens.position]
+    hidden = embed(model, prompts)
+    hidden = hidden[tokens.cone.to(hidden.device), tokens.position.to(hidden.device)]
 
     def at() -> tuple[Tensor, Tensor]:
-        return tokens.cone[tokens.selected], tokens.position[tokens.selected]
+        return tokens.cone[tokens.selected].to(tokens.device), tokens.position_at
 
     def keep(layer: int, key: Tensor, value: Tensor, _mask: Tensor | None) -> None:
         row, position = at()
@@ -87,16 +87,17 @@ def _run_suffixes(
                 stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(tapped(model, tap, range(len(layers))))
         for i, layer in enumerate(layers):
-            base.streams[i][tokens.cone, tokens.position] = hidden
+            device = layer_device(layer)
+            hidden = hidden.to(device)
+            base.streams[i][tokens.cone.to(device), tokens.position.to(device)] = hidden
             for a, b in pieces(sizes, budget.chunk_tokens):
-                flat = tokens.suffixes(list(range(a, b)))
-                tokens.select(flat, sizes[a:b])
-                args, kwargs = root.arguments(i, tokens.run[flat], tokens.position[flat])
-                result = layer(hidden[flat][None], *args, **kwargs)
-                hidden[flat] = (result[0] if isinstance(result, tuple) else result)[0]
-    base.streams[-1][tokens.cone, tokens.position] = hidden
+                tokens.select(tokens.suffixes(list(range(a, b))), sizes[a:b], device)
+                args, kwargs = root.arguments(i, tokens.run_at, tokens.position_at)
+                result = layer(hidden[tokens.flat][None], *args, **kwargs)
+                hidden[tokens.flat] = (result[0] if isinstance(result, tuple) else result)[0]
+    base.streams[-1][tokens.cone.to(device), tokens.position.to(device)] = hidden
     base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     starts = tokens.offsets
     last = [starts[i] + p - shared for i, prompt in enumerate(prompts) for p in prompt.predicting]
-    base.logits = unembed(model, hidden[torch.tensor(last, device=device)], rows, only_contrast=False)
+    base.logits = unembed(model, hidden[torch.tensor(last, device=hidden.device)], rows, only_contrast=False)
     return base

@@ -71,12 +71,12 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
     """
     values = {metric: np.full(len(rows), np.nan) for metric in metrics}
     control = {metric: np.full(len(rows), np.nan) for metric in metrics}
-    seen: list[tuple[Row, dict[Metric, Tensor], int]] = []
-    last: tuple[Output | None, dict[Metric, Tensor]] = (None, {})
+    seen: list[tuple[Row, dict[Metric, np.ndarray], int]] = []
+    last: tuple[Output | None, dict[Metric, np.ndarray]] = (None, {})
     waiting = Counter((row.run, row.contrast) for row in rows if not row.plain and "kl" in metrics)
     plain_runs: dict[_Key, Tensor] = {}
     for output in outputs:
-        own = {metric: _metric(output, metric) for metric in metrics}
+        own = {metric: _metric(output, metric).cpu().numpy() for metric in metrics}
         beside = own
         names = [(row.run, row.contrast) for row in output.rows]
         if output.control is None and waiting:
@@ -89,8 +89,8 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
             waiting.subtract(names)
             plain_runs = {name: of for name, of in plain_runs.items() if waiting[name] > 0}
         for metric in metrics:
-            values[metric][output.index] = own[metric].cpu().numpy()
-            control[metric][output.index] = beside[metric].cpu().numpy()
+            values[metric][output.index] = own[metric]
+            control[metric][output.index] = beside[metric]
     plain = {(row.run, row.contrast): i for i, row in enumerate(rows) if row.plain}
     floor = {
         metric: max(
@@ -104,13 +104,13 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
 
 def _of_control(
     control: Output, metrics: Sequence[Metric], plain: Mapping[_Key, Float[Tensor, " vocab"]]
-) -> dict[Metric, Float[Tensor, " row"]]:
+) -> dict[Metric, np.ndarray]:
     """Metrics of rows without an intervention that ran beside others; their `kl` is that from their plain runs."""
     found: dict[Metric, Tensor] = {metric: _metric(control, metric) for metric in metrics if metric != "kl"}
     if "kl" in metrics:
         runs = torch.stack([plain[row.run, row.contrast] for row in control.rows])
         found["kl"] = _divergence(_next_token(control), runs)
-    return found
+    return {metric: of.cpu().numpy() for metric, of in found.items()}
 
 
 def _next_token(output: Output) -> Float[Tensor, "row vocab"]:
@@ -145,4 +145,5 @@ def _metric(output: Output, metric: Metric) -> Float[Tensor, " row"]:
         return (logits[first] > own).sum(-1).double() + 1
     if output.control is None:
         return torch.zeros(len(counts), dtype=torch.float64, device=logits.device)
-    return _divergence(_next_token(output), _next_token(output.control)[output.control_of])
+    of = torch.tensor(output.control_of, device=logits.device)
+    return _divergence(_next_token(output), _next_token(output.control)[of])
