@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -142,3 +145,19 @@ def test_random_pairs_differ_in_their_subject_alone(llama: LoadedModel) -> None:
         assert different == [0, 1, 2] == list(clean.subject_positions)
         assert len(clean.answer_ids) == 1
         assert np.all(np.array(clean.ids) < 512)
+
+
+def test_the_peak_of_a_process_is_seen_without_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a system without the module `resource`, as Windows; memory that is given back before the end counts."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    source = Path(benches.__file__).with_name("bench_facts.py")
+    spec = importlib.util.spec_from_file_location("bench_facts_again", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = psutil.Process().memory_info().rss
+    with module.PeakProcess() as memory:
+        held = np.ones(40_000_000)
+        time.sleep(0.1)
+        del held
+    assert 0.9 * 320e6 < memory.peak - before < 1.5 * 320e6

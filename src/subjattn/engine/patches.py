@@ -50,8 +50,8 @@ class Patches:
         here = [self.places[component, layer][i] for i in chosen.tolist()]
         self.missing -= len(here)
         state = state.clone()
-        heads = _heads(component, here, state.device)
-        state[0, at[chosen].to(state.device), *heads] = self._values(component, layer, here).to(state)
+        where = (at[chosen].to(state.device), *_heads(component, here, state.device))
+        state[0][where] = self._values(component, layer, here).to(state)
         return state
 
     def _values(self, component: Component, layer: int, here: list[_Place]) -> Float[Tensor, "patch width"]:
