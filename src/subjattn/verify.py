@@ -187,8 +187,8 @@ def verify(
 
     Tolerance, with t = `engine.checks.tolerance(model)` (1e-4 in float32, 1e-2 in float16, 5e-2 in bfloat16): t for
     attention, t times its largest value where weighted, and t times the largest absolute logit of the prompts for all
-    that is in logits or nats. In half precision that is about one logit, near the size of an effect: such comparisons
-    pass as `weak`.
+    that is in logits or nats; in half precision there at least three times the model's own distance between two
+    kinds of attention. That is about one logit, near the size of an effect: such comparisons pass as `weak`.
 
     Args:
         model: the model, adapter and dtype to verify.
@@ -231,8 +231,9 @@ def verify(
             continue
         measures = _measures(model, prompts, pairs, window, backend)
         for quantity, array in expected.items():
-            scale = {ATTENTION: 1.0, WEIGHTED: float(np.abs(np.nan_to_num(array.values)).max())}.get(quantity, largest)
-            allowed = share * scale
+            allowed = checks.logit_tolerance(hf) * largest
+            if quantity in (ATTENTION, WEIGHTED):
+                allowed = share * (1.0 if quantity == ATTENTION else float(np.abs(np.nan_to_num(array.values)).max()))
             try:
                 theirs = _with_raw(quantity, measures[quantity]())
             except UnsupportedModel as error:

@@ -24,7 +24,7 @@ from subjattn.errors import UnsupportedModel
 
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far two ways of computing the same logits may part, as a share of the largest logit; see `tolerance`."""
+"""How far two ways of computing the same logits may part, as a share of the largest logit; see `logit_tolerance`."""
 LAYER_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 """How far two ways of computing one layer from the same input may part, as a share of what the layer adds.
 
@@ -92,13 +92,17 @@ def probe_ids(model: PreTrainedModel) -> Int[Tensor, "one token"]:
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """How far two ways of computing a model's logits may part, as a share of the largest logit.
+    """See TOLERANCE."""
+    return TOLERANCE.get(model.dtype, 5e-2)
 
-    That of its precision; in half precision, once the model was checked, at least four times its own distance
-    between two kinds of attention.
+
+def logit_tolerance(model: PreTrainedModel) -> float:
+    """How far two ways of computing the logits of a model that was checked may part, as a share of the largest.
+
+    That of its precision; in half precision, at least three times its own distance between two kinds of attention.
     """
-    usual = TOLERANCE.get(model.dtype, 5e-2)
-    return max(usual, 4 * _own_distance.get(model, 0.0)) if model.dtype.itemsize == 2 else usual
+    own = _own_distance.get(model, 0.0) if model.dtype.itemsize == 2 else 0.0
+    return max(tolerance(model), 3 * own)
 
 
 def layer_tolerance(dtype: torch.dtype) -> float:

@@ -8,8 +8,8 @@ starts there join, so a layer's weights are visited once for a whole grid.
 The tokens of all cones lie behind each other in one flat row without padding, which is all the same to
 a layer's modules but attention, and there attend.py keeps the cones apart. The layers are the model's
 own modules, called with the arguments the model gave them in the base run, cut to each token. Exactness
-is checked when a model is first used (cones that change nothing must give the base run's logits) and,
-in the tests, cell by cell against forward.py.
+is checked when a model is first used (cones that change nothing must give what the base run has, layer
+by layer and as logits) and, in the tests, cell by cell against forward.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
-from subjattn.engine.checks import check_model, relative_gap, strayed, tolerance
+from subjattn.engine.checks import check_model, logit_tolerance, relative_gap, strayed
 from subjattn.engine.interventions import (
     OUTPUTS,
     Output,
@@ -267,7 +267,7 @@ def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
     (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
     found = output.logits.view(len(rows), *expected.shape)
     gap = max(relative_gap(found, expected[None]), relative_gap(short.logits, expected[0, list(contrast)][None]))
-    if not gap <= tolerance(model):
+    if not gap <= logit_tolerance(model):
         raise UnsupportedModel(
             f"{type(model).__name__}: recomputing part of a run moves its logits by {gap:.1e} of their size, so "
             "the engine would not be exact on it"
