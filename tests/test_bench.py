@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from subjattn import bench as benches
 from subjattn import cli
-from subjattn.bench import GRIDS, bench, bench_pairs, cone_flops, random_pairs
+from subjattn.bench import GRIDS, Roofline, bench, bench_pairs, cone_flops, random_pairs
+from subjattn.engine.budget import Budget
 from subjattn.engine.interventions import Block, Patch, Row
 from subjattn.errors import BadInput
 from subjattn.models import LoadedModel
@@ -142,3 +146,75 @@ def test_random_pairs_differ_in_their_subject_alone(llama: LoadedModel) -> None:
         assert different == [0, 1, 2] == list(clean.subject_positions)
         assert len(clean.answer_ids) == 1
         assert np.all(np.array(clean.ids) < 512)
+
+
+def test_the_peak_of_a_process_is_seen_without_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a system without the module `resource`, as Windows; memory that is given back before the end counts."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    source = Path(benches.__file__).with_name("bench_facts.py")
+    spec = importlib.util.spec_from_file_location("bench_facts_again", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = psutil.Process().memory_info().rss
+    with module.PeakProcess() as memory:
+        held = np.ones(40_000_000)
+        time.sleep(0.1)
+        del held
+    assert 0.9 * 320e6 < memory.peak - before < 1.5 * 320e6
+
+
+def test_operations_are_counted_by_hand() -> None:
+    """A product, a sum in place, rows of a table; views and what stays on the host are free."""
+    host = torch.ones(3)
+    table, a, b = (torch.ones(*shape, device="meta") for shape in ((1000, 8), (4, 8), (8, 16)))
+    at = torch.zeros(5, dtype=torch.long, device="meta")
+    with Roofline(torch.device("meta"), (1e3, 1e3)) as counted, torch.inference_mode():
+        host + 1
+        product = a @ b
+        product.view(2, 32).transpose(0, 1)
+        product += 1
+        table[at]
+    moved = [4 * (4 * 8 + 8 * 16 + 4 * 16), 4 * 2 * 4 * 16, 2 * 4 * 5 * 8 + 8 * 5]
+    assert counted.launches == 3 and counted.moved == sum(moved)
+    assert counted.flops == 2 * 4 * 8 * 16
+    assert counted.seconds == pytest.approx(max(moved[0], 2 * 4 * 8 * 16) / 1e3 + sum(moved[1:]) / 1e3)
+
+
+def seven_billion(monkeypatch: pytest.MonkeyPatch, component: Any) -> tuple[Roofline, int, int]:
+    """A grid of 32 × 20 cells of the 7B shape on `meta`: what is counted, the cells, and the floor's FLOP."""
+    from subjattn.engine import attention, checks, cones
+
+    monkeypatch.setattr(attention, "read", lambda value: True)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_args, **_rest: None)
+    model = benches.random_model("llama-2-7b", "bfloat16", "meta")
+    checks._own_distance[model] = 0.0
+    cones._checked.add(model)
+    ((clean, corrupt),) = random_pairs(model, 1, 20, 0)
+    contrast = (clean.answer_ids[0], corrupt.answer_ids[0])
+    cells = [
+        Row(corrupt, patch=Patch(layer, (position,), clean, component), contrast=contrast)
+        for layer in range(32)
+        for position in range(20)
+        if component == "resid_pre" or layer < 31 or position == 19
+    ]
+    rows = [Row(clean, contrast=contrast), Row(corrupt, contrast=contrast), *cells]
+    with Roofline(model.device) as counted:
+        for _ in cones.forward(model, rows, only_contrast=True, budget=Budget.of(model, None, 21)):
+            pass
+    return counted, len(cells), cone_flops(model, cells, "logit_diff")
+
+
+def test_the_estimate_for_seven_billion_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of docs/performance.md; nearly all FLOP are those of the floor."""
+    launches = moved = cells = 0
+    seconds = 0.0
+    for component in ("resid_pre", "attn_out", "mlp_out"):
+        counted, own, floor = seven_billion(monkeypatch, component)
+        assert floor < counted.flops < 1.2 * floor
+        launches, moved, cells = launches + counted.launches, moved + counted.moved, cells + own
+        seconds += counted.seconds
+    assert cells == 640 + 2 * (31 * 20 + 1)
+    assert launches / cells == pytest.approx(18.8, rel=0.1)
+    assert moved / cells == pytest.approx(330e6, rel=0.05)
+    assert seconds == pytest.approx(0.28, rel=0.05)

@@ -15,11 +15,12 @@ import zoo
 
 import subjattn.engine.cones as cones
 from subjattn.engine.budget import Budget
-from subjattn.engine.interventions import COMPONENTS
+from subjattn.engine.interventions import COMPONENTS, Block, Row
 from subjattn.engine.memory import PeakMemory
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
+from subjattn.measures import shortened
 from subjattn.measures.attention import subject_attention
 from subjattn.measures.knockout import ROUTES, knockout
 from subjattn.measures.metrics import METRICS
@@ -270,6 +271,32 @@ def test_the_noise_floor_is_what_nothing_changes(llama: LoadedModel, prompts: Pr
     assert 0 < floor < 1e-4
     half = copy.deepcopy(llama.model).bfloat16()
     assert knockout(half, prompts[:6], by="layer").attrs["noise_floor"] > 100 * floor
+
+
+def test_the_noise_floor_of_kl_is_a_controls_distance_from_the_plain_run(
+    llama: LoadedModel, prompts: PromptSet
+) -> None:
+    """By hand in numpy, from the logits of plain rows and of the controls beside the changed ones."""
+    half = copy.deepcopy(llama.model).bfloat16()
+    few = [shortened(prompt) for prompt in prompts[:6]]
+    rows = [Row(prompt) for prompt in few]
+    rows += [Row(p, Block.between(p.predicting, p.subject_positions, (layer,))) for p in few for layer in range(3)]
+    plain: dict[str, np.ndarray] = {}
+    gaps: list[float] = []
+    for output in cones.forward(half, rows):
+        for its in filter(None, (output, output.control)):
+            counts = [len(row.prompt.predicting) for row in its.rows]
+            for row, logits in zip(its.rows, its.logits.split(counts), strict=True):
+                found = logits[0].double().log_softmax(-1).numpy()
+                if its is output.control:
+                    base = plain[row.prompt.fact_id]
+                    gaps.append(float((np.exp(base) * (base - found)).sum()))
+                elif row.plain:
+                    plain[row.prompt.fact_id] = found
+    floor = knockout(half, few, ["direct"], by="layer", metric="kl").attrs["noise_floor"]
+    assert floor > 1e-6
+    assert floor == pytest.approx(max(map(abs, gaps)), rel=1e-2)
+    assert knockout(llama, few, ["direct"], by="layer", metric="kl").attrs["noise_floor"] < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import subjattn.measures
+import subjattn.verify as verification
 from subjattn.backends import BACKENDS, Backend, BackendName, open_backend
 from subjattn.engine.interventions import Output, Row
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
@@ -26,7 +27,9 @@ from subjattn.verify import HEADINGS, Verification, verify, verify_facts
 TEMPLATE = TEMPLATES["country"]["list"]
 GRIDS = {"patch_effect resid_pre", "patch_effect attn_out", "patch_effect mlp_out"}
 RAW = {"clean_logit_diff", "corrupt_logit_diff", "baseline_answer_logprob"}
-QUANTITIES = {"attention_to_subject", *GRIDS, "knockout_drop", *RAW}
+HEADS = {"patch_effect z", "knockout_drop by head"}
+WEIGHTED = "value_weighted_attention"
+QUANTITIES = {"attention_to_subject", WEIGHTED, *GRIDS, "knockout_drop", *HEADS, *RAW}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,7 +72,7 @@ class Faulty:
             yield output
 
     def attention_rows(self, prompts: Sequence[Prompt], *, value_norms: bool = False) -> Iterator[Output]:
-        for output in self.inner.attention_rows(prompts):
+        for output in self.inner.attention_rows(prompts, value_norms=value_norms):
             with torch.inference_mode():
                 self.spoil(output)
             yield output
@@ -87,7 +90,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, kind: type[Faulty]) -> None:
 
 def failures(found: Verification) -> set[tuple[str, str]]:
     failed = {(one.quantity, one.backend) for one in found.comparisons if not one.passed}
-    assert found.passed == (not failed)
+    assert found.passed == (not failed and not found.uncompared)
     assert all(f"{quantity} by {backend}: " in found.verdict for quantity, backend in failed)
     return failed
 
@@ -95,18 +98,22 @@ def failures(found: Verification) -> set[tuple[str, str]]:
 def test_every_backend_agrees(tiny: LoadedModel, cities: pd.DataFrame) -> None:
     prompts, pairs = verify_facts(tiny, cities, TEMPLATE)
     found = verify(tiny, prompts, pairs)
-    assert found.passed and not found.refusals
+    assert found.passed and not found.uncompared
+    unweighted = {(WEIGHTED, backend) for backend in BACKENDS[2:]}
     assert {(one.quantity, one.backend) for one in found.comparisons} == {
         (quantity, backend) for quantity in QUANTITIES for backend in BACKENDS[1:]
-    }
+    } - unweighted
+    assert {(one.quantity, one.backend) for one in found.refusals} == unweighted
+    assert all("does not weigh by values" in one.reason for one in found.refusals)
     cells = {one.quantity: one.cells for one in found.comparisons}
     positions = pairs[0][0].prediction + 1
     assert cells["attention_to_subject"] == 2 * 3 * 4 and cells["knockout_drop"] == 2 * 2 * 3
     assert {cells[name] for name in GRIDS} == {3 * positions} and cells["baseline_answer_logprob"] == 2
+    assert cells[WEIGHTED] == cells["knockout_drop by head"] == 2 * 3 * 4 and cells["patch_effect z"] == 3 * 4
     for one in found.comparisons:
         assert one.scale is not None and one.scale > 20 * one.tolerance and not one.weak, "too small to test anything"
-        assert (one.noise_floor is not None) == (one.quantity in GRIDS or one.quantity == "knockout_drop")
-    assert set(found.comparisons[1].place or {}) == {"fact", "layer", "position"}
+        assert (one.noise_floor is not None) == (one.quantity in GRIDS | HEADS | {"knockout_drop"})
+    assert set(found.comparisons[2].place or {}) == {"fact", "layer", "position"}
 
 
 def test_the_report_is_plain_data(llama: LoadedModel, asked: Any) -> None:
@@ -115,7 +122,7 @@ def test_the_report_is_plain_data(llama: LoadedModel, asked: Any) -> None:
     assert content["passed"] and content["dtype"] == "float32" and content["n_prompts"] == 2
     assert {"subjattn", "torch", "transformers", "transformer-lens", "nnsight"} <= set(content["versions"])
     assert {one["quantity"] for one in content["comparisons"]} == QUANTITIES
-    assert content["comparisons"][1]["tolerance"] == pytest.approx(1e-4 * content["largest_logit"])
+    assert content["comparisons"][2]["tolerance"] == pytest.approx(1e-4 * content["largest_logit"])
     assert all(len(row) == len(HEADINGS) and row[-1] == "passed" for row in found.rows())
 
 
@@ -126,7 +133,8 @@ def test_half_precision(tiny_folders: dict[str, Path], cities: pd.DataFrame) -> 
     assert found.comparisons[0].tolerance == 0.05
     weak = {one.quantity for one in found.comparisons if one.weak}
     assert weak >= GRIDS and "may hide in the tolerance of" in found.verdict
-    assert {row[-1] for row in found.rows()} == {"passed", "weak"} if weak < QUANTITIES else {"weak"}
+    verdicts = {row[-1] for row in found.rows() if not row[-1].startswith("skipped: ")}
+    assert verdicts == {"passed", "weak"} if weak < QUANTITIES else {"weak"}
 
 
 def test_pairs_of_different_length(llama: LoadedModel, cities: pd.DataFrame) -> None:
@@ -149,7 +157,9 @@ def test_a_patch_in_the_wrong_layer(llama: LoadedModel, asked: Any, monkeypatch:
             ]
 
     plant(monkeypatch, Wrong)
-    assert failures(verify(llama, *asked, backends=("hooks", "nnsight"))) == {(grid, "hooks") for grid in GRIDS}
+    assert failures(verify(llama, *asked, backends=("hooks", "nnsight"))) == {
+        (grid, "hooks") for grid in GRIDS | {"patch_effect z"}
+    }
 
 
 def test_a_block_in_the_wrong_window(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +173,55 @@ def test_a_block_in_the_wrong_window(llama: LoadedModel, asked: Any, monkeypatch
             ]
 
     plant(monkeypatch, Wrong)
-    assert failures(verify(llama, *asked, backends=("hooks",))) == {("knockout_drop", "hooks")}
+    assert failures(verify(llama, *asked, backends=("hooks",))) == {
+        (name, "hooks") for name in ("knockout_drop", "knockout_drop by head")
+    }
+
+
+def test_one_wrong_head(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: head 1 of `z`, of knocked-out edges and of weighted values is another one."""
+
+    def other(row: Row) -> Row:
+        if row.patch is not None and row.patch.head == 1:
+            return replace(row, patch=replace(row.patch, head=2))
+        if row.block is not None and row.block.heads == (1,):
+            return replace(row, block=replace(row.block, heads=(2,)))
+        return row
+
+    class Wrong(Faulty):
+        def change(self, rows: Sequence[Row]) -> Sequence[Row]:
+            return [other(row) for row in rows]
+
+        def spoil(self, output: Output) -> None:
+            for norms in output.value_norms.values():
+                norms[:, 1] = norms[:, 2]
+
+    plant(monkeypatch, Wrong)
+    found = verify(llama, *asked, backends=("hooks",))
+    assert failures(found) == {(name, "hooks") for name in (*HEADS, WEIGHTED)}
+
+
+@pytest.mark.parametrize("sample", [5, 7, 1000])
+def test_heads_are_sampled_over_layers_and_heads(
+    llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatch, sample: int
+) -> None:
+    """A number that a reference leaves out where it belongs to the sample is a fault, as any other."""
+    monkeypatch.setattr(verification, "_SAMPLE", sample)
+    found = verify(llama, *asked, backends=("hooks",))
+    assert found.passed
+    for quantity, total in (("patch_effect z", 12), ("knockout_drop by head", 24)):
+        (one,) = [one for one in found.comparisons if one.quantity == quantity]
+        assert one.cells == total if sample == 1000 else 2 < one.cells <= sample
+    heads = {cell % 4 for cell in range(0, 24, verification._stride(24, 4))}
+    assert heads == {0, 1, 2, 3}
+
+    class Silent(Faulty):
+        def spoil(self, output: Output) -> None:
+            if output.rows[0].patch is not None and output.rows[0].patch.head == 0:
+                output.logits[:] = np.nan
+
+    plant(monkeypatch, Silent)
+    assert failures(verify(llama, *asked, backends=("hooks",))) == {("patch_effect z", "hooks")}
 
 
 @pytest.mark.parametrize(("factor", "failed"), [(0.8, False), (1.25, True)])
@@ -178,8 +236,9 @@ def test_numbers_around_the_tolerance(
     class Off(Faulty):
         def spoil(self, output: Output) -> None:
             for layer, weights in output.attention.items():
-                weights[0, 2, 0, asked[0][0].subject_span[0]] += tolerance * (layer == 1)
-            if output.logits.numel() and output.rows[0].patch is not None:
+                if not output.value_norms:
+                    weights[0, 2, 0, asked[0][0].subject_span[0]] += tolerance * (layer == 1)
+            if output.logits.numel() and output.rows[0].patch is not None and output.rows[0].patch.head is None:
                 output.logits[:, clean.answer_ids[0]] += tolerance * largest
 
     plant(monkeypatch, Off)
@@ -201,7 +260,7 @@ def test_numbers_that_are_not_finite(
 
     plant(monkeypatch, Broken)
     found = verify(llama, *asked, backends=("hooks",))
-    assert failures(found) == {("knockout_drop", "hooks")}
+    assert failures(found) == {(name, "hooks") for name in ("knockout_drop", "knockout_drop by head")}
     assert "hooks gives nan where a number is expected" in found.verdict
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -232,9 +291,12 @@ def test_an_intervention_that_did_not_happen(llama: LoadedModel, asked: Any, mon
 
     plant(monkeypatch, Silent)
     found = verify(llama, *asked, backends=("hooks",))
-    assert failures(found) == {("knockout_drop", "hooks")} and "edges were not blocked" in found.verdict
+    assert (
+        failures(found) == {(name, "hooks") for name in ("knockout_drop", "knockout_drop by head")}
+        and "edges were not blocked" in found.verdict
+    )
     json.dumps(found.to_dict(), allow_nan=False)
-    assert found.rows()[-1][2] == "–"
+    assert {row[3] for row in found.rows() if row[-1] == "FAILED"} == {"–"}
 
 
 def test_refusals(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,15 +317,32 @@ def test_refusals(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(subjattn.measures, "open_backend", opened)
     found = verify(llama, *asked)
-    assert found.passed and {one.quantity for one in found.comparisons} == QUANTITIES - {"patch_effect mlp_out"}
+    assert {one.quantity for one in found.comparisons} == QUANTITIES - {"patch_effect mlp_out"}
+    assert all(one.passed for one in found.comparisons)
+    assert not found.passed and found.uncompared == ["patch_effect mlp_out"]
+    assert found.verdict == "not verified: no reference was compared with the engine in patch_effect mlp_out"
     assert {(one.backend, one.quantity, one.reason) for one in found.refusals} == {
         ("hooks", "patch_effect mlp_out", "no MLP here"),
         ("transformer-lens", None, "pip install it"),
         ("nnsight", None, "not this model"),
     }
+    skipped = {row[:2]: row[-1] for row in found.rows() if row[2] == "–"}
+    assert skipped == {
+        ("mlp_out", "hooks"): "skipped: no MLP here",
+        ("everything", "transformer-lens"): "skipped: pip install it",
+        ("everything", "nnsight"): "skipped: not this model",
+    }
     none = verify(llama, *asked, backends=("transformer-lens", "nnsight"))
     assert not none.passed and "no reference could be compared" in none.verdict and len(none.refusals) == 2
-    assert not none.to_dict()["passed"] and none.rows() == []
+    assert not none.to_dict()["passed"] and none.to_dict()["uncompared"] == none.quantities
+    assert [row[-1] for row in none.rows()] == ["skipped: pip install it", "skipped: not this model"]
+
+
+def test_what_only_one_reference_computes(llama: LoadedModel, asked: Any) -> None:
+    """Without hooks nobody weighs by values: that is no agreement."""
+    found = verify(llama, *asked, backends=("nnsight",))
+    assert all(one.passed for one in found.comparisons) and found.uncompared == [WEIGHTED]
+    assert not found.passed and found.verdict.endswith(f"in {WEIGHTED}")
 
 
 def test_what_the_engine_refuses(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from subjattn.backends import Backend, BackendName, open_backend
@@ -41,6 +43,8 @@ PEER_CELLS = 20
 """Cells that a peer is timed on, spread evenly over the grid, where the grid has more."""
 SHAPES = {"llama-2-7b": lambda: LlamaConfig(max_position_embeddings=4096)}
 """Architectures that `random_model` makes; LlamaConfig's defaults are Llama-2-7B's."""
+H100 = (3.35e12, 989e12)
+"""Bytes and bfloat16 FLOP a second of one H100 SXM by its data sheet, dense."""
 _COMPONENTS: dict[str, Component] = {"resid": "resid_pre", "attn": "attn_out", "mlp": "mlp_out"}
 
 Pairs = Sequence[tuple[Prompt, Prompt]]
@@ -158,6 +162,57 @@ def run_grid(
     return patch_grid(model, pairs, _COMPONENTS[grid], at="position", metric=metric, backend=backend)
 
 
+class Roofline(TorchDispatchMode):
+    """Counts the operations inside the context, on any device, `meta` too, and the least time that a card needs.
+
+    `launches` are operations that a device would run (views and what stays on the host do not count), `moved` the
+    bytes they read and write, `flops` those of matrix products; `seconds` adds up for every operation the longer of its
+    two times at the card's full bandwidth and rate. Of a table that rows are taken from, only those rows are counted.
+
+    Args:
+        device: where the work runs.
+        card: bytes and FLOP a second.
+    """
+
+    def __init__(self, device: torch.device, card: tuple[float, float] = H100) -> None:
+        super().__init__()
+        self.device, self.card = device, card
+        self.launches = self.moved = self.flops = 0
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        name = func.__name__.split(".")[0].strip("_")
+        if name.startswith(("empty", "new_empty")) or all(one.device != self.device for one in (*given, *made)):
+            return result
+        known = {one.untyped_storage()._cdata for one in given}
+        if not func._schema.is_mutable and all(one.untyped_storage()._cdata in known for one in made):
+            return result
+        if name in ("index", "index_select", "embedding", "gather"):
+            moved = 2 * sum(map(_bytes, made)) + sum(_bytes(one) for one in given if not one.is_floating_point())
+        elif name.startswith("index_put"):
+            moved = sum(map(_bytes, given[1:])) + _bytes(given[-1])
+        else:
+            moved = sum(map(_bytes, given)) + sum(map(_bytes, made))
+        flops = _product_flops(name, given, made)
+        self.launches, self.moved, self.flops = self.launches + 1, self.moved + moved, self.flops + flops
+        self.seconds += max(moved / self.card[0], flops / self.card[1])
+        return result
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _product_flops(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> int:
+    """FLOP of a matrix product; 0 of anything else."""
+    if name in ("linear", "matmul", "mm", "bmm"):
+        return 2 * made[0].numel() * given[0].shape[-1]
+    return 2 * made[0].numel() * given[1].shape[-1] if name in ("addmm", "baddbmm") else 0
+
+
 class _Spy:
     """A backend that remembers the rows asked for, and runs every `every`-th of those that change something."""
 
@@ -171,7 +226,7 @@ class _Spy:
         chosen = [i for i, row in enumerate(rows) if row.plain] + changed[:: self.every]
         self.changed, self.all_changed = [rows[i] for i in changed[:: self.every]], len(changed)
         sources = {row.source for row in self.changed} - {None}
-        self.fixed = len(rows) - len(changed) + len({row.prompt for row in self.changed}) + len(sources)
+        self.fixed = len(rows) - len(changed) + len({row.run for row in self.changed}) + len(sources)
         for output in self.backend.forward([rows[i] for i in chosen], only_contrast=only_contrast):
             yield replace(output, index=[chosen[i] for i in output.index])
 

@@ -27,6 +27,7 @@ from subjattn.engine.interventions import (
     Output,
     Patch,
     Row,
+    Run,
     blocked_edges,
     check_rows,
     controls,
@@ -71,11 +72,11 @@ class NNsight:
     def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:  # noqa: ARG002
         """Outputs of single rows, the plain ones first; see interventions.py."""
         check_rows(rows, len(self.layers), self.n_heads)
-        wanted: dict[Prompt, set[tuple[int, Component]]] = {}
+        wanted: dict[Run, set[tuple[int, Component]]] = {}
         for row in rows:
             if row.patch is not None and row.source is not None:
                 wanted.setdefault(row.source, set()).add((row.patch.layer, row.patch.component))
-        states = {source: self._states(source.ids, places) for source, places in wanted.items()}
+        states = {source: self._states(source.prompt.ids, places) for source, places in wanted.items()}
         changed = [i for i, row in enumerate(rows) if not row.plain]
         for i, row in enumerate(rows):
             if row.plain:

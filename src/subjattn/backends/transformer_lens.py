@@ -23,6 +23,7 @@ from subjattn.engine.interventions import (
     Output,
     Patch,
     Row,
+    Run,
     blocked_edges,
     check_rows,
     controls,
@@ -92,19 +93,19 @@ class TransformerLens:
         tokens = torch.tensor([ids], device=self.device)
         return self.bridge.run_with_cache(tokens, names_filter=names, return_cache_object=False)  # type: ignore[no-any-return]
 
-    def _states(self, rows: Sequence[Row]) -> dict[Prompt, dict[str, Tensor]]:
+    def _states(self, rows: Sequence[Row]) -> dict[Run, dict[str, Tensor]]:
         """What the prompts patched from give, one run each, at the hook points that are asked for."""
-        wanted: dict[Prompt, set[str]] = {}
+        wanted: dict[Run, set[str]] = {}
         for row in rows:
             if row.patch is not None and row.source is not None:
                 wanted.setdefault(row.source, set()).add(_name(row.patch.layer, _POINTS[row.patch.component]))
-        return {source: self._cached(source.ids, sorted(names))[1] for source, names in wanted.items()}
+        return {source: self._cached(source.prompt.ids, sorted(names))[1] for source, names in wanted.items()}
 
-    def _run(self, row: Row, states: dict[Prompt, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
+    def _run(self, row: Row, states: dict[Run, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
         fired: list[str] = []
         hooks = [] if row.block is None else self._blocking(row, row.block, fired)
         if row.patch is not None:
-            hooks.append(_patching(row.patch, states, fired))
+            hooks.append(_patching(row.patch, None if row.source is None else states[row.source], fired))
         logits = self.bridge.run_with_hooks(torch.tensor([row.prompt.ids], device=self.device), fwd_hooks=hooks)
         if sorted(fired) != sorted(name for name, _ in hooks):
             raise NotFired(f"fact {row.prompt.fact_id}: TransformerLens did not reach every hook point once: {fired}")
@@ -164,8 +165,8 @@ def _name(layer: int, point: str) -> str:
     return f"blocks.{layer}.{point}"
 
 
-def _patching(patch: Patch, states: dict[Prompt, dict[str, Tensor]], fired: list[str]) -> _Hook:
-    """A hook that writes a patch's values."""
+def _patching(patch: Patch, states: dict[str, Tensor] | None, fired: list[str]) -> _Hook:
+    """A hook that writes a patch's values, or those of its source's states."""
     name = _name(patch.layer, _POINTS[patch.component])
     head = () if patch.head is None else (patch.head,)
     at = (0, list(patch.positions), *head)
@@ -173,8 +174,8 @@ def _patching(patch: Patch, states: dict[Prompt, dict[str, Tensor]], fired: list
     def put(state: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         fired.append(name)
         state = state.clone()
-        values = states[patch.values][name][at] if isinstance(patch.values, Prompt) else patch.values
-        state[at] = values.to(state)
+        values = patch.values if states is None else states[name][at]
+        state[at] = values.to(state)  # type: ignore[union-attr]
         return state
 
     return name, put

@@ -162,7 +162,10 @@ def verify(
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
 ) -> int:
-    """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 if they differ.
+    """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 unless all agree.
+
+    The table lists what was compared and what was skipped, with the reason. Numbers that no reference computes are no
+    agreement.
 
     Example: `subjattn verify --model smollm2-135m --json verify.json`
     """
@@ -177,14 +180,11 @@ def verify(
     found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
     shown = tables.table(f"largest differences from the engine: {model}, {dtype}")
     for heading in verification.HEADINGS:
-        shown.add_column(heading, justify="right" if heading in ("differs", "tolerance", "scale") else "left")
+        shown.add_column(heading, justify="right" if heading in verification.HEADINGS[2:6] else "left")
     for row in found.rows():
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console = Console()
     console.print(shown)
-    for refusal in found.refusals:
-        what = f" {refusal.quantity}" if refusal.quantity else ""
-        console.print(Text(f"{refusal.backend} does not take this model's{what}: {refusal.reason}"), soft_wrap=True)
     console.print(Text(found.verdict), soft_wrap=True)
     write_json(json_, found.to_dict())
     return 0 if found.passed else 1

@@ -26,6 +26,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise UnsupportedModel(f"{type(model).__name__} has no list of {n_layers} decoder layers")
 
 
+def layer_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: where its weights are."""
+    return next(layer.parameters()).device
+
+
 def n_heads(model: PreTrainedModel) -> int:
     """Query heads of a layer."""
     return int(model.config.get_text_config().num_attention_heads)
@@ -98,8 +103,10 @@ def padded_ids(prompts: list[Prompt], device: torch.device) -> Int[Tensor, "row 
 def only_positions(
     model: PreTrainedModel, rows: Int[Tensor, " prediction"], positions: Int[Tensor, " prediction"]
 ) -> Iterator[None]:
-    """Let only chosen positions meet the unembedding, `[1, prediction, vocab]`; what follows it stays the model's."""
-    rows, positions = rows.cpu(), positions.cpu()
+    """Let only chosen positions meet the unembedding, `[1, prediction, vocab]`; what follows it stays the model's.
+
+    Rows and positions are given on the host.
+    """
     with on_input(
         model.get_output_embeddings(),
         lambda hidden: hidden[rows.to(hidden.device), positions.to(hidden.device)][None],

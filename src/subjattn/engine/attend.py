@@ -1,6 +1,6 @@
 """Attention of cones: each token reads its cone's own keys, and the base run's where the cone has none.
 
-The base run's keys are shared by all cones of a prompt and never copied: queries of one prompt meet
+The base run's keys are shared by all cones of a run and never copied: queries of one run meet
 them in one matrix product.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from subjattn.engine.attention import capped, check_some_key, grouped
+from subjattn.engine.attention import capped, check_all, grouped
 from subjattn.engine.base import Base
 from subjattn.engine.interventions import Row, blocked_edges, wide
 
@@ -21,73 +21,84 @@ from subjattn.engine.interventions import Row, blocked_edges, wide
 class Tokens:
     """Tokens of all cones, one cone's suffix after another, and those that pass through the present layer.
 
-    `offsets` says where each cone begins; `prompt` (row of the base run), `position` and `cone` belong to
-    each token. `select` chooses the tokens of one layer.
+    `offsets` says where each cone begins; `run` (row of the base), `position` and `cone` belong to each token.
+    What is known beforehand is kept on the host, where nothing has to wait for a device. `select` chooses the tokens
+    of one layer and brings what belongs to them to its device: `flat`, and `run_at`, `position_at`, `cone_at`.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        prompts: Sequence[int],
+        runs: Sequence[int],
         suffixes: Sequence[range],
         *,
         length: int,
         n_layers: int,
         n_heads: int,
-        device: torch.device,
     ) -> None:
         sizes = torch.tensor([len(suffix) for suffix in suffixes])
         self.sizes, self.starts = sizes, sizes.cumsum(0) - sizes
         self.offsets = [0, *accumulate(sizes.tolist())]
-        cone = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+        self.cone = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+        self.run = torch.tensor(runs)[self.cone]
         self.position = torch.cat([torch.arange(suffix.start, suffix.stop) for suffix in suffixes])
-        self.cone, self.prompt = cone.to(device), torch.tensor(prompts)[cone].to(device)
         self.n_key = int(self.position.max()) + 1
         self.blocked, self.acts, self.heads = None, None, None
+        self.some_key: list[Tensor] = []
         if any(row.block is not None for row in rows):
             edges = [
                 blocked_edges(row, length)[suffix.start : suffix.stop, : self.n_key]
                 for row, suffix in zip(rows, suffixes, strict=True)
             ]
-            self.blocked = torch.cat(edges).to(device)
+            self.blocked = torch.cat(edges)
             acts = [[r.block is not None and r.block.acts_at(layer) for r in rows] for layer in range(n_layers)]
             self.acts = torch.tensor(acts)
             if any(row.block is not None and row.block.heads is not None for row in rows):
-                heads = torch.ones(len(rows), n_heads, dtype=torch.bool)
+                self.heads = torch.ones(len(rows), n_heads, dtype=torch.bool)
                 for i, row in enumerate(rows):
                     if row.block is not None and row.block.heads is not None:
-                        heads[i] = False
-                        heads[i, list(row.block.heads)] = True
-                self.heads = heads.to(device)
-        self.position = self.position.to(device)
-        self.device = device
+                        self.heads[i] = False
+                        self.heads[i, list(row.block.heads)] = True
 
-    def suffixes(self, cones: list[int]) -> Tensor:
-        """All tokens of some cones."""
+    def suffixes(self, cones: list[int]) -> Int[Tensor, " token"]:
+        """All tokens of some cones, on the host."""
         sizes, offsets = self.sizes[cones], self.starts[cones]
         shift = torch.repeat_interleave(offsets - (sizes.cumsum(0) - sizes), sizes)
-        return (torch.arange(len(shift)) + shift).to(self.device)
+        return torch.arange(len(shift)) + shift
 
-    def select(self, flat: Tensor, n_own: list[int]) -> None:
-        """Choose the tokens of one pass through a layer, `n_own` of each cone; those of a prompt lie together."""
-        self.selected = flat
+    def select(self, flat: Int[Tensor, " token"], n_own: list[int], device: torch.device) -> None:
+        """Choose the tokens of one pass through a layer, `n_own` of each cone; those of a run lie together."""
+        self.selected, self.device = flat, device
+        self.flat, self.run_at, self.position_at = (of.to(device) for of in (flat, self.run[flat], self.position[flat]))
         sizes = torch.tensor(n_own)
         starts = sizes.cumsum(0) - sizes
         steps = torch.arange(int(sizes.max()))
         # Of each cone, its tokens among the selected; shorter ones repeat their last, which `valid` marks.
-        self.own = (starts[:, None] + steps.minimum(sizes[:, None] - 1)).to(self.device)
-        self.valid = (steps < sizes[:, None]).to(self.device)
-        self.row = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
-        self.step = torch.arange(len(self.selected), device=self.device) - starts.to(self.device)[self.row]
-        prompts, counts = self.prompt[self.selected].unique_consecutive(return_counts=True)
+        self.own = (starts[:, None] + steps.minimum(sizes[:, None] - 1)).to(device)
+        row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        self.valid = (steps < sizes[:, None])[row].to(device)
+        self.row, self.step = row.to(device), (torch.arange(len(flat)) - starts[row]).to(device)
+        runs, counts = self.run[flat].unique_consecutive(return_counts=True)
         ends = [0, *accumulate(counts.tolist())]
-        self.by_prompt = [(p, slice(a, b)) for p, a, b in zip(prompts.tolist(), ends, ends[1:], strict=False)]
+        self.by_run = [(p, slice(a, b)) for p, a, b in zip(runs.tolist(), ends, ends[1:], strict=False)]
 
-    def among_selected(self, flat: Tensor) -> Tensor:
-        """Where tokens stand among the selected, -1 for those that do not."""
-        where = torch.full((self.offsets[-1],), -1, device=self.device)
-        where[self.selected] = torch.arange(len(self.selected), device=self.device)
-        return where[flat.to(self.device)]
+    def blocked_at(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Edges `[token, key]` that the selected tokens lose in a layer, and in which heads; None if none do."""
+        if self.blocked is None or not self.acts[layer].any():  # type: ignore[index]
+            return None
+        cone = self.cone[self.selected]
+        edges = self.blocked[self.selected] & self.acts[layer][cone][:, None]  # type: ignore[index]
+        return edges.to(self.device), None if self.heads is None else self.heads[cone].to(self.device)
+
+    def among_selected(self, flat: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
+        """Where tokens stand among the selected, -1 for those that do not; on the host."""
+        where = torch.full((self.offsets[-1],), -1)
+        where[self.selected] = torch.arange(len(self.selected))
+        return where[flat]
+
+    def check_some_key(self) -> None:
+        """Refuse queries that nothing was left for; what the layers found is read here, once."""
+        check_all(self.some_key)
 
 
 def attend(
@@ -106,8 +117,8 @@ def attend(
     n_group, n_token, d_head = queries.shape[1:]
     longest = tokens.own.shape[1]
     scores = queries.new_empty(n_token, n_kv, n_group, n_key + longest)
-    for prompt, some in tokens.by_prompt:
-        shared = wide(base.keys[layer][prompt, :, :n_key])
+    for run, some in tokens.by_run:
+        shared = wide(base.keys[layer][run, :, :n_key])
         found = queries[:, :, some].flatten(1, 2) @ shared.transpose(1, 2)
         scores[some, ..., :n_key] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
     own_keys, own_values = keys[:, tokens.own], values[:, tokens.own]
@@ -119,8 +130,8 @@ def attend(
     weights = capped(scores.mul_(scale), softcap).masked_fill_(~allowed, -torch.inf).softmax(-1)
 
     z = values.new_empty(n_token, n_kv, n_group, d_head)
-    for prompt, some in tokens.by_prompt:
-        shared = wide(base.values[layer][prompt, :, :n_key])
+    for run, some in tokens.by_run:
+        shared = wide(base.values[layer][run, :, :n_key])
         found = weights[some, ..., :n_key].permute(1, 2, 0, 3).flatten(1, 2) @ shared
         z[some] = found.unflatten(1, (n_group, -1)).permute(2, 0, 1, 3)
     own_weights = weights[..., n_key:][tokens.own].permute(2, 0, 3, 1, 4).flatten(2, 3)
@@ -131,30 +142,27 @@ def attend(
 
 def _allowed(base: Base, tokens: Tokens, layer: int) -> Tensor:
     """What each selected token may read, `[token, 1 or kv_head, 1 or group, base key + own key]`."""
-    selected, n_key = tokens.selected, tokens.n_key
-    position = tokens.position[selected]
-    allowed = base.visible(layer, tokens.prompt[selected], position, n_key)
+    n_key, position = tokens.n_key, tokens.position_at
+    allowed = base.visible(layer, tokens.run_at, position, n_key)
     in_cone = torch.zeros(len(tokens.own), n_key, dtype=torch.bool, device=tokens.device)
     at = position[tokens.own]
     in_cone.scatter_(1, at, True)
-    valid = tokens.valid[tokens.row]
 
     def joined(seen: Tensor) -> Tensor:
         """Base keys outside the cone, then the cone's own."""
         shape = (len(seen), *[1] * (seen.ndim - 2), -1)
         own = seen.gather(-1, at[tokens.row].view(shape).expand(*seen.shape[:-1], -1))
-        return torch.cat([seen & ~in_cone[tokens.row].view(shape), own & valid.view(shape)], -1)
+        return torch.cat([seen & ~in_cone[tokens.row].view(shape), own & tokens.valid.view(shape)], -1)
 
-    cone = tokens.cone[selected]
-    if tokens.blocked is None or not tokens.acts[layer].any():  # type: ignore[index]
+    blocked = tokens.blocked_at(layer)
+    if blocked is None:
         return joined(allowed)[:, None, None]
-    acting = tokens.acts[layer].to(tokens.device)[cone]  # type: ignore[index]
-    edges = tokens.blocked[selected] & acting[:, None]
-    if tokens.heads is None:
+    edges, heads = blocked
+    if heads is None:
         allowed = joined(allowed & ~edges)
-        check_some_key(allowed)
+    else:
+        allowed = joined(allowed[:, None] & ~(edges[:, None] & heads[..., None]))
+    tokens.some_key.append(allowed.any(-1).all())
+    if heads is None:
         return allowed[:, None, None]
-    by_head = edges[:, None] & tokens.heads[cone][..., None]
-    allowed = joined(allowed[:, None] & ~by_head)
-    check_some_key(allowed)
     return allowed.unflatten(1, (base.keys[layer].shape[1], -1))  # type: ignore[no-any-return]

@@ -148,8 +148,24 @@ def _without_edges(
 
 def check_some_key(allowed: Bool[Tensor, "... query key"]) -> None:
     """Refuse a query that nothing is left for: its softmax would be over nothing."""
-    if not allowed.any(-1).all():
+    check_all([allowed.any(-1).all()])
+
+
+def check_all(some_key: list[Bool[Tensor, ""]]) -> None:
+    """Refuse queries that nothing is left for, of whom each tensor says whether there is none.
+
+    Reads each device once: a value read in the middle of a grid would let the device wait.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for one in some_key:
+        by_device.setdefault(one.device, []).append(one)
+    if not all(read(torch.stack(some).all()) for some in by_device.values()):
         raise NotFired("a query would be left without any key to attend to; block fewer edges")
+
+
+def read(value: Bool[Tensor, ""]) -> bool:
+    """A value from its device."""
+    return bool(value)
 
 
 def _mask_rows(
@@ -172,7 +188,7 @@ def _attention_rows(
     softcap: float | None,
 ) -> Float[Tensor, "row head query key"]:
     """Softmax rows of the chosen queries: memory grows with the keys, not with their square."""
-    row = torch.arange(query.shape[0], device=query.device)[:, None]
+    row, positions = torch.arange(query.shape[0], device=query.device)[:, None], positions.to(query.device)
     chosen = grouped(query.transpose(1, 2)[row, positions].transpose(1, 2), key.shape[1])
     scores = wide(chosen.flatten(2, 3)) @ wide(key.transpose(2, 3))
     scores = capped(scores.unflatten(2, chosen.shape[2:4]).flatten(1, 2) * scale, softcap)

@@ -1,4 +1,4 @@
-"""The base run of some prompts: everything outside an intervention's cone, computed once."""
+"""The base run of some prompts, each under its arm: everything outside an intervention's cone, computed once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import (
     decoder_layers,
+    layer_device,
     on_component,
     on_output,
     only_positions,
@@ -22,20 +24,19 @@ from subjattn.engine.anatomy import (
 )
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.forward import predicting_positions
-from subjattn.engine.interventions import OUTPUTS, Component, Row, wide
+from subjattn.engine.interventions import OUTPUTS, Component, Row, Run, wide
 from subjattn.errors import UnsupportedModel
-from subjattn.prompts import Prompt
 
 
 @dataclass
 class Base:
-    """One run of some prompts, and all that cones need of it, by layer.
+    """One pass of some runs, and all that cones need of it, by layer.
 
     `streams` are the residual streams before every layer and behind the last; `parts` what patches
-    take from components; `calls` a layer's arguments besides its hidden states.
+    take from components; `calls` a layer's arguments besides its hidden states. Each lies on its layer's device.
     """
 
-    prompts: list[Prompt]
+    runs: list[Run]
     streams: list[Float[Tensor, "row pos d_model"]] = field(default_factory=list)
     keys: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "row kv_head pos d_head"]] = field(default_factory=list)
@@ -45,14 +46,14 @@ class Base:
     logits: Float[Tensor, "prediction vocab"] = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
-        self.row_of = {prompt: i for i, prompt in enumerate(self.prompts)}
-        ends = torch.tensor([len(prompt.predicting) for prompt in self.prompts]).cumsum(0)
+        self.row_of = {run: i for i, run in enumerate(self.runs)}
+        ends = torch.tensor([len(run.prompt.predicting) for run in self.runs]).cumsum(0)
         self._first_prediction = [0, *ends[:-1].tolist()]
 
-    def logits_of(self, prompt: Prompt) -> Float[Tensor, "answer vocab"]:
-        """Logits that predict a prompt's answer tokens."""
-        first = self._first_prediction[self.row_of[prompt]]
-        return self.logits[first : first + len(prompt.predicting)]
+    def logits_of(self, run: Run) -> Float[Tensor, "answer vocab"]:
+        """Logits that predict a run's answer tokens."""
+        first = self._first_prediction[self.row_of[run]]
+        return self.logits[first : first + len(run.prompt.predicting)]
 
     def arguments(
         self, layer: int, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
@@ -84,19 +85,21 @@ class Base:
 
 
 @torch.inference_mode()
-def run_base(model: PreTrainedModel, prompts: list[Prompt], components: Collection[Component]) -> Base:
+def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Component]) -> Base:
     """Run prompts without interventions, keeping `components` beside what cones always need."""
-    base = Base(prompts)
+    base, prompts = Base(runs), [run.prompt for run in runs]
 
     def keep(_layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         base.keys.append(key)
         base.values.append(value)
         base.masks.append(mask)
 
-    def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *args = args if args else (kwargs["hidden_states"],)  # type: ignore[assignment]
-        base.streams.append(hidden)  # type: ignore[arg-type]
-        base.calls.append((tuple(args), {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        device = layer_device(module)
+        base.streams.append(hidden.to(device))  # type: ignore[attr-defined]
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        base.calls.append(tree_map_only(Tensor, lambda value: value.to(device), (tuple(args), rest)))
 
     def keep_part(component: Component, layer: int, state: Tensor) -> None:
         base.parts[component, layer] = state

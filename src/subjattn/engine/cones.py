@@ -2,14 +2,14 @@
 
 In a causal model an intervention at layer l and position p changes nothing below l and nothing before
 p. Everything outside is the base run's (base.py): its residual streams, keys and values, computed once
-for all rows of a prompt. All rows advance together, layer by layer: at layer l the rows whose cone
+for all rows of a run. All rows advance together, layer by layer: at layer l the rows whose cone
 starts there join, so a layer's weights are visited once for a whole grid.
 
 The tokens of all cones lie behind each other in one flat row without padding, which is all the same to
 a layer's modules but attention, and there attend.py keeps the cones apart. The layers are the model's
 own modules, called with the arguments the model gave them in the base run, cut to each token. Exactness
-is checked when a model is first used (cones that change nothing must give the base run's logits) and,
-in the tests, cell by cell against forward.py.
+is checked when a model is first used (cones that change nothing must give what the base run has, layer
+by layer and as logits) and, in the tests, cell by cell against forward.py.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
+from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
-from subjattn.engine.checks import check_model, relative_gap, tolerance
+from subjattn.engine.checks import check_model, logit_tolerance, relative_gap, strayed
 from subjattn.engine.interventions import (
     OUTPUTS,
     Output,
     Patch,
     Row,
+    Run,
     batches,
     check_rows,
     controls,
@@ -46,7 +47,6 @@ from subjattn.engine.patches import Patches
 from subjattn.engine.prefix import run_shared
 from subjattn.engine.unembed import unembed
 from subjattn.errors import UnsupportedModel
-from subjattn.prompts import Prompt
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -57,7 +57,7 @@ class _Cone:
     """What is recomputed of a row: `touched` positions in its first layer, its suffix in every later one."""
 
     row: Row
-    prompt: int
+    base_row: int
     layer: int
     touched: Sequence[int]
     suffix: range
@@ -72,7 +72,7 @@ def forward(
 ) -> Iterator[Output]:
     """The logits of `forward.forward`, for less: rows without an intervention are the base run's.
 
-    Rows of one prompt should come in one call, so that they share its base run.
+    Rows of one run should come in one call, so that they share its base.
 
     Args:
         model: a causal language model in eval mode.
@@ -88,14 +88,15 @@ def forward(
     budget = budget or Budget()
     check_rows(rows, len(decoder_layers(model)), n_heads(model))
     if rows and model not in _checked:
-        _check_exact(model, run_base(model, [rows[0].prompt], {"z"}), budget)
+        _check_exact(model, run_base(model, [rows[0].run], {"z"}), budget)
         _checked.add(model)
     families = _families(rows)
-    for chosen in batches([max(map(len, prompts)) * len(prompts) for prompts, _ in families], budget.base_tokens):
+    sizes = [max(len(run.prompt) for run in runs) * len(runs) for runs, _ in families]
+    for chosen in batches(sizes, budget.base_tokens):
         index = [i for c in chosen for i in families[c][1]]
         components = {patch.component for i in index if (patch := rows[i].patch) is not None}
-        prompts = list(dict.fromkeys(prompt for c in chosen for prompt in families[c][0]))
-        base = run_shared(model, prompts, components, budget)
+        runs = list(dict.fromkeys(run for c in chosen for run in families[c][0]))
+        base = run_shared(model, runs, components, budget)
         if plain := [i for i in index if rows[i].plain]:
             yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
         changed = [i for i in index if not rows[i].plain]
@@ -104,17 +105,17 @@ def forward(
             yield from _run_cones(model, base, own, [rows[i] for i in own], only_contrast, budget)
 
 
-def _families(rows: Sequence[Row]) -> list[tuple[list[Prompt], list[int]]]:
-    """Prompts that need one base run, a prompt and those it is patched from, with the rows that it serves."""
-    members: dict[Prompt, list[int]] = {}
+def _families(rows: Sequence[Row]) -> list[tuple[list[Run], list[int]]]:
+    """Runs that need one base, a run and those it is patched from, with the rows that it serves."""
+    members: dict[Run, list[int]] = {}
     for i, row in enumerate(rows):
-        members.setdefault(row.prompt, []).append(i)
+        members.setdefault(row.run, []).append(i)
     sources = {
-        prompt: list(dict.fromkeys(source for i in own if (source := rows[i].source) not in (None, prompt)))
-        for prompt, own in members.items()
+        run: list(dict.fromkeys(source for i in own if (source := rows[i].source) is not None and source != run))
+        for run, own in members.items()
     }
-    # A prompt that is only looked at and patched from has no family of its own.
-    hosts = {source: prompt for prompt, some in sources.items() for source in some}
+    # A run that is only looked at and patched from has no family of its own.
+    hosts = {source: run for run, some in sources.items() for source in some}
     guests = {p: host for p, host in hosts.items() if p in members and all(rows[i].plain for i in members[p])}
     families = {p: ([p, *sources[p]], list(own)) for p, own in members.items() if p not in guests}
     for guest, host in guests.items():
@@ -137,11 +138,10 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: bool) -> Output:
-    logits = [base.logits_of(row.prompt) for row in rows]
+    logits = [base.logits_of(row.run) for row in rows]
     if only_contrast:
-        return Output(
-            index, rows, torch.stack([of[0, list(row.contrast or ())] for of, row in zip(logits, rows, strict=True)])
-        )
+        first = torch.stack([of[0] for of in logits])
+        return Output(index, rows, first.gather(1, torch.tensor([row.contrast for row in rows], device=first.device)))
     return Output(index, rows, torch.cat(logits))
 
 
@@ -149,17 +149,17 @@ def _plain_output(base: Base, index: list[int], rows: list[Row], only_contrast: 
 def _run_cones(
     model: PreTrainedModel, base: Base, index: list[int], rows: list[Row], only_contrast: bool, budget: Budget
 ) -> Iterator[Output]:
-    """Rows of one base run, all layers; beside them every prompt once more without an intervention."""
+    """Rows of one base run, all layers; beside them every run once more without an intervention."""
     beside, of = controls(rows)
     first_layer = min(row.first_layer for row in rows)
-    starts: dict[Prompt, int] = {}
+    starts: dict[Run, int] = {}
     for row in rows:
-        starts[row.prompt] = min(row.suffix.start, starts.get(row.prompt, row.suffix.start))
+        starts[row.run] = min(row.suffix.start, starts.get(row.run, row.suffix.start))
     cones = []
     for row in beside:
-        whole = range(starts[row.prompt], row.prompt.predicting[-1] + 1)
-        cones.append(_Cone(row, base.row_of[row.prompt], first_layer, whole, whole))
-    cones += [_Cone(row, base.row_of[row.prompt], row.first_layer, row.touched, row.suffix) for row in rows]
+        whole = range(starts[row.run], row.prompt.predicting[-1] + 1)
+        cones.append(_Cone(row, base.row_of[row.run], first_layer, whole, whole))
+    cones += [_Cone(row, base.row_of[row.run], row.first_layer, row.touched, row.suffix) for row in rows]
     hidden = _advance(model, base, cones, budget.chunk_tokens)
     sizes = [len(row.prompt.predicting) for row in (*beside, *rows)]
     ends = list(accumulate(sizes))
@@ -180,51 +180,55 @@ def _advance(
     model: PreTrainedModel, base: Base, asked: list[_Cone], chunk_tokens: int
 ) -> Float[Tensor, "prediction d_model"]:
     """Run cones through all layers; the final residual stream where they predict answer tokens, in the order asked."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].prompt, asked[i].layer, asked[i].narrow))
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].base_row, asked[i].layer, asked[i].narrow))
     cones = [asked[i] for i in order]
-    layers, device = decoder_layers(model), model.device
+    layers = decoder_layers(model)
     tokens = Tokens(
         [cone.row for cone in cones],
-        [cone.prompt for cone in cones],
+        [cone.base_row for cone in cones],
         [cone.suffix for cone in cones],
         length=base.streams[0].shape[1],
         n_layers=len(layers),
         n_heads=n_heads(model),
-        device=device,
     )
     origins = [offset - cone.suffix.start for offset, cone in zip(tokens.offsets, cones, strict=False)]
-    patches = Patches(base, tokens, ((o, c.row.patch) for o, c in zip(origins, cones, strict=True) if c.row.patch))
-    hidden = base.streams[0].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
+    patches = Patches(base, tokens, ((origin, cone.row) for origin, cone in zip(origins, cones, strict=True)))
+    first = min(cone.layer for cone in cones)
+    hidden = base.streams[first].new_empty(tokens.offsets[-1], base.streams[0].shape[-1])
 
     def enter(numbers: list[int], layer: int) -> None:
         """Fill whole suffixes from the base run."""
-        flat = tokens.suffixes(numbers)
-        hidden[flat] = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
+        flat, stream = tokens.suffixes(numbers), base.streams[layer]
+        run, position, flat = (of.to(stream.device) for of in (tokens.run[flat], tokens.position[flat], flat))
+        hidden[flat] = stream[run, position]
 
-    first = min(cone.layer for cone in cones)
     tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
     with tapped(model, tap, range(first, len(layers))):
         for layer in range(first, len(layers)):
+            device = layer_device(layers[layer])
+            hidden = hidden.to(device)
             joining = [i for i, cone in enumerate(cones) if cone.layer == layer]
             enter([i for i in joining if not cones[i].narrow], layer)
             running = [i for i, c in enumerate(cones) if c.layer < layer or (c.layer == layer and not c.narrow)]
             sizes = [len(cones[i].suffix) for i in running]
             for a, b in pieces(sizes, chunk_tokens):
-                flat = tokens.suffixes(running[a:b])
-                tokens.select(flat, sizes[a:b])
-                hidden[flat] = _call(model, base, tokens, patches, layer, hidden[flat])
+                tokens.select(tokens.suffixes(running[a:b]), sizes[a:b], device)
+                hidden[tokens.flat] = _call(model, base, tokens, patches, layer, hidden[tokens.flat])
             narrow = [i for i in joining if cones[i].narrow]
+            hidden = hidden.to(base.streams[layer + 1].device)
             enter(narrow, layer + 1)
             sizes = [len(cones[i].touched) for i in narrow]
             for a, b in pieces(sizes, chunk_tokens):
-                flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched], device=device)
-                tokens.select(flat, sizes[a:b])
-                before = base.streams[layer][tokens.prompt[flat], tokens.position[flat]]
-                hidden[flat] = _call(model, base, tokens, patches, layer, before)
+                flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched])
+                tokens.select(flat, sizes[a:b], device)
+                before = base.streams[layer][tokens.run_at, tokens.position_at]
+                behind = _call(model, base, tokens, patches, layer, before)
+                hidden[tokens.flat.to(hidden.device)] = behind.to(hidden.device)
     patches.check_fired()
+    tokens.check_some_key()
     where = dict(zip(order, origins, strict=True))
     last = [where[i] + position for i, cone in enumerate(asked) for position in cone.row.prompt.predicting]
-    return hidden[torch.tensor(last, device=device)]
+    return hidden[torch.tensor(last, device=hidden.device)]
 
 
 def _call(
@@ -240,7 +244,7 @@ def _call(
     states = hidden[None]
     if (patched := patches.put("resid_pre", layer, states)) is not None:
         states = patched
-    args, kwargs = base.arguments(layer, tokens.prompt[tokens.selected], tokens.position[tokens.selected])
+    args, kwargs = base.arguments(layer, tokens.run_at, tokens.position_at)
     with ExitStack() as stack:
         for component in OUTPUTS:
             if (component, layer) in patches.places:
@@ -250,20 +254,61 @@ def _call(
 
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
-    """Cones that change nothing, whole and narrow, from the first and a middle layer, must give the base's logits."""
-    prompt, middle = base.prompts[0], len(base.keys) // 2
-    expected = base.logits_of(prompt)
+    """Cones that change nothing, whole and narrow, must give what the base run has: in every layer, and as logits."""
+    _check_layers(model, base)
+    run, middle = base.runs[0], len(base.keys) // 2
+    prompt, expected = run.prompt, base.logits_of(run)
     contrast = (int(expected[0].argmax()), prompt.answer_ids[0])
     start = max(1, prompt.prediction - 1)
     whole = tuple(range(1, prompt.prediction + 1))
-    patches = [Patch(0, whole, prompt), Patch(middle, whole[-2:], prompt), Patch(middle, (start,), prompt, "z", 0)]
-    rows = [Row(prompt, patch=patch, contrast=contrast) for patch in patches]
+    patches = [Patch(0, whole, run), Patch(middle, whole[-2:], run), Patch(middle, (start,), run, "z", 0)]
+    rows = [Row(prompt, patch=patch, contrast=contrast, arm=run.arm) for patch in patches]
     (output,) = _run_cones(model, base, list(range(len(rows))), rows, False, budget)
     (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
-    gaps = [relative_gap(output.logits.view(len(rows), *expected.shape), expected[None])]
-    gaps.append(relative_gap(short.logits, expected[0, list(contrast)][None]))
-    if not max(gaps) <= tolerance(model):
+    found = output.logits.view(len(rows), *expected.shape)
+    gap = max(relative_gap(found, expected[None]), relative_gap(short.logits, expected[0, list(contrast)][None]))
+    if not gap <= logit_tolerance(model):
         raise UnsupportedModel(
-            f"{type(model).__name__}: recomputing part of a run moves its logits by {max(gaps):.1e} of their size, so "
+            f"{type(model).__name__}: recomputing part of a run moves its logits by {gap:.1e} of their size, so "
             "the engine would not be exact on it"
+        )
+
+
+@torch.inference_mode()
+def _check_layers(model: PreTrainedModel, base: Base) -> None:
+    """Each layer by itself, from the base run's own input: a long and a short suffix, and single positions."""
+    run, layers = base.runs[0], decoder_layers(model)
+    end, middle = run.prompt.predicting[-1] + 1, run.prompt.prediction // 2 + 1
+    chosen = [range(1, end), range(middle, end), (middle, end - 1)]
+    suffixes = [range(some[0], end) for some in chosen]
+    tokens = Tokens(
+        [Row(run.prompt, arm=run.arm)] * len(chosen),
+        [0] * len(chosen),
+        suffixes,
+        length=base.streams[0].shape[1],
+        n_layers=len(layers),
+        n_heads=n_heads(model),
+    )
+    flat = [
+        start + position - suffix.start
+        for start, suffix, some in zip(tokens.offsets, suffixes, chosen, strict=False)
+        for position in some
+    ]
+    kept: dict[int, Tensor] = {}
+    gaps = []
+    tap = Tap(attend=partial(attend, base, tokens), change_z=kept.__setitem__)
+    with tapped(model, tap, range(len(layers))):
+        for layer in range(len(layers)):
+            device = layer_device(layers[layer])
+            tokens.select(torch.tensor(flat), [len(some) for some in chosen], device)
+            at = tokens.position_at
+            before, expected = base.streams[layer][0, at], base.streams[layer + 1].to(device)[0, at]
+            found = _call(model, base, tokens, Patches(base, tokens, ()), layer, before)
+            z, wanted = kept[layer][0].flatten(1), base.parts["z", layer][0, at].flatten(1)
+            gaps.append(max(float(strayed(found, expected, before).max()), float(strayed(z, wanted, 0 * z).max())))
+    worst = max(range(len(gaps)), key=lambda layer: gaps[layer] if gaps[layer] == gaps[layer] else torch.inf)
+    if not gaps[worst] <= 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: part of layer {worst} recomputed from the same input parts from the whole by "
+            f"{gaps[worst]:.1e} times what rounding may in {model.dtype}, so the engine would not be exact on it"
         )

@@ -38,6 +38,7 @@ from subjattn.engine.interventions import (
     Output,
     Patch,
     Row,
+    Run,
     batches,
     blocked_edges,
     check_rows,
@@ -104,7 +105,8 @@ def attention_rows(
                 norms[layer] = _value_norms(value, grams[layer])
 
         tap = Tap(keep_queries=last[:, None], keep=keep)
-        with only_positions(model, torch.zeros(0, dtype=torch.long), last[:0]), tapped(model, tap, range(len(layers))):
+        none = torch.zeros(0, dtype=torch.long)
+        with only_positions(model, none, none), tapped(model, tap, range(len(layers))):
             model(input_ids=ids, use_cache=False)
         yield Output(index, [Row(prompt) for prompt in some], torch.empty(0), attention=tap.weights, value_norms=norms)
 
@@ -189,13 +191,14 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
 
 
 def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]]:
-    """Patches with their values, by component and layer; values of other prompts from whole passes of their own."""
+    """Patches with their values, by component and layer; values of other runs from whole passes of their own."""
     wanted = {(row.source, row.patch.component) for row in rows if row.patch is not None and row.source is not None}
-    taken: dict[tuple[Prompt, Component], Tensor] = {}
+    taken: dict[tuple[Run, Component], Tensor] = {}
     for component in {component for _, component in wanted}:
         sources = [source for source, its in wanted if its == component]
-        taken |= zip([(source, component) for source in sources], states(model, sources, component), strict=True)
-    found: dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]] = {}
+        found = states(model, [source.prompt for source in sources], component)
+        taken |= zip([(source, component) for source in sources], found, strict=True)
+    by_place: dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]] = {}
     for i, row in enumerate(rows):
         if (patch := row.patch) is None:
             continue
@@ -204,5 +207,5 @@ def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, 
         else:
             values = taken[row.source, patch.component][patch.layer, list(patch.positions)]
             values = values if patch.head is None else values[:, patch.head]
-        found.setdefault((patch.component, patch.layer), []).append((i, patch, values))  # type: ignore[arg-type]
-    return found
+        by_place.setdefault((patch.component, patch.layer), []).append((i, patch, values))  # type: ignore[arg-type]
+    return by_place

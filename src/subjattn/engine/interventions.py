@@ -1,8 +1,8 @@
-"""Interventions as data: which edges to block, which states to replace, in which prompt.
+"""Interventions as data: which edges to block, which states to replace, in which run.
 
-A row is one prompt under at most one intervention of each kind. An intervention reaches only the
-layers and positions of its cone: from its first layer up, and from its first position on. Whatever
-runs rows (cones.py, forward.py, the backends) yields `Output`s.
+A run is one prompt under one arm; a row is a run under at most one intervention of each kind. An
+intervention reaches only the layers and positions of its cone: from its first layer up, and from its
+first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from subjattn.errors import NotFired
+from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
 
 
@@ -55,39 +55,59 @@ class Block:
         return self.layers is None or layer in self.layers
 
 
+@dataclass(frozen=True)
+class Run:
+    """A prompt under one arm: what base runs, controls and the sources of patches are known by.
+
+    `arm` names one of several models in a batch; None is the model itself.
+    """
+
+    prompt: Prompt
+    arm: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """The output of a component replaced at `positions` of one layer.
 
-    `values` are `[position, width]`, or a prompt from whose own run they are taken at the same
-    positions. Components: `resid_pre`, the residual stream before the layer; `attn_out` and `mlp_out`,
-    what its attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
+    `values` are `[position, width]`, or the run that they are taken from at the same positions; a prompt
+    stands for its run under the row's own arm. Components: `resid_pre`, the residual stream before the
+    layer; `attn_out` and `mlp_out`, what its attention and its MLP return; `z`, what one `head` reads
+    before W_O (width d_head).
     """
 
     layer: int
     positions: tuple[int, ...]
-    values: Float[Tensor, "position width"] | Prompt
+    values: Float[Tensor, "position width"] | Run | Prompt
     component: Component = "resid_pre"
     head: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt under at most one intervention of each kind; `contrast` is a token and its foil."""
+    """One prompt and arm under at most one intervention of each kind; `contrast` is a token and its foil."""
 
     prompt: Prompt
     block: Block | None = None
     patch: Patch | None = None
     contrast: tuple[int, int] | None = None
+    arm: str | None = None
+
+    @property
+    def run(self) -> Run:
+        return Run(self.prompt, self.arm)
 
     @property
     def plain(self) -> bool:
         return self.block is None and self.patch is None
 
     @property
-    def source(self) -> Prompt | None:
-        """The prompt whose run gives the patch its values."""
-        return self.patch.values if self.patch is not None and isinstance(self.patch.values, Prompt) else None
+    def source(self) -> Run | None:
+        """The run that gives the patch its values."""
+        values = None if self.patch is None else self.patch.values
+        if isinstance(values, Prompt):
+            return Run(values, self.arm)
+        return values if isinstance(values, Run) else None
 
     @property
     def first_layer(self) -> int:
@@ -127,7 +147,7 @@ class Output:
     """What a batch of rows gave; `index` says where its rows stand among those asked for.
 
     `logits` has one line for every position that predicts an answer token, row after row; where only
-    contrasts were asked for, one line a row, its token and its foil. `control` are the same prompts
+    contrasts were asked for, one line a row, its token and its foil. `control` are the same runs
     without an intervention, run in the same batch; `control_of` says which belongs to a row.
     """
 
@@ -141,7 +161,13 @@ class Output:
 
 
 def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
-    """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing."""
+    """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing.
+
+    Raises:
+        NotFired: such an intervention.
+        UnsupportedModel: a row of another arm than the model's own.
+    """
+    check_arms(rows)
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
         block, patch = row.block, row.patch
@@ -163,8 +189,18 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
                     f"fact {row.prompt.fact_id}: a patch of {patch.component} in layer {patch.layer}, head "
                     f"{patch.head}, at positions {patch.positions} lies outside the prompt or model"
                 )
-            if row.source is not None and max(patch.positions) >= len(row.source):
+            if row.source is not None and max(patch.positions) >= len(row.source.prompt):
                 raise NotFired(f"fact {row.prompt.fact_id}: the prompt patched from is too short")
+
+
+def check_arms(rows: Sequence[Row]) -> None:
+    """Refuse arms that a model by itself has not: their numbers would be its own."""
+    for run in (run for row in rows for run in (row.run, row.source) if run is not None):
+        if run.arm is not None:
+            raise UnsupportedModel(
+                f"fact {run.prompt.fact_id}: a row of arm {run.arm!r} was asked of a single model, which would answer "
+                "in its place: measure each arm with its own model, and leave the row's arm out"
+            )
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -195,10 +231,10 @@ def pieces(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
 
 
 def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
-    """Each prompt and contrast among `rows` once, without an intervention, and which one belongs to a row."""
-    found: dict[tuple[Prompt, tuple[int, int] | None], int] = {}
-    of = [found.setdefault((row.prompt, row.contrast), len(found)) for row in rows]
-    return [Row(prompt, contrast=contrast) for prompt, contrast in found], of
+    """Each run and contrast among `rows` once, without an intervention, and which one belongs to a row."""
+    found: dict[tuple[Run, tuple[int, int] | None], int] = {}
+    of = [found.setdefault((row.run, row.contrast), len(found)) for row in rows]
+    return [Row(run.prompt, contrast=contrast, arm=run.arm) for run, contrast in found], of
 
 
 def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:

@@ -10,26 +10,31 @@ from torch import Tensor
 
 from subjattn.engine.attend import Tokens
 from subjattn.engine.base import Base
-from subjattn.engine.interventions import Component, Patch
+from subjattn.engine.interventions import Component, Patch, Row, Run
 from subjattn.errors import NotFired
+
+
+_Place = tuple[int, int, Patch, Run | None]
+"""A flat token, the position's number in its patch, the patch, and the run that its values are taken from."""
 
 
 class Patches:
     """All patches of some cones, by component and layer; each position must be written exactly once.
 
     Args:
-        base: the run that named prompts' values come from.
+        base: what named runs' values come from.
         tokens: the cones' tokens.
-        patches: with the flat token at which position 0 of its prompt would stand.
+        rows: with the flat token at which position 0 of its prompt would stand; those without a patch do not count.
     """
 
-    def __init__(self, base: Base, tokens: Tokens, patches: Iterable[tuple[int, Patch]]) -> None:
+    def __init__(self, base: Base, tokens: Tokens, rows: Iterable[tuple[int, Row]]) -> None:
         self.base, self.tokens = base, tokens
-        self.places: dict[tuple[Component, int], list[tuple[int, int, Patch]]] = {}
-        for origin, patch in patches:
-            place = self.places.setdefault((patch.component, patch.layer), [])
-            place += [(origin + position, i, patch) for i, position in enumerate(patch.positions)]
-        self.flat = {key: torch.tensor([flat for flat, _, _ in place]) for key, place in self.places.items()}
+        self.places: dict[tuple[Component, int], list[_Place]] = {}
+        for origin, row in rows:
+            if (patch := row.patch) is not None:
+                place = self.places.setdefault((patch.component, patch.layer), [])
+                place += [(origin + position, i, patch, row.source) for i, position in enumerate(patch.positions)]
+        self.flat = {key: torch.tensor([flat for flat, *_ in place]) for key, place in self.places.items()}
         self.missing = sum(map(len, self.places.values()))
 
     def put(
@@ -45,23 +50,27 @@ class Patches:
         here = [self.places[component, layer][i] for i in chosen.tolist()]
         self.missing -= len(here)
         state = state.clone()
-        heads = ([patch.head for _, _, patch in here],) if component == "z" else ()
-        state[0, at[chosen], *heads] = self._values(component, layer, here).to(state)
+        where = (at[chosen].to(state.device), *_heads(component, here, state.device))
+        state[0][where] = self._values(component, layer, here).to(state)
         return state
 
-    def _values(
-        self, component: Component, layer: int, here: list[tuple[int, int, Patch]]
-    ) -> Float[Tensor, "patch width"]:
-        """Taken from the run of the prompt that a patch names, or brought along."""
-        if all(isinstance(patch.values, Tensor) for _, _, patch in here):
-            return torch.stack([patch.values[i] for _, i, patch in here])  # type: ignore[misc, index]
-        if any(isinstance(patch.values, Tensor) for _, _, patch in here):
-            raise NotFired("patches of one layer take their values either all from prompts or all from tensors")
-        rows = [self.base.row_of[patch.values] for _, _, patch in here]  # type: ignore[index]
-        positions = [patch.positions[i] for _, i, patch in here]
-        heads = ([patch.head for _, _, patch in here],) if component == "z" else ()
-        return self.base.parts[component, layer][rows, positions, *heads]
+    def _values(self, component: Component, layer: int, here: list[_Place]) -> Float[Tensor, "patch width"]:
+        """Taken from the run that a patch names, or brought along."""
+        sources = [source for *_, source in here]
+        if not any(sources):
+            return torch.stack([patch.values[i] for _, i, patch, _ in here])  # type: ignore[misc, index]
+        if not all(sources):
+            raise NotFired("patches of one layer take their values either all from runs or all from tensors")
+        part = self.base.parts[component, layer]
+        rows = torch.tensor([self.base.row_of[source] for source in sources], device=part.device)  # type: ignore[index]
+        positions = torch.tensor([patch.positions[i] for _, i, patch, _ in here], device=part.device)
+        return part[rows, positions, *_heads(component, here, part.device)]
 
     def check_fired(self) -> None:
         if self.missing:
             raise NotFired(f"{self.missing} patched positions were never written, or written twice")
+
+
+def _heads(component: Component, here: list[_Place], device: torch.device) -> tuple[Tensor, ...]:
+    """The heads of patches of `z`, as an index."""
+    return (torch.tensor([patch.head for _, _, patch, _ in here], device=device),) if component == "z" else ()

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import decoder_layers, n_heads, on_component
+from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
 from subjattn.engine.budget import Budget
-from subjattn.engine.interventions import OUTPUTS, Component, Row, pieces
+from subjattn.engine.interventions import OUTPUTS, Component, Row, Run, pieces
 from subjattn.engine.unembed import embed, unembed
 from subjattn.prompts import Prompt
 
 
-def run_shared(
-    model: PreTrainedModel, prompts: list[Prompt], components: Collection[Component], budget: Budget
-) -> Base:
-    """`run_base`, the tokens that all prompts begin with computed once where that saves half of the work."""
-    shared = shared_tokens(prompts)
+def run_shared(model: PreTrainedModel, runs: list[Run], components: Collection[Component], budget: Budget) -> Base:
+    """`run_base`, the tokens that all prompts begin with computed once where that saves half of the work.
+
+    Two arms have nothing in common, whatever their prompts begin with.
+    """
+    prompts = [run.prompt for run in runs]
+    shared = shared_tokens(prompts) if len({run.arm for run in runs}) == 1 else 0
     if 2 * shared * (len(prompts) - 1) < sum(map(len, prompts)):
-        return run_base(model, prompts, components)
-    return _run_suffixes(model, prompts, components, budget, shared)
+        return run_base(model, runs, components)
+    return _run_suffixes(model, runs, components, budget, shared)
 
 
 def shared_tokens(prompts: list[Prompt]) -> int:
@@ -42,31 +44,32 @@ def shared_tokens(prompts: list[Prompt]) -> int:
 
 @torch.inference_mode()
 def _run_suffixes(
-    model: PreTrainedModel, prompts: list[Prompt], components: Collection[Component], budget: Budget, shared: int
+    model: PreTrainedModel, runs: list[Run], components: Collection[Component], budget: Budget, shared: int
 ) -> Base:
-    """One prompt whole, of the others only what follows the shared tokens."""
-    root = run_base(model, [max(prompts, key=len)], components)
-    base = Base(prompts, masks=root.masks, calls=root.calls)
+    """One run whole, of the others only what follows the shared tokens."""
+    root = run_base(model, [max(runs, key=lambda run: len(run.prompt))], components)
+    prompts = [run.prompt for run in runs]
+    base = Base(runs, masks=root.masks, calls=root.calls)
     for name in ("streams", "keys", "values"):
         setattr(base, name, [kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for kept in getattr(root, name)])
     base.parts = {at: kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for at, kept in root.parts.items()}
 
-    layers, device = decoder_layers(model), model.device
-    rows, suffixes = [Row(prompt) for prompt in prompts], [range(shared, len(prompt)) for prompt in prompts]
+    layers = decoder_layers(model)
+    rows, suffixes = [Row(run.prompt, arm=run.arm) for run in runs], [range(shared, len(prompt)) for prompt in prompts]
     tokens = Tokens(
         rows,
         [0] * len(prompts),
         suffixes,
-        length=len(root.prompts[0]),
+        length=len(root.runs[0].prompt),
         n_layers=len(layers),
         n_heads=n_heads(model),
-        device=device,
     )
     sizes = [len(suffix) for suffix in suffixes]
-    hidden = embed(model, prompts)[tokens.cone, tokens.position]
+    hidden = embed(model, prompts)
+    hidden = hidden[tokens.cone.to(hidden.device), tokens.position.to(hidden.device)]
 
     def at() -> tuple[Tensor, Tensor]:
-        return tokens.cone[tokens.selected], tokens.position[tokens.selected]
+        return tokens.cone[tokens.selected].to(tokens.device), tokens.position_at
 
     def keep(layer: int, key: Tensor, value: Tensor, _mask: Tensor | None) -> None:
         row, position = at()
@@ -84,16 +87,17 @@ def _run_suffixes(
                 stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(tapped(model, tap, range(len(layers))))
         for i, layer in enumerate(layers):
-            base.streams[i][tokens.cone, tokens.position] = hidden
+            device = layer_device(layer)
+            hidden = hidden.to(device)
+            base.streams[i][tokens.cone.to(device), tokens.position.to(device)] = hidden
             for a, b in pieces(sizes, budget.chunk_tokens):
-                flat = tokens.suffixes(list(range(a, b)))
-                tokens.select(flat, sizes[a:b])
-                args, kwargs = root.arguments(i, tokens.prompt[flat], tokens.position[flat])
-                result = layer(hidden[flat][None], *args, **kwargs)
-                hidden[flat] = (result[0] if isinstance(result, tuple) else result)[0]
-    base.streams[-1][tokens.cone, tokens.position] = hidden
+                tokens.select(tokens.suffixes(list(range(a, b))), sizes[a:b], device)
+                args, kwargs = root.arguments(i, tokens.run_at, tokens.position_at)
+                result = layer(hidden[tokens.flat][None], *args, **kwargs)
+                hidden[tokens.flat] = (result[0] if isinstance(result, tuple) else result)[0]
+    base.streams[-1][tokens.cone.to(device), tokens.position.to(device)] = hidden
     base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     starts = tokens.offsets
     last = [starts[i] + p - shared for i, prompt in enumerate(prompts) for p in prompt.predicting]
-    base.logits = unembed(model, hidden[torch.tensor(last, device=device)], rows, only_contrast=False)
+    base.logits = unembed(model, hidden[torch.tensor(last, device=hidden.device)], rows, only_contrast=False)
     return base

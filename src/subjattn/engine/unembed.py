@@ -44,10 +44,10 @@ def unembed(
         head = model.get_output_embeddings()
         if contrast is not None and type(head) is nn.Linear:
             stack.enter_context(_only_tokens(head, contrast))
-        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=model.device)
         logits = wide(model(input_ids=ids, use_cache=False).logits[:, 0])
     if contrast is not None and type(head) is not nn.Linear:
-        logits = logits.gather(1, contrast)
+        logits = logits.gather(1, contrast.to(logits.device))
     return logits
 
 
@@ -56,8 +56,9 @@ def _only_tokens(head: nn.Linear, tokens: Tensor) -> Iterator[None]:
     """The unembedding of two tokens a row instead of the vocabulary."""
 
     def forward(hidden: Float[Tensor, "row one d_model"]) -> Float[Tensor, "row one two"]:
-        logits = hidden @ head.weight[tokens].transpose(1, 2)
-        return logits if head.bias is None else logits + head.bias[tokens][:, None]
+        at = tokens.to(head.weight.device)
+        logits = hidden.to(at.device) @ head.weight[at].transpose(1, 2)
+        return logits if head.bias is None else logits + head.bias[at][:, None]
 
     with _replaced([head], forward):
         yield
