@@ -18,8 +18,8 @@ from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from subjattn import digest
 from subjattn.errors import AdapterMismatch, BadInput
-from subjattn.facts import digest
 from subjattn.facts.hub import commit_of
 from subjattn.models import describe, fingerprint, identity, load_model, load_tokenizer, model_shape, packaged_model
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from subjattn.digest import content_digest
 from subjattn.errors import BadInput
 from subjattn.facts import cities, counterfact, entityquestions, lre, mmlu, own, popqa, world
-from subjattn.facts.digest import content_digest
 from subjattn.facts.duplicates import unambiguous
 from subjattn.facts.hub import commit_of, fetch, parted
 from subjattn.facts.popularity import join_popularity

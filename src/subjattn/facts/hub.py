@@ -31,7 +31,6 @@ def commit_of(repository: str, revision: str | None = None, kind: Kind = "model"
     Raises:
         BadInput: the hub cannot be asked, or knows no such revision, and the local cache has none.
     """
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
 
     if revision is not None and _COMMIT.fullmatch(revision):
@@ -40,7 +39,7 @@ def commit_of(repository: str, revision: str | None = None, kind: Kind = "model"
         if found := HfApi().repo_info(repository, revision=revision, repo_type=kind).sha:
             return str(found)
         reason = "the hub names no commit"
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except Exception as error:  # of whichever library the hub's own speaks through
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
     try:
         cached = snapshot_download(repository, revision=revision, repo_type=kind, local_files_only=True)

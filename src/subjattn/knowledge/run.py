@@ -23,7 +23,7 @@ from subjattn.measures.answers import answer_logprob
 from subjattn.models import LoadedModel, identity
 from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
-from subjattn.stages import alone, replacing
+from subjattn.run.folder import alone, replacing
 
 
 def know(

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from subjattn.digest import digest_of
 from subjattn.engine.prefix import shared_tokens
 from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
@@ -35,7 +36,7 @@ from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel, identity
 from subjattn.models.provenance import weights_sha256
 from subjattn.prompts import Prompt, Style, make_prompts
-from subjattn.stages import finished, key_of, writing
+from subjattn.run.folder import Folder
 
 
 if TYPE_CHECKING:
@@ -137,19 +138,19 @@ def slick(
     digests = [
         pd.util.hash_pandas_object(table.astype(str), index=False).to_numpy().tobytes().hex() for table in (facts, pool)
     ]
-    parts = []
+    parts, kept = [], None if folder is None else Folder(folder)
     for index in range(budget.n_prompts):
-        part_folder = None if folder is None else folder / f"prompt-{index:02d}"
-        key = key_of(model=who, tables=digests, budget=budget.model_dump(), index=index)
-        if part_folder is None or not finished(part_folder, key):
+        name = f"prompt-{index:02d}"
+        recipe = digest_of({"model": who, "tables": digests, "budget": budget.model_dump(), "index": index})
+        if kept is not None and kept.holds(name, recipe):
+            part = pd.read_parquet(kept.path(name) / "answers.parquet")
+            on_reused(1 / budget.n_prompts)
+        else:
             part = _ask(asked_of, facts, pool, budget, index)
-            if part_folder is not None:
-                with writing(part_folder, key) as temporary:
+            if kept is not None:
+                with kept.writing(name, {"recipe": recipe, "inputs": {}}) as temporary:
                     part.to_parquet(temporary / "answers.parquet", index=False)
             advance(1 / budget.n_prompts)
-        else:
-            part = pd.read_parquet(part_folder / "answers.parquet")
-            on_reused(1 / budget.n_prompts)
         parts.append(part)
     asked = pd.concat(parts)
     groups = asked.groupby("fact_id", sort=False)

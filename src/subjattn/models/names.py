@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from subjattn.digest import content_digest
 from subjattn.errors import BadInput
-from subjattn.facts.digest import content_digest
 from subjattn.facts.hub import commit_of, parted
 from subjattn.models.packaged import PACKAGED, packaged_model
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from subjattn.digest import cache_folder, content_digest
 from subjattn.errors import BadInput
-from subjattn.facts.digest import cache_folder, content_digest
 from subjattn.models.reading import quiet
 
 

@@ -33,14 +33,12 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def reading(what: str, error: type[SubjattnError] = BadInput) -> Iterator[None]:
     """Read files quietly; what goes wrong is raised as `error`, in one line with its reason."""
-    from safetensors import SafetensorError
-
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as cause:
-        if isinstance(cause, SubjattnError):
-            raise
+    except SubjattnError:
+        raise
+    except Exception as cause:  # of whichever library reads, or fetches
         raise error(f"{what} cannot be loaded: {reason_of(cause)}") from None
 
 

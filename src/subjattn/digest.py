@@ -1,4 +1,4 @@
-"""Digests of what files and folders hold, so that a copy on another machine is the same and a changed byte is not.
+"""Digests of plain data, and of what files and folders hold: a copy elsewhere is the same, a changed byte is not.
 
 A large file is read once: its digest is kept, in memory and in the cache folder, by path, inode, size and both
 times of its last change, the one that no program can set among them.
@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 LARGE = 1 << 20
@@ -27,6 +28,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subjattn"
 
 
+def digest_of(data: Any) -> str:
+    """A digest of plain data, the same for the same data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def digests_in(folder: Path) -> dict[str, str]:
+    """The digest of every file under a folder, by its path there; names that begin with a dot are left out."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
 def content_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, or of the names and bytes of all files under a folder.
 
@@ -35,17 +50,18 @@ def content_digest(path: str | os.PathLike[str]) -> str:
     """
     root = Path(path)
     if root.is_file():
-        return _file_digest(root)
+        return file_digest(root)
     inside = sorted((p.relative_to(root) for p in root.rglob("*") if p.is_file()), key=lambda p: p.as_posix())
     entries = [
-        (file.as_posix(), _file_digest(root / file))
+        (file.as_posix(), file_digest(root / file))
         for file in inside
         if not any(part.startswith(".") for part in file.parts)
     ]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     real = str(file.resolve())
     stamp = _stamp(real)
     note = cache_folder() / "digests" / f"{hashlib.sha256(real.encode()).hexdigest()[:32]}.json"

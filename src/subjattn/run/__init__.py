@@ -1,0 +1,1 @@
+"""Running a plan of stages into a folder; knows no facts, no models and no measures."""
