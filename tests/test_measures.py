@@ -185,7 +185,7 @@ def test_pairs_of_known_facts_come_first(tiny: LoadedModel, cities: pd.DataFrame
         choose_pairs(prompts, known, 0, np.random.default_rng(0))
 
 
-def test_pairs_that_a_swap_hardly_moves_are_dropped_and_counted(tiny: LoadedModel, cities: pd.DataFrame) -> None:
+def test_pairs_that_a_swap_hardly_moves_are_left_out_and_marked(tiny: LoadedModel, cities: pd.DataFrame) -> None:
     prompts = make_prompts(draw(cities, 60, seed=1), tiny.tokenizer, STYLES["list"])
     effect = patch_grid(tiny, swap_subjects(prompts, np.random.default_rng(0))[:6], at="subject")
     gaps = sorted(
@@ -197,11 +197,11 @@ def test_pairs_that_a_swap_hardly_moves_are_dropped_and_counted(tiny: LoadedMode
     floor = float(gaps[0][0] + gaps[-1][0]) / 2
     kept = keep_pairs(effect, floor)
     expected = {fact for gap, fact in gaps if gap >= floor}
-    assert set(kept["fact"].values) == expected and 0 < len(expected) < 6
-    assert (kept.attrs["pairs_kept"], kept.attrs["pairs_dropped"]) == (len(expected), 6 - len(expected))
-    assert kept.attrs["pairs_floor"] == floor and kept.attrs["unit"] == "logits"
-    with pytest.raises(BadInput, match=r"drops all 6 pairs, whose largest difference is"):
-        keep_pairs(effect, float(gaps[-1][0]) + 1)
+    assert set(kept["fact"].values[kept["kept"].values]) == expected and 0 < len(expected) < 6
+    assert kept.sizes["fact"] == 6 and bool(kept.isel(fact=~kept["kept"].values).isnull().all())
+    some = effect.isel(fact=kept["kept"].values)
+    np.testing.assert_allclose(recovery(kept), recovery(some), err_msg="as if the others had not been there")
+    np.testing.assert_array_equal(kept.isel(fact=kept["kept"].values), some)
     with pytest.raises(BadInput, match="floor=nan is no number"):
         keep_pairs(effect, float("nan"))
     with pytest.raises(BadInput, match="needs a patch_grid"):

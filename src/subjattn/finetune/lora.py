@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch.utils.data import DataLoader
 
 from subjattn.errors import BadInput
+from subjattn.finetune.record import Method
 from subjattn.models import LoadedModel, quiet
 from subjattn.prompts import Prompt
 
@@ -188,3 +189,12 @@ def _collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     mask = (torch.arange(length) < lengths[:, None]).long()
     return {"input_ids": ids, "labels": padded("labels", IGNORED), "attention_mask": mask}
+
+
+METHOD = Method(
+    name="lora",
+    settings=Training,
+    train=train_adapter,
+    n_steps=lambda settings, n_facts: settings.n_steps(n_facts),
+    rows=lambda settings: settings.batch_size,
+)

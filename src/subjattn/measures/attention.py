@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import xarray as xr
+from pydantic import Field
 from torch import Tensor
 
 from subjattn.backends import Backend, BackendName
@@ -18,6 +19,7 @@ from subjattn.engine.forward import attention_rows
 from subjattn.engine.interventions import Output
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened
+from subjattn.measures.record import Asked, Measure, Quantity, Settings, mean_over
 from subjattn.prompts import Prompt
 
 
@@ -130,3 +132,35 @@ def _prediction_rows(output: Output) -> np.ndarray:
 
 def _stacked(by_layer: dict[int, Tensor]) -> np.ndarray:
     return np.stack([by_layer[layer].cpu().numpy() for layer in sorted(by_layer)], axis=1)
+
+
+class AttentionSettings(Settings):
+    reduce: Literal["sum", "max", "last"] = Field("sum", description="over the subject's tokens")
+    value_weighted: bool = Field(False, description="weight × ‖value·W_O‖ (Kobayashi et al. 2020)")
+
+
+def _run(asked: Asked, settings: AttentionSettings) -> xr.Dataset:
+    array = subject_attention(asked.model, asked.prompts, **settings.model_dump(), **asked.computing)
+    asked.tell(len(asked.prompts))
+    return array.to_dataset()
+
+
+MEASURE = Measure(
+    name="attention_to_subject",
+    title="attention to the subject",
+    paper=PAPER,
+    quantities=(
+        Quantity(
+            "attention_to_subject",
+            "share of attention",
+            "attention from the prediction position to the subject, mean over layers and heads",
+            per_fact=mean_over("attention_to_subject", "layer", "head"),
+        ),
+    ),
+    run=_run,
+    cost=lambda shape, _: shape.n_facts,
+    settings=AttentionSettings,
+    needs=frozenset({"subject", "same_prompts"}),
+    any_backend=True,
+    figure="attention",
+)

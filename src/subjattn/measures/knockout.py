@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 import xarray as xr
+from pydantic import Field, PositiveInt
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
@@ -28,6 +29,7 @@ from subjattn.engine.interventions import Block, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
 from subjattn.measures.metrics import CHANGES, MEANINGS, UNITS, Measured, Metric, measure_rows, parse_metrics
+from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
 from subjattn.prompts import Prompt
 
 
@@ -232,3 +234,82 @@ def _grid(
 def _definition(metric: Metric, edges: str, layers: str) -> str:
     fall = f"fall in the {MEANINGS[metric]}" if metric in CHANGES else MEANINGS[metric]
     return f"{fall}, when the edges {edges} are blocked before the softmax in {layers}"
+
+
+CELL = 0.25
+"""Forward passes of a prompt that a layer's or head's cell costs, roughly."""
+USED_NATS = 0.1
+"""Below this total drop the subject is worth too little to speak of a route."""
+
+
+class KnockoutSettings(Settings):
+    by: By | None = Field(None, description="beside all layers at once: one layer, window or head at a time")
+    window: PositiveInt = Field(9, description="layers of a window")
+    facts: PositiveInt = Field(12, description="facts whose knock-out is repeated so")
+
+
+def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
+    found: xr.Dataset = knockout(asked.model, asked.prompts, **asked.computing).to_dataset()
+    asked.tell(2.0 * len(asked.prompts))
+    if settings.by is not None:
+        few = asked.by_id(asked.order[: settings.facts])
+        apart = knockout(asked.model, few, by=settings.by, window=settings.window, **asked.computing)
+        apart = apart.drop_vars(["baseline_answer_logprob", "routes_coincide"])
+        found[f"knockout_drop_by_{settings.by}"] = apart.rename(fact="few_fact", subject="few_subject")
+        asked.tell(CELL * apart.size / apart.sizes["route"])
+    return found
+
+
+def _route(route: Route) -> Callable[[xr.Dataset], xr.DataArray]:
+    definition = _definition("answer_logprob", _EDGES[route][0], "all layers")
+    return lambda dataset: dataset["knockout_drop"].sel(route=route, drop=True).assign_attrs(definition=definition)
+
+
+def direct_share(dataset: xr.Dataset) -> float:
+    """What the direct edges carry of what all routes do, a ratio of means over facts whose routes differ.
+
+    NaN where no fact's routes differ, or the subject is worth less than 0.1 nats by any route.
+    """
+    drop = dataset["knockout_drop"]
+    drop = drop[~drop["routes_coincide"].values]
+    if not drop.sizes["fact"] or (total := float(drop.sel(route="total").mean())) < USED_NATS:
+        return float("nan")
+    return float(drop.sel(route="direct").mean()) / total
+
+
+def _cost(shape: Shape, settings: KnockoutSettings) -> float:
+    cells = {None: 0, "head": shape.n_layers * shape.n_heads}.get(settings.by, shape.n_layers)
+    return 2.0 * shape.n_facts + CELL * settings.facts * cells
+
+
+MEASURE = Measure(
+    name="knockout",
+    title="knock-out of the subject",
+    paper="Geva et al. 2023",
+    quantities=(
+        Quantity(
+            "knockout_drop",
+            "nats",
+            _definition("answer_logprob", _EDGES["direct"][0], "all layers"),
+            per_fact=_route("direct"),
+        ),
+        Quantity(
+            "knockout_drop_total",
+            "nats",
+            _definition("answer_logprob", _EDGES["total"][0], "all layers"),
+            per_fact=_route("total"),
+        ),
+        Quantity(
+            "direct_share",
+            "share of the total drop",
+            "mean direct drop over mean total drop, over facts in which the two block other edges",
+            pooled=direct_share,
+        ),
+    ),
+    run=_run,
+    cost=_cost,
+    settings=KnockoutSettings,
+    needs=frozenset({"subject", "same_prompts"}),
+    any_backend=True,
+    figure="knockout",
+)

@@ -50,29 +50,22 @@ def choose_pairs(
 
 
 def keep_pairs(effect: xr.DataArray, floor: float) -> xr.DataArray:
-    """The pairs of a `patch_grid` whose clean run differs from the corrupt one by at least `floor`.
+    """Of a `patch_grid`, the pairs whose clean run differs from the corrupt one by at least `floor`; NaN elsewhere.
 
     Args:
         effect: `(fact, …)` of `logit_diff` (logits) or `answer_logprob` (nats).
         floor: smallest difference, clean minus corrupt, in the array's unit.
 
     Returns:
-        The array without the other pairs; its attributes `pairs_floor`, `pairs_dropped` and `pairs_kept` say how many
-        they are.
+        The array with a coordinate `kept` `(fact,)`; facts stay where they are, so that arms which keep other pairs
+        still stand side by side.
 
     Raises:
-        BadInput: an array that holds no change, a floor that is no number, or one that no pair reaches.
+        BadInput: an array that holds no change, or a floor that is no number.
     """
-    gap = destroyed(effect)
     if not np.isfinite(floor):
         raise BadInput(
             f"floor={floor} is no number: give the smallest difference that counts, in {effect.attrs['unit']}"
         )
-    keeps = (gap >= floor).values
-    if not keeps.any():
-        raise BadInput(
-            f"floor={floor} drops all {len(keeps)} pairs, whose largest difference is {float(gap.max()):.3g}: take a "
-            "lower one, or pairs of facts that the model knows"
-        )
-    counts = {"pairs_floor": float(floor), "pairs_dropped": int((~keeps).sum()), "pairs_kept": int(keeps.sum())}
-    return effect.isel(fact=keeps).assign_attrs(counts)
+    kept = (destroyed(effect) >= floor).values
+    return effect.where(xr.DataArray(kept, dims="fact")).assign_coords(kept=("fact", kept))

@@ -188,9 +188,9 @@ def _diverging(values: np.ndarray, title: str, place: int) -> dict[str, object]:
 
 def _bar(title: str, place: int) -> dict[str, object]:
     return {
-        "title": {"text": title, "side": "top"},
+        "title": {"text": title, "side": "right"},
         "thickness": 12,
-        "x": 1.01 + 0.075 * place,
+        "x": 1.01 + 0.085 * place,
         "len": 260,
         "lenmode": "pixels",
         **_TOP,

@@ -1,0 +1,80 @@
+"""One measure of one model, without a study: what `subjattn measure` does, as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from pydantic import ValidationError
+
+from subjattn.errors import BadInput
+from subjattn.measures.answers import predict
+from subjattn.measures.pairs import choose_pairs
+from subjattn.measures.record import Asked, measure_of
+
+
+if TYPE_CHECKING:
+    from subjattn.backends import Backend, BackendName
+    from subjattn.models import LoadedModel
+    from subjattn.prompts import PromptSet
+
+
+def measure(
+    name: str,
+    model: LoadedModel,
+    prompts: PromptSet,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    backend: BackendName | Backend = "engine",
+    memory_budget: int | None = None,
+) -> xr.Dataset:
+    """Any measure of the registry on one model.
+
+    Args:
+        name: see `subjattn measure --list`.
+        model: from `load_model`.
+        prompts: facts asked in one style.
+        settings: of the measure; `subjattn measure NAME --help` shows them.
+        seed: of the draw of facts and pairs, for measures that do not take all.
+        backend: what computes it.
+        memory_budget: bytes of working memory beyond the weights.
+
+    Returns:
+        The measure's arrays over `fact` and more; `measure_of(name).quantities` says what they mean.
+
+    Raises:
+        BadInput: no such measure or setting, or the prompts do not give what it needs.
+    """
+    found = measure_of(name)
+    if not found.any_backend and (backend != "engine" or memory_budget is not None):
+        raise BadInput(f"measure {name!r} is computed by the model itself: leave out the backend and the memory budget")
+    try:
+        chosen = found.parse(dict(settings or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    rng = np.random.default_rng(seed)
+    order = [prompts[int(i)] for i in rng.permutation(len(prompts))]
+    known: set[str] = set()
+    pairs: list[tuple[str, str]] = []
+    if "known" in found.needs:
+        predictions = predict(model, prompts)
+        known = set(predictions["fact_id"][predictions["correct"]])
+    if "swaps" in found.needs:
+        chosen_pairs, _ = choose_pairs(order, known, len(order), rng)
+        pairs = [(clean.fact_id, corrupt.fact_id) for clean, corrupt in chosen_pairs]
+        if not pairs:
+            raise BadInput("no two facts can be swapped: none agree in length and differ in their answer; ask more")
+    asked = Asked(
+        model,
+        prompts,
+        order=[prompt.fact_id for prompt in order],
+        known=frozenset(known),
+        pairs=pairs,
+        backend=backend,
+        memory_budget=memory_budget,
+    )
+    return found.run(asked, chosen)

@@ -1,0 +1,194 @@
+"""What a measure is: a record of all there is to know of it, so that everything else can go through the registry.
+
+A file of this package that defines `MEASURE` is a measure of subjattn; those of other packages come by an entry
+point of the group `subjattn.measures` (docs/extending.md adds one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xarray as xr
+from pydantic import BaseModel, ConfigDict
+
+from subjattn.errors import BadInput
+from subjattn.registry import discover, named
+
+
+if TYPE_CHECKING:
+    from subjattn.backends import Backend, BackendName
+    from subjattn.models import LoadedModel
+    from subjattn.prompts import Prompt, PromptSet
+
+Need = Literal["subject", "same_prompts", "known", "swaps"]
+"""`subject`: facts that have one; `same_prompts`: every arm reads the same tokens; `known`: which facts the reference
+model answers rightly; `swaps`: pairs of prompts whose subjects are swapped."""
+
+
+class Settings(BaseModel):
+    """Base of a measure's settings: its section in a study, its options on the command line, part of its key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a measure depends on."""
+
+    n_facts: int
+    n_layers: int
+    n_heads: int
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that contrasts, claims, tables and figures name.
+
+    Attributes:
+        name: under which it is named.
+        unit: of its values.
+        definition: in words; the array's own, where it says more, stands in its attributes.
+        per_fact: from the measure's dataset to one value a fact, `(fact,)` or `(fact, part)`. NaN says that the
+            quantity is not defined for the fact; attributes `unit` and `definition`, which may go by the settings,
+            stand before the record's.
+        pooled: instead, one number over all facts (a ratio, a share) that is no mean over facts; NaN where it is
+            not defined.
+        bounds: the least and largest value there can be.
+    """
+
+    name: str
+    unit: str
+    definition: str
+    per_fact: Callable[[xr.Dataset], xr.DataArray] | None = None
+    pooled: Callable[[xr.Dataset], float] | None = None
+    bounds: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.per_fact is None) == (self.pooled is None):
+            raise BadInput(f"quantity {self.name!r} is either one value per fact or pooled over facts")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Everything about one measure.
+
+    Attributes:
+        name: in studies and on the command line.
+        title: for a reader, in a few words.
+        paper: where it comes from.
+        quantities: what it gives; none where it is only looked at.
+        run: from what is asked and the settings to arrays over `fact` and more.
+        cost: forward passes of a prompt, roughly.
+        settings: a pydantic model.
+        needs: without which it is not defined.
+        figure: of `subjattn.plots`, by name.
+        any_backend: whether it goes by `Asked.computing`, so that other backends than the engine can compute it.
+        version: raised when its numbers change meaning, so that older ones are made anew.
+    """
+
+    name: str
+    title: str
+    paper: str
+    quantities: tuple[Quantity, ...]
+    run: Callable[[Asked, Any], xr.Dataset]
+    cost: Callable[[Shape, Any], float]
+    settings: type[BaseModel] = Settings
+    needs: frozenset[Need] = frozenset()
+    figure: str | None = None
+    any_backend: bool = False
+    version: int = 1
+
+    def parse(self, values: dict[str, Any]) -> Any:
+        """Settings from plain data, checked."""
+        return self.settings.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a measure is given.
+
+    Attributes:
+        model: whom to ask.
+        prompts: facts asked in one style.
+        order: facts in a random order that is the same in every arm; measures that take some take the first.
+        known: those of them that the reference model answers rightly.
+        pairs: ids of clean and corrupt facts, for measures that need `swaps`, pairs of two known facts first.
+        backend: what computes it.
+        memory_budget: bytes of working memory beyond the weights; None: the usual.
+        tell: told of forward passes done.
+    """
+
+    model: LoadedModel
+    prompts: PromptSet
+    order: Sequence[str] = ()
+    known: frozenset[str] = frozenset()
+    pairs: Sequence[tuple[str, str]] = ()
+    backend: BackendName | Backend = "engine"
+    memory_budget: int | None = None
+    tell: Callable[[float], None] = field(default=lambda _units: None)
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """The arguments that say how measures compute."""
+        return {"backend": self.backend, "memory_budget": self.memory_budget}
+
+    def by_id(self, ids: Sequence[str]) -> list[Prompt]:
+        """Prompts of these facts, in this order."""
+        found = {prompt.fact_id: prompt for prompt in self.prompts}
+        return [found[fact_id] for fact_id in ids]
+
+
+def measures() -> dict[str, Measure]:
+    """All measures by name."""
+    return discover("subjattn.measures", "MEASURE", "subjattn.measures")
+
+
+def measure_of(name: str) -> Measure:
+    """One measure; BadInput where there is none of that name."""
+    return named(measures(), name, "measure")  # type: ignore[no-any-return]
+
+
+def quantity_of(name: str, among: Sequence[Measure]) -> tuple[Measure, Quantity]:
+    """A quantity by its name, and its measure; BadInput where none of these measures gives it."""
+    found = {quantity.name: (measure, quantity) for measure in among for quantity in measure.quantities}
+    return named(found, name, "quantity")  # type: ignore[no-any-return]
+
+
+def one_per_fact(variable: str) -> Callable[[xr.Dataset], xr.DataArray]:
+    """A quantity that is a variable `(fact,)` as it stands."""
+    return lambda dataset: dataset[variable]
+
+
+def mean_over(variable: str, *dims: str) -> Callable[[xr.Dataset], xr.DataArray]:
+    """A quantity that is a variable's mean over these dimensions, which must be all it has beside `fact`."""
+
+    def value(dataset: xr.Dataset) -> xr.DataArray:
+        if left := set(dataset[variable].dims) - {"fact", *dims}:
+            raise BadInput(f"{variable} has dimensions {sorted(map(str, left))} that nothing says how to reduce")
+        attrs = dataset[variable].attrs
+        described = f"{attrs['definition']}, mean over {' and '.join(dims)}s" if "definition" in attrs else ""
+        return dataset[variable].mean(dims).assign_attrs(attrs | ({"definition": described} if described else {}))
+
+    return value
+
+
+def values_of(measure: Measure, dataset: xr.Dataset) -> list[tuple[str, str, str, float]]:
+    """Rows `(fact, quantity, part, value)` of the measure's quantities per fact."""
+    rows = []
+    for quantity in measure.quantities:
+        if quantity.per_fact is None:
+            continue
+        array = quantity.per_fact(dataset)
+        if array.dims not in (("fact",), ("fact", "part")):
+            raise BadInput(f"quantity {quantity.name!r} gave dimensions {array.dims}, not (fact,) or (fact, part)")
+        parts = [str(part) for part in array["part"].values] if "part" in array.dims else [""]
+        numbers = np.asarray(array.values, float).reshape(len(array), len(parts))
+        rows += [
+            (str(fact), quantity.name, part, float(value))
+            for fact, own in zip(array["fact"].values, numbers, strict=True)
+            for part, value in zip(parts, own, strict=True)
+        ]
+    return rows

@@ -1,0 +1,66 @@
+"""The measure `patching`: how much of what a swapped subject destroys one clean state brings back."""
+
+from __future__ import annotations
+
+import xarray as xr
+from pydantic import Field, PositiveInt
+
+from subjattn.engine.interventions import Component
+from subjattn.measures.pairs import keep_pairs
+from subjattn.measures.patching import Direction, largest_recovery, patch_grid
+from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
+
+
+CELL = 0.25
+"""Forward passes of a prompt that a cell costs, roughly."""
+
+
+class PatchingSettings(Settings):
+    component: Component = Field("resid_pre", description="what is put from one run into the other")
+    direction: Direction = Field("denoising", description="denoising: clean states into the corrupt run")
+    pairs: PositiveInt = Field(8, description="pairs of clean and corrupt prompts, of known facts first")
+    floor: float = Field(0.0, description="logits by which the swap must move the clean answer for a pair to count")
+
+
+def _run(asked: Asked, settings: PatchingSettings) -> xr.Dataset:
+    chosen = list(asked.pairs[: settings.pairs])
+    clean, corrupt = (asked.by_id([pair[side] for pair in chosen]) for side in (0, 1))
+    pairs = list(zip(clean, corrupt, strict=True))
+    array = patch_grid(
+        asked.model, pairs, settings.component, direction=settings.direction, metric="logit_diff", **asked.computing
+    )
+    known = [a in asked.known and b in asked.known for a, b in chosen]
+    n_layers, n_heads = array.sizes["layer"], array.sizes.get("head", 1)
+    asked.tell(CELL * len(chosen) * n_layers * n_heads * 4)
+    return keep_pairs(array, settings.floor).assign_coords(known=("fact", known)).to_dataset()
+
+
+def _largest(dataset: xr.Dataset) -> float:
+    effect = dataset["patch_effect"]
+    return float(largest_recovery(effect)) if bool(effect.notnull().any()) else float("nan")
+
+
+def _cost(shape: Shape, settings: PatchingSettings) -> float:
+    cells = shape.n_layers * (shape.n_heads if settings.component == "z" else 1)
+    return CELL * settings.pairs * cells * 4
+
+
+MEASURE = Measure(
+    name="patching",
+    title="where the subject's information lies",
+    paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
+    quantities=(
+        Quantity(
+            "largest_recovery",
+            "share of the destroyed difference",
+            "largest share that one cell brings back (noising: takes away), cells decided by construction left out",
+            pooled=_largest,
+        ),
+    ),
+    run=_run,
+    cost=_cost,
+    settings=PatchingSettings,
+    needs=frozenset({"subject", "same_prompts", "known", "swaps"}),
+    any_backend=True,
+    figure="patching",
+)

@@ -1,0 +1,105 @@
+"""The figures of a report, by name: each draws a measure's arrays, a panel per arm.
+
+A package of yours adds one by an entry point of the group `subjattn.figures`, and a measure names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+import xarray as xr
+
+from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
+from subjattn.plots.lines import plot_knockout
+from subjattn.registry import discover, named
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a figure is given: a measure's variables, `(arm, fact, …)`, None where there is none; and two arms."""
+
+    array: Callable[[str], xr.DataArray | None]
+    difference: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One kind of figure.
+
+    Attributes:
+        name: by which a measure asks for it.
+        title: above it.
+        note: how to read it.
+        draw: gives it, or None where there is nothing to draw.
+    """
+
+    name: str
+    title: str
+    note: str
+    draw: Callable[[Drawn], go.Figure | None]
+
+
+def figures() -> dict[str, Figure]:
+    """All figures by name."""
+    return discover("subjattn.plots", "FIGURE", "subjattn.figures")
+
+
+def figure_of(name: str) -> Figure:
+    """One figure; BadInput where there is none of that name."""
+    return named(figures(), name, "figure")  # type: ignore[no-any-return]
+
+
+def _attention(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("attention_to_subject")
+    return None if array is None else plot_attention(array, drawn.difference)
+
+
+def _knockout(drawn: Drawn) -> go.Figure | None:
+    for by in ("layer", "window", "head"):
+        if (array := drawn.array(f"knockout_drop_by_{by}")) is not None:
+            return plot_knockout(array)
+    return None
+
+
+def _patching(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("patch_effect")
+    return None if array is None or "head" in array.dims else plot_patching(array)
+
+
+def _tokens(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("token_attention")
+    return None if array is None else plot_tokens(array)
+
+
+FIGURE = (
+    Figure(
+        "attention",
+        "Attention to the subject, by layer and head",
+        "From the prediction position, mean over facts. One scale for all arms.",
+        _attention,
+    ),
+    Figure(
+        "knockout",
+        "Knock-out of the subject, one part of the model at a time",
+        "Fall of the answer's log-probability when the edges to the subject are blocked in one layer (window, head) "
+        "alone; mean over a few facts.",
+        _knockout,
+    ),
+    Figure(
+        "patching",
+        "Where the subject's information lies: patching",
+        "Denoising puts clean states into the run whose subject was swapped, at all positions of one role: 0 leaves "
+        "it as it was, 1 restores the clean logit difference. Noising puts swapped states into the clean run: 0 leaves "
+        "it, 1 takes all of the difference away. “Before” the subject both runs are the same: the effect is exactly 0.",
+        _patching,
+    ),
+    Figure(
+        "tokens",
+        "Attention over the tokens of single prompts",
+        "From the prediction position (the last token shown), mean over heads. Tokens of the subject carry an "
+        "asterisk. The scale ends at the largest weight behind the first token, which is a sink and may lie beyond it.",
+        _tokens,
+    ),
+)
