@@ -1,17 +1,20 @@
 # make demo: the whole road on a packaged model, on two CPU cores
-# make test: the whole test suite
+# make test: the test suite, but for what takes minutes, which make test-slow runs
 # make check: tests, lint and types, as in continuous integration
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test test-slow lint check clean
 
 demo: .venv/installed
 	$(BIN)/subjattn run experiments/cities.yaml
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow -n 2 $(PYTEST_ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

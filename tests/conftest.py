@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from zoo import CONFIGS, VOCAB, config
 
 from subjattn.facts import draw, load_facts
 from subjattn.models import LoadedModel, load_model
-from subjattn.study.config import StudyConfig, load_study
+from subjattn.study.config import StudyConfig
+from subjattn.study.read import load_study
 from subjattn.study.run import run_study
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 CITIES = Path(__file__).parent.parent / "experiments" / "cities.yaml"
 SMALL = [
     "facts.n_train=32",
     "facts.n_test=24",
     "training.learning_rate=0.01",
-    "measures={by_layer_facts: 2, patching_pairs: 2, example_prompts: 2}",
+    "measures.knockout={by: layer, facts: 2}",
+    "measures.patching={pairs: 2}",
+    "measures.token_attention={facts: 2}",
 ]
 TRICKY = [
     "Nairobi",

@@ -16,6 +16,7 @@ from conftest import CITIES, SMALL
 
 from subjattn import cli
 from subjattn.facts.splits import CATEGORIES
+from subjattn.measures.record import measure_of, measures
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -36,7 +37,7 @@ def test_facts_marks_the_subject(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert len(re.findall(r"^City:\[ .*\]\\nCountry:  → ", shown, re.MULTILINE)) == 3
 
 
-@pytest.mark.parametrize("what", ["attention", "knockout", "patch"])
+@pytest.mark.parametrize("what", list(measures()))
 def test_measure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, what: str
 ) -> None:
@@ -44,9 +45,60 @@ def test_measure(
     assert run(monkeypatch, "measure", what, "--model", model, "--n", 40, "--json", target) == 0
     content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content["styles"]) == ["list", "sentence"]
-    array = content["styles"]["list"]["array"]
-    assert len(array["data"]) == len(array["coords"]["fact"]["data"]) > 0
-    assert "list: " in capsys.readouterr().out
+    arrays = content["styles"]["list"]["arrays"]
+    first = next(iter(arrays["data_vars"].values()))
+    assert len(first["data"]) == len(arrays["coords"]["fact"]["data"]) > 0
+    shown = capsys.readouterr().out
+    assert "list: " in shown and all(quantity.name in shown for quantity in measure_of(what).quantities)
+
+
+def test_settings_of_a_measure_are_its_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    assert run(monkeypatch, "measure", "knockout", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in ("--by", "--window", "--knockout-facts", "--facts", "layer|window|head"):
+        assert option in shown
+    target = tmp_path / "out.json"
+    few = ["--n", 8, "--by", "layer", "--knockout-facts", 2, "--json", target]
+    assert run(monkeypatch, "measure", "knockout", "--model", model, *few) == 0
+    arrays = json.loads(target.read_text())["styles"]["list"]["arrays"]
+    assert arrays["dims"]["few_fact"] == 2 and arrays["data_vars"]["knockout_drop_by_layer"]["dims"][-1] == "layer"
+    assert run(monkeypatch, "measure", "--list") == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}: " in listed for name in measures())
+
+
+def test_a_setting_beside_an_absent_section_keeps_what_is_measured() -> None:
+    """`--set measures.patching.pairs=3` on a study without the section means the others as they are."""
+    from subjattn.study.config import MEASURED
+    from subjattn.study.read import _apply
+
+    raw: dict = {}
+    _apply(raw, "measures.patching.pairs=3")
+    assert list(raw["measures"]) == list(MEASURED) and raw["measures"]["patching"] == {"pairs": 3}
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import subjattn
+
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"subjattn {subjattn.__version__}\n"
+
+
+def test_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: tuple[Path, dict], model: Path
+) -> None:
+    settings = [part for setting in [*SMALL, f"model={model}"] for part in ("--set", setting)]
+    assert run(monkeypatch, "plan", CITIES, "--out", done[0], *settings) == 0
+    shown = capsys.readouterr().out
+    assert "✓ knockout" in shown and "left: 0 forward passes" in shown and "nothing is left to compute" in shown
+    assert run(monkeypatch, "plan", CITIES, "--out", done[0].with_name("none"), *settings, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {stage["state"] for stage in plan["stages"]} == {"to do"} and plan["place"].startswith(
+        "1 worker (too little"
+    )
+    assert not done[0].with_name("none").exists()
 
 
 def test_measure_with_own_facts_and_template(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
@@ -63,7 +115,10 @@ def test_measured_numbers_are_the_apis(monkeypatch: pytest.MonkeyPatch, tmp_path
     import subjattn as sa
 
     target = tmp_path / "out.json"
-    assert run(monkeypatch, "measure", "attention", "--model", model, "--n", 5, "--seed", 3, "--json", target) == 0
+    assert (
+        run(monkeypatch, "measure", "attention_to_subject", "--model", model, "--n", 5, "--seed", 3, "--json", target)
+        == 0
+    )
     loaded = sa.load_model(str(model))
     prompts = sa.make_prompts(sa.load_facts("cities", 5, seed=3), loaded.tokenizer, "City: {subject}\nCountry:")
     expected = sa.subject_attention(loaded, prompts)
@@ -137,23 +192,25 @@ def test_run_from_the_command_line(
     [
         ("run nope.yaml", "no such study"),
         ("run {study} --set facts.ntest=3", "no such field; did you mean 'n_test'?"),
-        ("run {study} --set facts.n_test=99999 --out {tmp}", "n_test=99999 is not between 1 and the"),
         ("run {study} --set model=nosuch --out {tmp}", "unknown model 'nosuch'"),
         ("run {study} --set model=/no/such --out {tmp}", "no such folder: '/no/such'"),
-        ("run {study} --set facts.source=x.csv --out {tmp}", "no such file of facts"),
+        (
+            "run {study} --set facts.source=x.csv --out {tmp}",
+            "facts 'x.csv' are no file or folder and no data set of the hub",
+        ),
         ("report {tmp}", "holds no finished study"),
         ("facts nope", "unknown facts 'nope'"),
         ("facts cities --n 0", "--n"),
         ("facts cities --n 999999", "n=999999 is not between 1 and the"),
-        ("measure attention --model nosuch", "unknown model"),
-        ("measure attention --n 1 --json {tmp}", "is a folder: name a file in it"),
+        ("measure accuracy --model nosuch", "unknown model"),
+        ("measure accuracy --n 1 --json {tmp}", "is a folder: name a file in it"),
         ("run {study} --set seed=2024-13-45", "not YAML"),
         ("run {study} --set seed=5000000000", "seed: Input should be less than"),
         ("run {study} --set training.epochs=.inf", "training.epochs: Input should be a finite number"),
-        ("run {study} --out {study}", "File exists"),
-        ("measure nothing", "'attention', 'knockout', 'patch'"),
-        ("measure attention --dtype int4", "dtype 'int4' is not one of"),
-        ("measure attention --template x --n 1", "must contain {subject} or {question}"),
+        ("run {study} --out {study}", "is a file: name a folder for the results"),
+        ("measure nothing", "there is no measure 'nothing'"),
+        ("measure accuracy --dtype int4", "dtype 'int4' is not one of"),
+        ("measure accuracy --template x --n 1", "must contain {subject} or {question}"),
         ("compare --base smollm2-135m --out {tmp}", "give either --tuned or --adapter"),
         ("compare --base smollm2-135m --adapter /no/such --out {tmp} --n 9", "no such adapter folder"),
         ("compare --base smollm2-135m --adapter x --tuned y --out {tmp}", "give either --tuned or --adapter"),
@@ -164,6 +221,17 @@ def test_run_from_the_command_line(
         ("knowledge --out {tmp} --facts popqa:/no/such", "no such file or folder"),
         ("facts cities --columns subject", "'subject' is not FIELD=COLUMN"),
         ("nope", "No such command"),
+        ("measure knockout --by row --n 2", "'row' is not one of 'layer', 'window', 'head'"),
+        ("measure patching --n 2", "no two facts can be swapped"),
+        ("run {study} --on slurm --out {tmp}", "--on 'slurm' is neither 'ray' nor 'ray://HOST:PORT'"),
+        ("run {study} --workers 0", "--workers"),
+        (
+            "measure accuracy --n 1 --backend nnsight",
+            "'accuracy' is computed by the model itself: leave out",
+        ),
+        ("check {study} --set arms.known={{}} --set arms.known.adapter=nonexist", "no such adapter folder: 'nonexist'"),
+        ("check {study} --set arms.more.model=/nope/model", "no such folder: '/nope/model'"),
+        ("compare --base smollm2-135m --adapter x --trained-on y.csv --out {tmp}", "no such adapter folder"),
     ],
 )
 def test_bad_input(
@@ -176,14 +244,19 @@ def test_bad_input(
     assert message in lines[-1]
 
 
-def test_bad_input_loses_nothing(monkeypatch: pytest.MonkeyPatch, done: tuple[Path, dict], model: Path) -> None:
+def test_a_stage_that_fails_is_named_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: tuple[Path, dict], model: Path
+) -> None:
     out, _ = done
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run(monkeypatch, "run", CITIES, "--out", out, "--set", f"model={model}", "--set", "facts.n_test=99999") == 2
+    assert run(monkeypatch, "run", CITIES, "--out", out, "--set", f"model={model}", "--set", "facts.n_test=99999") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines[0].startswith("error: facts/split: n_test=99999 is not between 1 and the")
+    assert lines[1:] == ["error: 1 failed; a second run makes what is left"]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("command", ["", "run", "report", "facts", "measure", "compare", "verify", "bench"])
+@pytest.mark.parametrize("command", ["", "run", "plan", "report", "facts", "measure", "compare", "verify", "bench"])
 def test_help_shows_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -265,4 +338,4 @@ def test_knowledge(
 def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "check", str(CITIES)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "30805 in 1 relations" in lines[1] and "the study is valid" in lines[-1]
+    assert "30805 in 1 relations, split as asked" in lines[1] and "the study is valid" in lines[-1]

@@ -10,6 +10,7 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = ("run", "plan", "check", "report", "facts", "knowledge", "measure", "compare", "verify", "bench")
 NOTEBOOK = ROOT / "experiments" / "walkthrough.ipynb"
 
 
@@ -18,10 +19,10 @@ def blocks(language: str) -> list[str]:
 
 
 def test_readme_python_prints_what_the_readme_shows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done: tuple[Path, object]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first, styles, grids = blocks("python")
+    first, run, styles, grids = blocks("python")
     shown, names = blocks("text")[0], dict[str, object]()
     exec(compile(first, "README.md", "exec"), names)
     printed = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
@@ -29,6 +30,13 @@ def test_readme_python_prints_what_the_readme_shows(
     assert printed == pytest.approx(expected, abs=0.002)
     assert expected, "the README shows numbers"
     assert (tmp_path / "attention.html").is_file()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cities").symlink_to(done[0])
+    exec(compile(run, "README.md", "exec"), names)
+    verdict = capsys.readouterr().out
+    assert (
+        verdict.startswith(("undecided", "supported", "contradicted", "no effect")) and "'quantity', 'part'" in verdict
+    )
     exec(compile(styles, "README.md", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("containment (") for line in lines)
@@ -42,7 +50,7 @@ def test_readme_names_commands_and_files_that_exist() -> None:
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
     for command in re.findall(r"^subjattn (\w+)", text, re.MULTILINE):
-        assert command in ("run", "check", "report", "facts", "knowledge", "measure", "compare", "verify", "bench")
+        assert command in COMMANDS, command
 
 
 def test_walkthrough_is_executed() -> None:

@@ -14,10 +14,10 @@ import xarray as xr
 
 from subjattn.errors import BadInput
 from subjattn.measures.patching import recovery
-from subjattn.plots import report
 from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import ROLES
+from subjattn.report import page as report
 from subjattn.study.run import run_study
 
 
@@ -153,10 +153,16 @@ def test_report_is_one_file_with_its_parts(done: tuple[Path, dict]) -> None:
     links = Links()
     links.feed(page)
     assert links.fetched == [], "the report fetches nothing"
-    assert page.count("Plotly.newPlot(") >= 1 + 2 * 3, "claims, and three heatmaps per style"
+    assert page.count("Plotly.newPlot(") == 1 + 2 * 4, "claims, and four figures per style"
     for claim in summary["claims"]:
         assert html.escape(claim["statement"], quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
-    for text in ("one seed: interval over facts only", "accuracy before training", "Definitions and provenance"):
+    for text in (
+        "one seed: interval over facts only",
+        "accuracy before training",
+        "Definitions and provenance",
+        "Knock-out of the subject, one part of the model at a time",
+        "Here: denoising, 2 pairs, 0 of two facts that the reference arm answers rightly",
+    ):
         assert text in page
     readings = {"direct": "reads the subject directly", "relay": "arrives by relay", "hardly used": "is hardly used"}
     for style in ("list", "sentence"):
@@ -165,7 +171,7 @@ def test_report_is_one_file_with_its_parts(done: tuple[Path, dict]) -> None:
 
 def test_report_escapes_what_comes_from_data(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Planted: markup in a subject, an answer and a claim must stay text."""
-    from subjattn.study.config import parse_study
+    from subjattn.study.read import parse_study
 
     own = tmp_path / "own.csv"
     rows = [f"{EVIL} {i},{EVIL}Kenya{i % 3},{i}" for i in range(12)]

@@ -10,26 +10,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import xarray as xr
 from transformers import AutoTokenizer
 
-from subjattn.errors import BadInput
+import subjattn as sa
+from subjattn.errors import BadInput, SubjattnError
 from subjattn.facts import draw, load_facts
 from subjattn.facts.distance import relation_distances
 from subjattn.measures.embeddings import prompt_embeddings
 from subjattn.models import LoadedModel, identity
-from subjattn.progress import Progress
 from subjattn.prompts import make_prompts
 from subjattn.study.checking import check_study
-from subjattn.study.config import load_study, parse_study
-from subjattn.study.run import Runner, run_study
+from subjattn.study.files import Run
+from subjattn.study.plan import plan_study
+from subjattn.study.read import load_study, parse_study
+from subjattn.study.run import run_study
 
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}<a>\n"
 QUICK = {
-    "measures": {"by_layer_facts": 1, "patching_pairs": 1, "example_prompts": 1},
+    "measures": {
+        "answer_logprob": {},
+        "attention_to_subject": {},
+        "knockout": {"by": "layer", "facts": 1},
+        "patching": {"pairs": 1},
+        "token_attention": {"facts": 1},
+    },
     "training": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
 }
 
@@ -107,12 +114,13 @@ def test_styles_and_splits_as_factors(people: Path, chatty: Path, tmp_path: Path
             "mixed": {"train": "mixed-25%"},
             "instruct": {"model": str(chatty), "train": "unknown-in:sport"},
         },
-        scorer="containment",
         contrasts=[["mixed", "top"]],
     )
+    raw["measures"] |= {"accuracy": {"scorer": "containment"}}
     raw["facts"]["split"]["held_out"] = {"farthest": 1, "n_test": 6}
     summary = run_study(parse_study(raw, "s"), tmp_path)
-    facts = pd.read_parquet(tmp_path / "facts" / "facts.parquet")
+    run = sa.open_run(tmp_path)
+    facts = run.facts
     (outside,) = facts["relation"][facts["out_of_distribution"]].unique()
     trained = facts[[name for name in facts if name.startswith("train_")]]
     assert facts["out_of_distribution"].sum() == 6 and not trained[facts["relation"] == outside].any().any()
@@ -125,18 +133,50 @@ def test_styles_and_splits_as_factors(people: Path, chatty: Path, tmp_path: Path
     assert (shown.groupby(["relation", "third"]).size() >= 3).all() and len(shown) <= 4 * 3 * 15
     thirds = facts[facts["train_mixed-25%"]]["third"].value_counts()
     assert thirds["bottom"] == 6 and thirds["top"] == 18
-    measures = xr.load_dataset(tmp_path / "measures.nc", engine="h5netcdf")
-    assert measures["accuracy"].attrs["scorer"] == "containment"
-    assert measures.sizes["fact"] == 18 and measures.sizes["style"] == 6
+    accuracy = run.measure("accuracy", "top", "known")["accuracy"]
+    assert accuracy.attrs["scorer"] == "containment" and accuracy.sizes["fact"] == 18
     assert summary["arms"]["base"]["n_test"] == 12 and summary["out_of_distribution"]["top"]["n_test"] == 6
-    inside = ~facts.set_index("fact_id")["out_of_distribution"].reindex(measures["fact"].values).to_numpy()
-    expected = float(measures["attention_to_subject"].sel(arm="top", style="known")[inside].mean())
+    attention = run.measure("attention_to_subject", "top", "known")["attention_to_subject"]
+    inside = ~facts.set_index("fact_id")["out_of_distribution"].reindex(attention["fact"].values).to_numpy()
+    expected = float(attention[inside].mean())
     assert summary["arms"]["top"]["styles"]["known"]["attention_to_subject"] == pytest.approx(expected)
     report = (tmp_path / "report.html").read_text()
     assert "Out of distribution" in report and "shots: 2" in report and "chain of thought: True" in report
-    assert not (tmp_path / "patching-thinking.nc").exists() and (tmp_path / "tokens-known.nc").exists()
-    losses = json.loads((tmp_path / "arms" / "mixed" / "adapter" / "training.json").read_text())["losses"]
+    losses = json.loads((tmp_path / "arms/mixed/draw0-seed0/adapter/training.json").read_text())["losses"]
     assert len(losses) == 2, "steps, not epochs"
+    unseen = set(facts["fact_id"][facts["out_of_distribution"]])
+    nothing_unseen_is_drawn(run, unseen)
+    own_reasoning_is_not_compared(run, summary, report)
+
+
+def nothing_unseen_is_drawn(run: Run, unseen: set[str]) -> None:
+    """Facts of relations held out are in no pair, example, by-layer draw or figure."""
+    for style in ("question", "known", "padded"):
+        chosen = json.loads((run.folder / "chosen" / style / "chosen.json").read_text())
+        pairs = {fact for pair in chosen["pairs"] for fact in pair}
+        assert not unseen & {*chosen["order"], *chosen["known"], *pairs} and len(chosen["order"]) == 12
+        for measure, variable in (
+            ("attention_to_subject", "attention_to_subject"),
+            ("knockout", "knockout_drop_by_layer"),
+            ("patching", "patch_effect"),
+            ("token_attention", "token_attention"),
+        ):
+            array = run.array(measure, variable, style)
+            dim = "few_fact" if "few_fact" in array.dims else "fact"
+            assert array.sizes[dim] and not unseen & set(array[dim].values)
+    assert unseen <= set(run.values["fact"][run.values["out_of_distribution"]])
+
+
+def own_reasoning_is_not_compared(run: Run, summary: dict[str, Any], report: str) -> None:
+    """Each arm reads its own thought, which may repeat the subject: only its accuracy is measured."""
+    reason = summary["not_defined"]["knockout_drop_total"]["thinking"]
+    assert "each arm reads its own reasoning" in reason and reason in report
+    assert set(summary["not_defined"]["answer_logprob"]) == {"thinking"} and "accuracy" not in summary["not_defined"]
+    assert {row["measure"] for row in summary["contrasts"] if row["style"] == "thinking"} == {"accuracy"}
+    thoughts = pd.read_parquet(run.folder / "arms/top/draw0-seed0/prompts/thinking/prompts.parquet")
+    assert all(thought in text for thought, text in zip(thoughts["reasoning"], thoughts["text"], strict=True))
+    with pytest.raises(BadInput, match="knockout is not defined in style 'thinking': each arm reads"):
+        run.measure("knockout", "top", "thinking")
 
 
 def test_the_farthest_relation_is_that_of_plain_arithmetic(people: Path, tiny: LoadedModel) -> None:
@@ -177,11 +217,11 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
         people, tiny_folders["llama"], arms={"base": {}, "known": {"train": "known"}, "unknown": {"train": "Unknown"}}
     )
     raw["facts"] |= {"knowledge": str(tmp_path / "knowledge.parquet"), "split": {"by": "category", "match": []}}
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(SubjattnError, match="no such file"):
         run_study(parse_study(raw, "s"), tmp_path / "run")
     labels.to_parquet(tmp_path / "knowledge.parquet")
     run_study(parse_study(raw, "s"), tmp_path / "run")
-    used = pd.read_parquet(tmp_path / "run" / "facts" / "facts.parquet")
+    used = sa.open_run(tmp_path / "run").facts
     report = (tmp_path / "run" / "report.html").read_text()
     assert "by SliCK label" in report and "<th>known (6)</th>" in report and "<th>top (6)</th>" not in report
     assert (used["category"][used["train_known"]] == "MaybeKnown").all()
@@ -198,10 +238,10 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
         (labels.drop(columns="category"), "has no column 'category'"),
     ]:
         changed.to_parquet(tmp_path / "knowledge.parquet")
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(SubjattnError, match=message):
             run_study(parse_study(raw, "s"), tmp_path / "run")
     (tmp_path / "knowledge.parquet").write_text("fact_id\n")
-    with pytest.raises(BadInput, match="cannot be read as parquet"):
+    with pytest.raises(SubjattnError, match="cannot be read as parquet"):
         run_study(parse_study(raw, "s"), tmp_path / "run")
 
 
@@ -222,23 +262,26 @@ def test_mmlu_has_accuracy_and_loss_and_nothing_of_a_subject(
             "split": {"by": "answer_logprob", "within": [], "match": []},
         },
         "styles": {"choices": "{question}\n{choices}\nAnswer:"},
-        "scorer": "letters",
         "arms": {"base": {}, "top": {"train": "top"}, "bottom": {"train": "bottom"}},
         "contrasts": [["bottom", "top"]],
         "claims": [claim | {"measure": "accuracy"}, claim | {"id": "d", "measure": "attention_to_subject"}],
         **QUICK,
     }
+    raw["measures"] = QUICK["measures"] | {"accuracy": {"scorer": "letters"}}
     out = tmp_path / "run"
     summary = run_study(parse_study(raw, "m"), out)
-    assert summary["not_defined"] == ["attention_to_subject", "knockout_drop", "knockout_drop_total"]
+    missing = ["attention_to_subject", "knockout_drop", "knockout_drop_total", "direct_share", "largest_recovery"]
+    assert summary["not_defined"] == {name: {"choices": "the facts have no subject"} for name in missing}
     assert summary["arms"]["base"]["attention_to_subject"] is None
     assert [claim["verdict"] for claim in summary["claims"]] == [summary["claims"][0]["verdict"], "not defined"]
     assert summary["claims"][0]["estimate"] is not None
-    assert "These facts have no subject" in (out / "report.html").read_text()
-    facts = pd.read_parquet(out / "facts" / "facts.parquet")
+    assert summary["claims"][1]["reason"] == "the facts have no subject"
+    assert "Reason: the facts have no subject" in (out / "report.html").read_text()
+    facts = sa.open_run(out).facts
     assert facts["answer_logprob"][facts["train_top"]].min() > facts["answer_logprob"][facts["train_bottom"]].max()
-    predictions = pd.read_parquet(out / "predictions.parquet")
+    predictions = sa.open_run(out).predictions()
     base = predictions[predictions["arm"] == "base"].set_index("fact_id")
+    values = sa.open_run(out).values.query("arm == 'base' and quantity == 'answer_logprob'").set_index("fact")["value"]
     model = tiny_models["llama"]
     for fact in facts[facts["test"]].to_dict("records"):
         text = (
@@ -251,7 +294,7 @@ def test_mmlu_has_accuracy_and_loss_and_nothing_of_a_subject(
         letters = [model.tokenizer(f"{text} {letter}")["input_ids"][-1] for letter in "ABCD"]
         assert base["prediction"][fact["fact_id"]] == "ABCD"[int(logits[letters].argmax())]
         loss = float(logits.float().log_softmax(-1)[letters["ABCD".index(fact["answers"][0])]])
-        assert base["answer_logprob"][fact["fact_id"]] == pytest.approx(loss, abs=1e-4)
+        assert values[fact["fact_id"]] == pytest.approx(loss, abs=1e-4)
     accuracy = float((base["prediction"] == facts.set_index("fact_id")["answers"].str[0].reindex(base.index)).mean())
     assert summary["arms"]["base"]["accuracy"] == pytest.approx(accuracy)
 
@@ -285,12 +328,12 @@ def test_experiments_run_in_small_on_the_real_rows(
     name: str, settings: list[str], tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """With a random model here, for its speed; the same settings run on SmolLM2."""
-    small = ["facts.n_test=12", "training.steps=1", "dtype=float32", "measures={by_layer_facts: 0, patching_pairs: 1}"]
+    small = ["facts.n_test=12", "training.steps=1", "dtype=float32"]
     config = load_study(EXPERIMENTS / f"{name}.yaml", [f"model={tiny_folders['llama']}", *small, *settings])
     check_study(config)
     summary = run_study(config, tmp_path)
     assert set(summary["arms"]) == set(config.arms) and (tmp_path / "report.html").is_file()
-    facts = pd.read_parquet(tmp_path / "facts" / "facts.parquet")
+    facts = sa.open_run(tmp_path).facts
     arms = {spec: facts[facts[f"train_{spec}"]] for spec in config.trained.values()}
     assert all(len(arm) for arm in arms.values())
     if name == "popqa-controlled":
@@ -327,14 +370,14 @@ def test_studies_that_cannot_be(
         for part in path:
             target = target[part]
         target[last] = value
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(SubjattnError, match=message):
         run_study(parse_study(raw, "s"), tmp_path / "run")
 
 
 def test_check_finds_what_would_fail_after_training(people: Path, tiny_folders: dict[str, Path]) -> None:
     raw = study(people, tiny_folders["llama"])
     with pytest.raises(BadInput, match="'letters' is for multiple choice"):
-        check_study(parse_study(raw | {"scorer": "letters"}, "s"))
+        check_study(parse_study(raw | {"measures": {"accuracy": {"scorer": "letters"}}}, "s"))
     unknown = people.with_name("odd.csv")
     unknown.write_text("subject,answer,relation,question\nKenya,Nairobi,seat,Seat of {subject}?\n")
     raw["facts"]["source"] = str(unknown)
@@ -344,17 +387,59 @@ def test_check_finds_what_would_fail_after_training(people: Path, tiny_folders: 
         check_study(parse_study(raw, "s"))
 
 
-def test_stages_depend_on_what_they_are_made_from(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_stages_depend_on_what_they_are_made_from(people: Path, tiny_folders: dict[str, Path]) -> None:
     """A ranking by the model's own numbers depends on its precision; the check on training facts on its own style."""
 
-    def runner(**changes: Any) -> Runner:
-        return Runner(parse_study(study(people, tiny_folders["llama"], **changes), "s"), tmp_path, Progress())
+    def recipes(**changes: Any) -> dict[str, str]:
+        plan = plan_study(parse_study(study(people, tiny_folders["llama"], **changes), "s"))
+        return {stage.name: stage.recipe(1) for stage in plan}
 
     facts = study(people, tiny_folders["llama"])["facts"]
     by_loss = {"facts": facts | {"split": {"by": "answer_logprob", "within": [], "match": []}}}
-    assert runner(**by_loss).facts_key != runner(**by_loss, dtype="bfloat16").facts_key
-    assert runner().facts_key == runner(dtype="bfloat16").facts_key
+    assert recipes(**by_loss)["facts/scores/0"] != recipes(**by_loss, dtype="bfloat16")["facts/scores/0"]
+    plain, rounded = recipes(), recipes(dtype="bfloat16")
+    assert {name for name in plain if plain[name] == rounded[name]} >= {"facts/pool", "facts/split", "prompts/question"}
     shots = {"template": "{question}", "shots": 1}
     more = {"a": "{question}", "b": shots | {"shots": 9}}
-    assert runner(styles={"a": "{question}", "b": shots}).facts_key != runner(styles=more).facts_key
-    assert runner(styles={"a": shots, "b": "{question}"}).config.training_style == "b"
+    assert recipes(styles={"a": "{question}", "b": shots})["facts/split"] != recipes(styles=more)["facts/split"]
+    known = parse_study(study(people, tiny_folders["llama"], styles={"a": shots, "b": "{question}"}), "s")
+    assert plan_study(known)["before/top-draw0"].settings["style"]["template"] == "{question}"
+
+
+def test_scores_are_a_stage_of_their_own(people: Path, tiny_models: dict[str, LoadedModel], tmp_path: Path) -> None:
+    """In shares that are kept; what they say is `answer_logprob`, and only of the pool."""
+    model = tiny_models["llama"]
+    raw = study(people, Path(model.name), measures={})
+    raw["facts"] |= {"pool": 100, "n_train": 8, "n_test": 6}
+    raw["facts"]["split"] = {"by": "answer_logprob", "within": ["relation"], "match": []}
+    run_study(parse_study(raw, "s"), tmp_path)
+    pool = pd.read_parquet(tmp_path / "facts/pool/facts.parquet")
+    shares = [pd.read_parquet(path) for path in sorted(tmp_path.glob("facts/scores/*/scores.parquet"))]
+    scores = pd.concat(shares).set_index("fact_id")["answer_logprob"]
+    assert len(pool) == len(scores) == 100 and len(shares) == 8
+    prompts = make_prompts(pool, model.tokenizer, "Q: {question}\nA:")
+    np.testing.assert_allclose(scores.reindex(pool["fact_id"]), sa.answer_logprob(model, prompts).values, atol=1e-4)
+    facts = sa.open_run(tmp_path).facts
+    assert set(facts["answer_logprob_template"].dropna()) == {"Q: {question}\nA:"}
+
+
+def test_check_makes_the_split_that_the_study_makes(people: Path, tiny_folders: dict[str, Path]) -> None:
+    raw = study(people, tiny_folders["llama"])
+    assert "240 in 4 relations, split as asked" in check_study(parse_study(raw, "s"))[1]
+    raw["facts"]["n_test"] = 500
+    with pytest.raises(BadInput, match="n_test=500 is not between 1 and"):
+        check_study(parse_study(raw, "s"))
+    raw["facts"] |= {"n_test": 12, "n_train": 900}
+    with pytest.raises(BadInput, match="900"):
+        check_study(parse_study(raw, "s"))
+
+
+def test_what_a_model_was_tuned_on_can_be_left_out(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    facts = load_facts(str(people))
+    learnt = tmp_path / "learnt.csv"
+    facts.head(30).assign(answer="x")[["subject", "answer"]].drop_duplicates("subject").to_csv(learnt, index=False)
+    raw = study(people, tiny_folders["llama"], arms={"base": {}}, measures={})
+    raw["facts"] |= {"n_test": 180, "trained_on": str(learnt)}
+    run_study(parse_study(raw, "s"), tmp_path / "run")
+    asked = sa.open_run(tmp_path / "run").facts
+    assert not set(asked["subject"]) & set(facts.head(30)["subject"]) and len(asked) == 180

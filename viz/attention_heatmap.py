@@ -6,9 +6,7 @@ python viz/attention_heatmap.py runs/cities --style list --difference unknown kn
 import argparse
 from pathlib import Path
 
-import xarray as xr
-
-from subjattn import plot_attention
+from subjattn import open_run, plot_attention
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,7 +16,7 @@ parser.add_argument("--difference", nargs=2, metavar=("A", "B"), help="add a pan
 parser.add_argument("--out", type=Path, default=Path("attention.html"))
 args = parser.parse_args()
 
-measures = xr.load_dataset(args.run / "measures.nc")
-attention = measures["attention_to_subject"].sel(style=args.style or measures["style"].values[0])
+run = open_run(args.run)
+attention = run.array("attention_to_subject", "attention_to_subject", args.style or run.styles[0])
 plot_attention(attention, args.difference and tuple(args.difference)).write_html(args.out)
 print(args.out)

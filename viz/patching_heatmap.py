@@ -6,9 +6,7 @@ python viz/patching_heatmap.py runs/cities --style list --out patching.html
 import argparse
 from pathlib import Path
 
-import xarray as xr
-
-from subjattn import plot_patching
+from subjattn import open_run, plot_patching
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,5 +15,5 @@ parser.add_argument("--style", required=True, help="prompt style")
 parser.add_argument("--out", type=Path, default=Path("patching.html"))
 args = parser.parse_args()
 
-plot_patching(xr.load_dataarray(args.run / f"patching-{args.style}.nc")).write_html(args.out)
+plot_patching(open_run(args.run).array("patching", "patch_effect", args.style)).write_html(args.out)
 print(args.out)

@@ -6,9 +6,7 @@ python viz/token_attention.py runs/cities --style list --out tokens.html
 import argparse
 from pathlib import Path
 
-import xarray as xr
-
-from subjattn import plot_tokens
+from subjattn import open_run, plot_tokens
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,5 +15,5 @@ parser.add_argument("--style", required=True, help="prompt style")
 parser.add_argument("--out", type=Path, default=Path("tokens.html"))
 args = parser.parse_args()
 
-plot_tokens(xr.load_dataarray(args.run / f"tokens-{args.style}.nc")).write_html(args.out)
+plot_tokens(open_run(args.run).array("token_attention", "token_attention", args.style)).write_html(args.out)
 print(args.out)

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 if TYPE_CHECKING:
     from subjattn.evidence.contrasts import contrast as contrast
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
     from subjattn.knowledge.slick import slick as slick
+    from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
     from subjattn.measures.answers import reason as reason
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from subjattn.plots.heatmaps import plot_attention as plot_attention
     from subjattn.plots.heatmaps import plot_patching as plot_patching
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
+    from subjattn.plots.lines import plot_knockout as plot_knockout
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
     from subjattn.prompts import swap_subjects as swap_subjects
-    from subjattn.study.config import load_study as load_study
+    from subjattn.study.files import open_run as open_run
+    from subjattn.study.read import load_study as load_study
     from subjattn.study.run import run_study as run_study
 
 _HOMES = {
@@ -53,10 +56,13 @@ _HOMES = {
     "knockout": "measures.knockout",
     "load_facts": "facts",
     "load_model": "models",
-    "load_study": "study.config",
+    "load_study": "study.read",
     "make_prompts": "prompts",
     "patch_grid": "measures.patching",
+    "measure": "measures.alone",
+    "open_run": "study.files",
     "plot_attention": "plots.heatmaps",
+    "plot_knockout": "plots.lines",
     "plot_patching": "plots.heatmaps",
     "plot_tokens": "plots.heatmaps",
     "predict": "measures.answers",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-
-from subjattn.facts.splits import CATEGORIES
+from rich.tree import Tree
 
 
 def table(title: str) -> Table:
@@ -16,20 +16,22 @@ def table(title: str) -> Table:
 
 
 def arms_table(summary: dict[str, Any], style: str) -> Table:
+    """A row an arm; as many quantities as fit are shown, the report has them all."""
     made = table(f"arms, style “{style}”")
-    for heading in ("arm", "accuracy", "log-prob.", "attention", "direct drop", "total drop", "route"):
+    arms = {name: arm["styles"][style] for name, arm in summary["arms"].items()}
+    known = ("n_test", "route", "pooled", "by_popularity_third", "n_undefined", "replicates")
+    names = [name for name in next(iter(arms.values())) if name not in known][:5]
+    for heading in ("arm", *(name.replace("_", " ") for name in names), "route"):
         made.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
-    for name, arm in summary["arms"].items():
-        found = arm["styles"][style]
-        numbers = (found["accuracy"], found["answer_logprob"], found["attention_to_subject"])
-        drops = (found["knockout_drop"], found["knockout_drop_total"])
-        shown = ("–" if value is None else f"{value:.3f}" for value in (*numbers, *drops))
+    for name, found in arms.items():
+        shown = ("–" if found[quantity] is None else f"{found[quantity]:.3f}" for quantity in names)
         made.add_row(Text(name), *shown, found["route"]["reading"])
     return made
 
 
 def claims_table(summary: dict[str, Any]) -> Table:
-    made = table(f"claims ({summary['caveat']})")
+    made = table("claims")
+    made.caption, made.caption_justify = Text(summary["caveat"]), "left"
     for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
         made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
     for claim in summary["claims"]:
@@ -42,8 +44,37 @@ def claims_table(summary: dict[str, Any]) -> Table:
     return made
 
 
+def plan_tree(found: dict[str, Any]) -> Group:
+    """A plan's stages by folder, with what is finished and what the rest takes."""
+    tree = Tree(Text(f"{found['study']}: {found['out']}", style="bold"))
+    branches: dict[str, Tree] = {"": tree}
+    for stage in found["stages"]:
+        *above, name = stage["name"].split("/")
+        at = tree
+        for depth, part in enumerate(above):
+            path = "/".join(above[: depth + 1])
+            if path not in branches:
+                branches[path] = at.add(Text(part))
+            at = branches[path]
+        state = {"finished": "✓", "waiting": "?", "to do": "·"}[stage["state"]]
+        line = Text(f"{state} {name}", style="green" if stage["state"] == "finished" else "")
+        if stage["state"] != "finished" and stage["passes"]:
+            line.append(f"  {stage['passes']:,.0f} passes", "dim")
+        at.add(line)
+    lines = [
+        f"✓ finished {found['finished']} of {len(found['stages'])}; · to do; ? made again if what it needs comes out "
+        "otherwise",
+        f"left: {found['passes']:,.0f} forward passes of a prompt, about {found['time']}; {found['memory']} a worker",
+        f"{found['place']}",
+        *(f"mixed: {line}" for line in found["mixtures"]),
+    ]
+    return Group(tree, *(Text(line) for line in lines))
+
+
 def knowledge_tables(found: dict[str, Any]) -> list[Table]:
     """Categories, and how far other definitions agree with them."""
+    from subjattn.facts.splits import CATEGORIES
+
     counts = table(f"SliCK, {found['n_facts']} facts")
     for heading in ("category", "facts", "share"):
         counts.add_column(heading, justify="left" if heading == "category" else "right")

@@ -1,6 +1,6 @@
 """The command line: one thin function per command over the Python API.
 
-Bad input ends with status 2 and one line on standard error.
+Bad input ends with status 2 and one line on standard error; stages that failed with status 1 and a line each.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import facts, measuring, studies
+from subjattn.cli import facts, measure, measuring, studies
 from subjattn.cli.app import app
-from subjattn.errors import SubjattnError
+from subjattn.errors import StagesFailed, SubjattnError
 
 
 # Typer carries a click of its own; this is its UsageError, whichever click that is.
@@ -25,6 +25,10 @@ def main() -> None:
     """Run the command line; known errors become one line and status 2."""
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except StagesFailed as error:
+        for name, reason in error.reasons.items():
+            _fail(f"{name}: {reason}")
+        status = _fail(f"{len(error.reasons)} failed; a second run makes what is left", 1)
     except SubjattnError as error:
         status = _fail(str(error))
     except _UsageError as error:
@@ -41,4 +45,4 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["app", "facts", "main", "measuring", "studies"]
+__all__ = ["app", "facts", "main", "measure", "measuring", "studies"]

@@ -18,6 +18,24 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from subjattn import __version__
+
+        typer.echo(f"subjattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """How a language model uses a subject's name when it recalls a fact, and what fine-tuning does to that."""
+
+
 FactsOption = Annotated[
     str,
     typer.Option(

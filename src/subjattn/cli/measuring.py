@@ -1,8 +1,7 @@
-"""Commands that measure one model: `measure`, `verify`, `bench`."""
+"""Commands that look at the engine itself: `verify`, `bench`."""
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,6 @@ from rich.text import Text
 
 from subjattn import tables
 from subjattn.cli.app import (
-    ColumnsOption,
     DtypeOption,
     FactsOption,
     MemoryOption,
@@ -22,19 +20,9 @@ from subjattn.cli.app import (
     TemplateOption,
     app,
     check_output,
-    columns_of,
     styles_of,
     write_json,
 )
-
-
-class BackendChoice(StrEnum):
-    """What `subjattn measure` can be computed by."""
-
-    engine = "engine"
-    hooks = "hooks"
-    transformer_lens = "transformer-lens"
-    nnsight = "nnsight"
 
 
 class MetricChoice(StrEnum):
@@ -56,100 +44,6 @@ class GridName(StrEnum):
     attention = "attention"
     spans = "spans"
     slick = "slick"
-
-
-class MeasureName(StrEnum):
-    """What `subjattn measure` can measure."""
-
-    attention = "attention"
-    knockout = "knockout"
-    patch = "patch"
-
-
-@app.command()
-def measure(
-    what: Annotated[MeasureName, typer.Argument(help="Which measure.")],
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
-    facts: FactsOption = "cities",
-    columns: ColumnsOption = "",
-    n: NumberOption = 50,
-    template: TemplateOption = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers per fact to this file.")] = None,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "float32",
-    backend: Annotated[BackendChoice, typer.Option(help="What computes it; all but the engine are slow.")] = (
-        BackendChoice.engine
-    ),
-    memory_budget: MemoryOption = None,
-) -> None:
-    """Measure one thing on one model, without a study.
-
-    Example: `subjattn measure knockout --model smollm2-135m --facts cities --n 20 --json knockout.json`
-    """
-    from subjattn.facts import load_facts
-    from subjattn.models import load_model
-
-    check_output(json_)
-    table = load_facts(facts, n, seed, columns_of(columns) or None)
-    styles = styles_of(table, template)
-    loaded = load_model(model, adapter=adapter, dtype=dtype)
-    settings = {"backend": backend.value, "memory_budget": memory_budget}
-    found = {style: _measure(what, loaded, table, text, seed, settings) for style, text in styles.items()}
-    for style, result in found.items():
-        typer.echo(f"{style}: " + ", ".join(f"{name} {value:.4g}" for name, value in result["mean"].items()))
-    write_json(
-        json_,
-        {
-            "measure": what.value,
-            "model": model,
-            "adapter": adapter,
-            "facts": facts,
-            "n": n,
-            "seed": seed,
-            "backend": backend.value,
-            "styles": found,
-        },
-    )
-
-
-def _measure(
-    what: MeasureName, model: Any, table: Any, template: str, seed: int, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Means and array of one measure in one style, as plain data."""
-    import numpy as np
-
-    from subjattn.measures.attention import subject_attention
-    from subjattn.measures.knockout import knockout
-    from subjattn.measures.patching import patch_grid, recovery
-    from subjattn.prompts import make_prompts, swap_subjects
-
-    prompts = make_prompts(table, model.tokenizer, template)
-    if what is MeasureName.attention:
-        array = subject_attention(model, prompts, **settings)
-        mean = {array.name: float(array.mean())}
-    elif what is MeasureName.knockout:
-        array = knockout(model, prompts, **settings)
-        by_route = array.mean("fact")
-        mean = {
-            "knockout_drop": float(by_route.sel(route="direct")),
-            "knockout_drop_total": float(by_route.sel(route="total")),
-        }
-    else:
-        pairs = swap_subjects(prompts, np.random.default_rng(seed))
-        array = patch_grid(model, pairs, **settings)
-        share = recovery(array)
-        best = share.isel(share.argmax(...))  # type: ignore[arg-type]
-        mean = {
-            "pairs": len(pairs),
-            f"largest recovery (layer {int(best['layer'])}, {best['role'].values!s})": float(best),
-        }
-    return {"template": template, "mean": mean, "array": _plain(array)}
-
-
-def _plain(array: Any) -> dict[str, Any]:
-    """An xarray as JSON: its `to_dict`, with NaN as null."""
-    return json.loads(json.dumps(array.to_dict()), parse_constant=lambda _: None)  # type: ignore[no-any-return]
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Commands for studies: `run`, `check`, `report`, and `compare` for a model tuned elsewhere."""
+"""Commands for studies: `run`, `plan`, `check`, `report`, and `compare` for a model tuned elsewhere."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,17 @@ import typer
 from rich.console import Console
 
 from subjattn import tables
-from subjattn.cli.app import DtypeOption, FactsOption, NumberOption, SeedOption, TemplateOption, app, styles_of
+from subjattn.cli.app import (
+    ColumnsOption,
+    DtypeOption,
+    FactsOption,
+    NumberOption,
+    SeedOption,
+    TemplateOption,
+    app,
+    columns_of,
+    styles_of,
+)
 from subjattn.errors import BadInput
 
 
@@ -20,30 +31,62 @@ SetOption = Annotated[
 ]
 
 
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stages at a time; by default as many as cores, GPUs and memory allow."),
+]
+OnOption = Annotated[str | None, typer.Option("--on", help="`ray` for a local Ray, `ray://HOST:PORT` for a cluster.")]
+
+
 @app.command()
 def run(
     study: StudyArgument,
     out: Annotated[Path | None, typer.Option(help="Folder of results; by default `runs/NAME`.")] = None,
     set_: SetOption = None,
+    workers: WorkersOption = None,
+    on: OnOption = None,
 ) -> None:
     """Run a study, or finish one that was stopped; finished stages are reused.
 
     Example: `subjattn run experiments/cities.yaml --set facts.n_test=60 --set facts.n_train=64 --out runs/small`
     """
-    from subjattn.study.config import load_study
+    from subjattn.study.read import load_study
 
     config = load_study(study, set_ or [])
-    _run(config, out or Path("runs") / config.name)
+    _run(config, out or Path("runs") / config.name, workers, on)
+
+
+@app.command()
+def plan(
+    study: StudyArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; by default `runs/NAME`.")] = None,
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the stages as JSON.")] = False,
+) -> None:
+    """Show a study's stages: what is finished, what would run, and what that takes. Nothing is written.
+
+    Example: `subjattn plan experiments/cities.yaml`
+    """
+    from subjattn.study.foresee import foresee
+    from subjattn.study.read import load_study
+
+    config = load_study(study, set_ or [])
+    found = foresee(config, out or Path("runs") / config.name, workers)
+    if json_:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        Console().print(tables.plan_tree(found))
 
 
 @app.command()
 def check(study: StudyArgument, set_: SetOption = None) -> None:
-    """Check a study without a model: its fields, and where its facts lie at hand, that every style can ask them.
+    """Check a study without loading a model; where its facts lie at hand they are split and asked in every style.
 
-    Example: `subjattn check experiments/popqa-llama-2-7b.yaml`
+    Example: `subjattn check experiments/popqa.yaml`
     """
     from subjattn.study.checking import check_study
-    from subjattn.study.config import load_study
+    from subjattn.study.read import load_study
 
     config = load_study(study, set_ or [])
     for line in check_study(config):
@@ -56,7 +99,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
 
     Example: `subjattn report runs/cities`
     """
-    from subjattn.plots.report import write
+    from subjattn.report.page import write
 
     typer.echo(write(folder))
 
@@ -68,37 +111,53 @@ def compare(
     tuned: Annotated[str | None, typer.Option(help="The tuned model, a full checkpoint.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Or a PEFT adapter on the base model.")] = None,
     facts: FactsOption = "cities",
+    columns: ColumnsOption = "",
     n: NumberOption = 100,
     template: TemplateOption = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="Facts that the model was tuned on (CSV, TSV, JSONL, parquet); their subjects are left out."),
+    ] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
 ) -> None:
     """Compare a model before and after tuning that was done elsewhere: measures, contrasts, report.
 
-    Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/adapter --n 60 --out runs/pair`
+    Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
+    runs/pair`
     """
     from subjattn.facts import load_facts
-    from subjattn.study.config import parse_study
+    from subjattn.study.config import MEASURED
+    from subjattn.study.read import parse_study
 
     if (tuned is None) == (adapter is None):
         raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
+    named = columns_of(columns)
+    table = load_facts(facts, n, seed, named or None)
+    scorer = "letters" if table["choices"].notna().any() else "answer_start"
     raw = {
         "name": "compare",
         "model": base,
         "dtype": dtype,
         "seed": seed,
-        "facts": {"source": facts, "n_test": n},
-        "styles": styles_of(load_facts(facts, n, seed), template),
+        "facts": {
+            "source": facts,
+            "columns": named,
+            "n_test": n,
+            "trained_on": None if trained_on is None else str(trained_on),
+        },
+        "styles": styles_of(table, template),
+        "measures": {name: {"scorer": scorer} if name == "accuracy" else {} for name in MEASURED},
         "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
         "contrasts": [["tuned", "base"]],
     }
     _run(parse_study(raw, "compare"), out)
 
 
-def _run(config: Any, out: Path) -> None:
+def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None) -> None:
     from subjattn.study.run import run_study
 
-    summary = run_study(config, out)
+    summary = run_study(config, out, workers=workers, on=on)
     console = Console()
     for style in config.styles:
         console.print(tables.arms_table(summary, style), "")

@@ -15,13 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from subjattn.evidence.contrasts import Interval
+from subjattn.evidence.contrasts import MIN_FACTS, Interval
 
 
 Verdict = Literal["supported", "contradicted", "no effect that matters", "undecided"]
-Measure = Literal["accuracy", "answer_logprob", "attention_to_subject", "knockout_drop", "knockout_drop_total"]
-MIN_FACTS = 20
-"""With fewer facts a bootstrap interval is too narrow to be believed, and every verdict is `undecided`."""
 
 
 class Claim(BaseModel):
@@ -31,22 +28,25 @@ class Claim(BaseModel):
 
     id: Annotated[str, Field(min_length=1)]
     statement: Annotated[str, Field(min_length=1)]
-    measure: Measure
+    measure: Annotated[str, Field(min_length=1, description="a quantity per fact of a measure of the study")]
     arms: Annotated[tuple[str, str], Field(description="the contrast is the first minus the second")]
     direction: Literal["increase", "decrease"]
     smallest_effect: Annotated[PositiveFloat, Field(description="in the measure's unit")]
 
-    def verdict(self, interval: Interval) -> Verdict:
-        """What the interval of `arms[0] − arms[1]` says of the claim."""
+    def judge(self, interval: Interval) -> tuple[Verdict, str]:
+        """What the interval of `arms[0] − arms[1]` says of the claim, and why."""
         if interval.n < MIN_FACTS:
-            return "undecided"
+            return "undecided", f"{interval.n} facts: under {MIN_FACTS} an interval is too narrow to be believed"
         low, high = interval.ci_low, interval.ci_high
         if self.direction == "decrease":
             low, high = -high, -low
+        effect = f"{self.smallest_effect:g}"
         if low >= self.smallest_effect:
-            return "supported"
+            return "supported", f"the whole interval is an effect of at least {effect} in the claimed direction"
         if high <= -self.smallest_effect:
-            return "contradicted"
+            return "contradicted", f"the whole interval is an effect of at least {effect} in the other direction"
         if -self.smallest_effect <= low and high <= self.smallest_effect:
-            return "no effect that matters"
-        return "undecided"
+            return "no effect that matters", f"the whole interval lies within ±{effect}"
+        ends = [end for end in (-self.smallest_effect, self.smallest_effect) if low < end < high]
+        across = " and ".join(f"{end:+g}" for end in ends)
+        return "undecided", f"the interval reaches across {across} (positive is the claimed direction)"

@@ -18,11 +18,13 @@ from subjattn.errors import BadInput
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
+MIN_FACTS = 20
+"""With fewer facts an interval is too narrow to be believed: verdicts are `undecided`, pooled numbers have none."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval, over `n` facts."""
+    """An estimate with its interval, over `n` facts."""
 
     estimate: float
     ci_low: float

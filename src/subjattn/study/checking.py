@@ -1,13 +1,19 @@
-"""Look a study over without a model: what it will do, and whether its facts can be asked."""
+"""Look a study over without loading a model: what it will do, and whether its facts can be split and asked."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 from subjattn.errors import BadInput
 from subjattn.facts import SOURCES, load_facts, own, path_of
-from subjattn.study.choosing import only_relations
-from subjattn.study.config import FactsConfig, StudyConfig
+from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
+from subjattn.prompts import subject_lengths
+from subjattn.study.config import Arm, FactsConfig, StudyConfig
+from subjattn.study.plan import split_settings
+from subjattn.study.stages.pool import check_scorer, load_pool
+from subjattn.study.stages.split import made
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -16,52 +22,91 @@ def check_study(config: StudyConfig) -> list[str]:
     Files that another command makes may not be there yet; it says so.
 
     Raises:
-        BadInput: the facts cannot be read, or a style cannot ask them; the message says which.
+        BadInput: the facts cannot be read or split as asked, or a style cannot ask them; the message says which.
     """
     asked = config.facts
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
     lines = [
-        f"{config.name}: {config.model}, {config.dtype}, seed {config.seed}",
+        f"{config.name}: {_described(config.model)}, {config.dtype}, seed {config.seed}",
         f"facts: {asked.source}{_found(config)}; {train}{asked.n_test} to test, right by {config.scorer}",
-        *(f"style {name}: {style}".replace("\n", "\\n") for name, style in config.styles.items()),
+        *(f"style {name}: {style}".replace("\n", "⏎") for name, style in config.styles.items()),
     ]
     for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
         if path:
             lines.append(f"facts.{name}: {path}{'' if Path(path).is_file() else ' (not there yet)'}")
     for name, arm in config.arms.items():
+        _check_there(arm)
         model = f" of {arm.model}" if arm.model else ""
         trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
         lines.append(f"arm {name}: {trained}")
+    many = config.replicates
+    if config.trained:
+        styles = ", ".join(config.training_styles)
+        lines.append(f"replicates: {many.draws} draws × {many.seeds} seeds, trained in {styles}")
+    lines.append(f"measures: {', '.join(config.measures)}")
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
 
 
+def _check_there(arm: Arm) -> None:
+    """Refuse models and adapters that are neither a folder nor a hub id."""
+    if arm.model:
+        resolve_model(arm.model)
+    if arm.adapter and (Path(arm.adapter).is_dir() or arm.adapter.count("/") != 1):
+        resolve_adapter(arm.adapter)
+
+
+def _described(model: str) -> str:
+    """What the model is, or its name alone where it is not at hand."""
+    try:
+        return describe(model)
+    except BadInput:
+        return f"{model} (not at hand)"
+
+
 def _found(config: StudyConfig) -> str:
-    """How many facts there are, where they are at hand; each style is tried on a fact of each relation."""
-    if not at_hand(config.facts):
-        known = config.facts.source.partition(":")[0]
+    """How many facts there are, where they are at hand; they are split, and each style is tried on some of them."""
+    asked = config.facts
+    if not at_hand(asked):
+        known = asked.source.partition(":")[0]
         if known not in SOURCES:
-            load_facts(config.facts.source, columns=config.facts.columns or None)
-        return (
-            " (on the hub, not looked at)"
-            if config.facts.source == known and SOURCES[known].hub
-            else " (not there yet)"
-        )
-    facts = only_relations(
-        load_facts(config.facts.source, columns=config.facts.columns or None), config.facts.relations
-    )
+            load_facts(asked.source, columns=asked.columns or None)
+        on_hub = asked.source == known and SOURCES[known].hub
+        return " (on the hub, not looked at)" if on_hub else " (not there yet)"
+    present = {
+        "knowledge": asked.knowledge and not Path(asked.knowledge).is_file(),
+        "popularity": asked.popularity and not Path(asked.popularity.path).is_file(),
+    }
+    usable = asked.model_copy(update=dict.fromkeys([name for name, missing in present.items() if missing]))
+    facts = load_pool(usable, config.model, config.seed)
     for name, style in config.styles.items():
         for fact in facts.drop_duplicates("relation").to_dict("records"):
             try:
                 style.demonstration(fact) if style.shots else style.body(fact)  # type: ignore[arg-type]
             except BadInput as error:
                 raise BadInput(f"style {name!r}: {error}") from None
-    if (config.scorer == "letters") != bool(facts["choices"].notna().any()):
-        raise BadInput(f"scorer {config.scorer!r} does not fit: 'letters' is for multiple choice, and for it alone")
-    held_out = config.facts.split.held_out
+    check_scorer(facts, config.scorer == "letters")
+    held_out = asked.split.held_out
     if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
         raise BadInput(f"facts.split.held_out: no relation {missing[0]!r} among the facts")
-    return f", {len(facts)} in {facts['relation'].nunique()} relations"
+    split = _try_split(config, facts, any(present.values()))
+    return f", {len(facts)} in {facts['relation'].nunique()} relations{split}"
+
+
+def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> str:
+    """Make the split that the study will make, where no model has to say something first."""
+    split = config.facts.split
+    if config.facts.scored or incomplete or (split.held_out and split.held_out.farthest):
+        return ", not split yet (a model or a file has to rank them first)"
+    if "n_tokens" in split.match:
+        try:
+            tokenizer = load_tokenizer(config.model)
+        except BadInput:
+            return ", not split yet (the model's tokenizer has to measure the names first)"
+        lengths = subject_lengths(facts, tokenizer, next(iter(config.styles.values())))
+        facts = facts.assign(n_tokens=lengths)
+    made(facts, split_settings(config), None)
+    return ", split as asked"
 
 
 def at_hand(facts: FactsConfig) -> bool:

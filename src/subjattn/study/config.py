@@ -1,33 +1,42 @@
-"""The YAML of a study, checked field by field before anything runs."""
+"""A study as its user states it: facts, styles, arms, training, measures, contrasts, claims."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializeAsAny,
     StringConstraints,
     ValidationError,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 
-from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim
 from subjattn.facts.splits import parse_arm
-from subjattn.finetune.lora import Training
-from subjattn.measures.scoring import ScorerName
+from subjattn.finetune.record import Method, method_of
+from subjattn.measures.record import Measure, measure_of, quantity_of
 from subjattn.models import PACKAGED
 from subjattn.prompts import Style
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+MEASURED = ("accuracy", "answer_logprob", "attention_to_subject", "knockout", "patching", "token_attention")
+"""What a study measures where it does not say."""
+
+
+class WrongField(ValueError):
+    """A field of a section whose model the section itself names."""
+
+    def __init__(self, field: tuple[int | str, ...], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.field, self.error = field, error
 
 
 class _Section(BaseModel):
@@ -65,11 +74,6 @@ class SplitConfig(_Section):
     controlled: bool = False
     held_out: HeldOut | None = None
 
-    @property
-    def needs_model(self) -> bool:
-        """Whether the model's own numbers decide the split."""
-        return self.by == "answer_logprob" or bool(self.held_out and self.held_out.farthest)
-
 
 class FactsConfig(_Section):
     """Which facts, how many to train each arm on and how many to hold out."""
@@ -79,9 +83,16 @@ class FactsConfig(_Section):
     relations: list[str] = Field([], description="only these relations")
     popularity: PopularityConfig | None = None
     knowledge: str | None = Field(None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id")
+    trained_on: str | None = Field(None, description="facts that models brought along learnt: subjects to leave out")
+    pool: PositiveInt | None = Field(None, description="draw this many at random and leave the others aside")
     n_train: PositiveInt | None = Field(640, description="facts per trained arm; null for all an arm can have")
     n_test: PositiveInt = Field(300, description="held-out facts, in no arm")
     split: SplitConfig = SplitConfig()
+
+    @property
+    def scored(self) -> bool:
+        """Whether the model itself must say how likely each answer is, before facts can be ranked."""
+        return self.split.by == "answer_logprob" and self.knowledge is None
 
 
 class Arm(_Section):
@@ -102,12 +113,45 @@ class Arm(_Section):
         return self
 
 
-class MeasureConfig(_Section):
-    """How much of the costlier measures to do."""
+class TrainingConfig(_Section):
+    """How arms are trained; the method's own fields stand beside these."""
 
-    by_layer_facts: NonNegativeInt = Field(12, description="facts whose knock-out is repeated layer by layer")
-    patching_pairs: NonNegativeInt = Field(8, description="clean and corrupt pairs of the patching grid")
-    example_prompts: NonNegativeInt = Field(4, description="prompts whose attention is shown token by token")
+    method: str = Field("lora", description="see subjattn.finetune")
+    styles: list[Name] | None = Field(None, description="that facts are asked in; by default the first that can")
+    settings: SerializeAsAny[BaseModel] = Field(description="of the method")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or isinstance(value.get("settings"), BaseModel):
+            return value
+        own = {name: value[name] for name in ("method", "styles") if name in value}
+        method = method_of(own.get("method", "lora"))
+        rest = {name: of for name, of in value.items() if name not in own}
+        try:
+            return own | {"settings": method.settings.model_validate(rest)}
+        except ValidationError as error:
+            raise WrongField((), error) from None
+
+    @model_serializer
+    def _beside(self) -> dict[str, Any]:
+        return {"method": self.method, "styles": self.styles, **self.settings.model_dump(mode="json")}
+
+    @property
+    def record(self) -> Method:
+        return method_of(self.method)
+
+
+class Replicates(_Section):
+    """How often an arm is trained: on other draws of its facts, and from other seeds of the training."""
+
+    draws: PositiveInt = 1
+    seeds: PositiveInt = 1
+
+    @property
+    def all(self) -> list[tuple[int, int]]:
+        """Every (draw, seed)."""
+        return [(draw, seed) for draw in range(self.draws) for seed in range(self.seeds)]
 
 
 class StudyConfig(_Section):
@@ -117,14 +161,30 @@ class StudyConfig(_Section):
     model: str = PACKAGED
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = Field(0, ge=0, lt=2**32)
+    threads: PositiveInt = Field(1, description="CPU threads of a stage; sums differ with their number")
     facts: FactsConfig = FactsConfig()
     styles: dict[Name, Style] = Field(min_length=1)
-    scorer: ScorerName = Field("answer_start", description="when an answer is right; see subjattn.measures.scoring")
     arms: dict[Name, Arm] = Field(min_length=1, description="the first is the reference of the others")
-    training: Training = Training()
-    measures: MeasureConfig = MeasureConfig()
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    replicates: Replicates = Replicates()
+    measures: dict[str, SerializeAsAny[BaseModel]] = Field(
+        default_factory=lambda: {name: measure_of(name).parse({}) for name in MEASURED}
+    )
     contrasts: list[tuple[str, str]] = Field([], description="each the first arm minus the second")
     claims: list[Claim] = []
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _of_registry(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        parsed = {"accuracy": measure_of("accuracy").parse({})}
+        for name, settings in value.items():
+            try:
+                parsed[name] = settings if isinstance(settings, BaseModel) else measure_of(name).parse(settings or {})
+            except ValidationError as error:
+                raise WrongField((name,), error) from None
+        return parsed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,31 +192,47 @@ class StudyConfig(_Section):
             raise ValueError(
                 "facts.split holds facts out of training ('held_out', 'controlled'), and no arm is trained"
             )
-        if self.trained and not self.training_styles:
-            raise ValueError("arms are trained in styles without shots and chain of thought, and there is none")
+        if self.facts.split.by not in ("popularity", "answer_logprob") and self.facts.knowledge is None:
+            raise ValueError(
+                f"facts.split.by {self.facts.split.by!r} needs 'facts.knowledge', which `subjattn knowledge` writes"
+            )
+        if self.trained:
+            _check_training(self)
+        elif self.replicates != Replicates():
+            raise ValueError("replicates are trained anew each, and no arm is trained here")
         named = [*self.contrasts, *(claim.arms for claim in self.claims)]
         for arm in (arm for pair in named for arm in pair):
             if arm not in self.arms:
                 raise ValueError(f"arm {arm!r} is compared but not defined; the arms are {', '.join(self.arms)}")
+        for claim in self.claims:
+            _, quantity = quantity_of(claim.measure.partition(".")[0], self.measured)
+            if quantity.pooled is not None:
+                raise ValueError(f"claim {claim.id!r}: {claim.measure!r} is pooled; claims take one value per fact")
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) < len(ids):
             raise ValueError(f"two claims have the id {next(i for i in ids if ids.count(i) > 1)!r}")
         return self
 
     @property
+    def measured(self) -> list[Measure]:
+        """The measures of the study."""
+        return [measure_of(name) for name in self.measures]
+
+    @property
+    def scorer(self) -> str:
+        """When an answer is right."""
+        return str(self.measures["accuracy"].scorer)  # type: ignore[attr-defined]
+
+    @property
     def reference(self) -> str:
-        """The arm that picks patching pairs, and that others are compared with by default."""
+        """The arm that others are compared with by default."""
         return next(iter(self.arms))
 
     @property
     def training_styles(self) -> dict[str, Style]:
-        """Styles that arms are trained in: those that show the model no other facts and let it answer at once."""
-        return {name: s for name, s in self.styles.items() if not s.shots and not s.chain_of_thought}
-
-    @property
-    def training_style(self) -> str:
-        """The first style that arms are trained in, in which the reference arm's knowledge of their facts is shown."""
-        return next(iter(self.training_styles))
+        """Styles that arms are trained in: those named, or the first that shows no facts and lets answer at once."""
+        able = [name for name, style in self.styles.items() if not style.shots and not style.chain_of_thought]
+        return {name: self.styles[name] for name in (self.training.styles or able[:1])}
 
     @property
     def trained(self) -> dict[str, str]:
@@ -164,74 +240,9 @@ class StudyConfig(_Section):
         return {name: arm.train for name, arm in self.arms.items() if arm.train}
 
 
-def load_study(path: str | Path, settings: Sequence[str] = ()) -> StudyConfig:
-    """Read a study's YAML and apply `key=value` settings, such as `facts.n_test=50`.
-
-    Raises:
-        BadInput: no such file, no YAML, or a field with a wrong name or value; the message names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"no such study: {str(path)!r}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path} holds no study: it should be a mapping with 'name', 'arms', 'styles' …")
-    for setting in settings:
-        _apply(raw, setting)
-    return parse_study(raw, str(path))
-
-
-def parse_study(raw: dict[str, Any], where: str) -> StudyConfig:
-    """A study from plain data; BadInput with one line for the first wrong field."""
-    try:
-        return StudyConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "study"
-        if first["type"] == "extra_forbidden":
-            reason = f"no such field{_suggestion(first['loc'])}"
-        else:
-            reason = first["msg"].removeprefix("Value error, ")
-            if not isinstance(first["input"], dict):
-                reason += f", not {str(first['input'])[:80]!r}"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise BadInput(f"{where}: {field}: {reason}{more}") from None
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    import difflib
-
-    sections = (
-        StudyConfig,
-        FactsConfig,
-        SplitConfig,
-        HeldOut,
-        PopularityConfig,
-        Style,
-        Arm,
-        MeasureConfig,
-        Training,
-        Claim,
-    )
-    known = sorted({name for section in sections for name in section.model_fields})
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _apply(raw: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    if not equals or not key:
-        raise BadInput(f"--set {setting!r} is not key=value, such as facts.n_test=50")
-    *path, last = key.split(".")
-    target = raw
-    for part in path:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise BadInput(f"--set {setting!r}: {part!r} has no fields")
-    try:
-        target[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise BadInput(f"--set {setting!r}: the value is not YAML") from None
+def _check_training(study: StudyConfig) -> None:
+    if unknown := [name for name in study.training.styles or [] if name not in study.styles]:
+        raise ValueError(f"training.styles: no style {unknown[0]!r}; the styles are {', '.join(study.styles)}")
+    styles = study.training_styles
+    if not styles or any(style.shots or style.chain_of_thought for style in styles.values()):
+        raise ValueError("arms are trained in styles without shots and chain of thought, and there is none")

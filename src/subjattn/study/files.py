@@ -1,0 +1,309 @@
+"""What lies where in a run's folder: the only module that knows its names, and the way to read them.
+
+| under the run's folder | what |
+|---|---|
+| facts/pool, facts/scores, facts/split | the facts there are, how likely the model finds them, those in use |
+| prompts/STYLE | what every arm is asked, word for word and token by token |
+| chosen/STYLE | facts that measures take which do not take all, and pairs |
+| before/… | what the untrained model answers to training facts |
+| arms/ARM/drawD-seedS/ | a trained arm's replicate: adapter, measures/STYLE/MEASURE (and prompts/STYLE of its own) |
+| arms/ARM/ | the same without a replicate, for an arm that is not trained here |
+| summary.json, manifest.json, values.parquet, plan.json, study.yaml, report.html | results |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from subjattn.errors import BadInput
+from subjattn.run.folder import RECORD, Folder
+from subjattn.run.plan import SCHEMA, Plan, wrong_schema
+
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from subjattn.prompts import PromptSet
+
+POOL, RELATIONS, SPLIT = "facts/pool", "facts/relations", "facts/split"
+FACTS, TEST, SHOWN = f"{SPLIT}:facts.parquet", f"{SPLIT}:test.parquet", f"{SPLIT}:shown.parquet"
+SUMMARY, MANIFEST, VALUES, PLAN, STUDY, REPORT = (
+    "summary.json",
+    "manifest.json",
+    "values.parquet",
+    "plan.json",
+    "study.yaml",
+    "report.html",
+)
+Replicate = tuple[int, int]
+"""A draw of the training facts and a seed of the training."""
+
+
+def scores(shard: int) -> str:
+    return f"facts/scores/{shard}"
+
+
+def shared_prompts(style: str) -> str:
+    return f"prompts/{style}"
+
+
+def chosen(style: str) -> str:
+    return f"chosen/{style}"
+
+
+def before(spec: str, draw: int) -> str:
+    return f"before/{_plain(spec)}-draw{draw}"
+
+
+def training_file(spec: str, draw: int) -> str:
+    return f"train-{_plain(spec)}-draw{draw}.parquet"
+
+
+def training_facts(spec: str, draw: int) -> str:
+    return f"{SPLIT}:{training_file(spec, draw)}"
+
+
+def arm_folder(arm: str, replicate: Replicate | None) -> str:
+    return f"arms/{arm}" if replicate is None else f"arms/{arm}/draw{replicate[0]}-seed{replicate[1]}"
+
+
+def adapter(arm: str, replicate: Replicate) -> str:
+    return f"{arm_folder(arm, replicate)}/adapter"
+
+
+def own_prompts(arm: str, replicate: Replicate | None, style: str) -> str:
+    return f"{arm_folder(arm, replicate)}/prompts/{style}"
+
+
+def measured(arm: str, replicate: Replicate | None, style: str, measure: str) -> str:
+    return f"{arm_folder(arm, replicate)}/measures/{style}/{measure}"
+
+
+def _plain(spec: str) -> str:
+    """A specification as part of a file's name; another specification never gives the same."""
+    plain = re.sub(r"[^A-Za-z0-9.-]", "_", spec)
+    return plain if plain == spec else f"{plain}-{zlib.crc32(spec.encode()):08x}"
+
+
+def not_defined(stage: Path) -> str | None:
+    """Why the measure of a stage's folder is not defined, if it is not."""
+    path = stage / "not_defined.json"
+    return str(json.loads(path.read_text())["reason"]) if path.is_file() else None
+
+
+class Run:
+    """A finished run, read from its files; made by `open_run`.
+
+    Attributes:
+        folder: where it lies.
+        summary: its results, as in `summary.json`.
+        manifest: what they were made with.
+        study: the study, as plain data.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stages = Folder(folder)
+        self.plan = self._parsed(PLAN, Plan.from_json)
+        self.summary: dict[str, Any] = self._parsed(SUMMARY, json.loads)
+        self.manifest: dict[str, Any] = self._parsed(MANIFEST, json.loads)
+        self.study: dict[str, Any] = self.manifest["study"]
+
+    def __repr__(self) -> str:
+        return f"<Run {self.summary['study']} in {self.folder}: arms {', '.join(self.arms)}>"
+
+    @property
+    def arms(self) -> list[str]:
+        return list(self.study["arms"])
+
+    @property
+    def styles(self) -> list[str]:
+        return list(self.study["styles"])
+
+    def replicates(self, arm: str) -> Sequence[Replicate | None]:
+        """The replicates of an arm; `[None]` where it is not trained here."""
+        if not self.study["arms"][self._named("arm", arm, self.arms)]["train"]:
+            return [None]
+        many = self.study["replicates"]
+        return [(draw, seed) for draw in range(many["draws"]) for seed in range(many["seeds"])]
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """All quantities per fact in one table: arm, draw, seed, style, fact, quantity, part, value, and the facts'."""
+        return self._parquet(self.folder / VALUES)
+
+    @cached_property
+    def facts(self) -> pd.DataFrame:
+        """The facts in use: what they are, and whether they are tested, shown, or trained on."""
+        return self._parquet(self._file(FACTS))
+
+    def predictions(self) -> pd.DataFrame:
+        """What every arm answered: arm, draw, seed, style, fact_id, prediction, correct."""
+        cells = [(arm, one, style) for arm in self.arms for one in self.replicates(arm) for style in self.styles]
+        return pd.concat([self._predictions(*cell) for cell in cells], ignore_index=True)
+
+    def _predictions(self, arm: str, replicate: Replicate | None, style: str) -> pd.DataFrame:
+        found = self.measure("accuracy", arm, style, replicate)
+        draw, seed = replicate or (None, None)
+        return pd.DataFrame(
+            {
+                "arm": arm,
+                "draw": pd.array([draw] * found.sizes["fact"], "Int64"),
+                "seed": pd.array([seed] * found.sizes["fact"], "Int64"),
+                "style": style,
+                "fact_id": found["fact"].values,
+                "prediction": found["prediction"].values,
+                "correct": found["accuracy"].values == 1,
+            }
+        )
+
+    def before_training(self, spec: str, draw: int = 0) -> pd.DataFrame | None:
+        """What the untrained model answers to facts that arms of this specification learn."""
+        name = before(spec, draw)
+        if name not in {stage.name for stage in self.plan}:
+            return None
+        return self._parquet(self._file(f"{name}:predictions.parquet"))
+
+    def prompts(self, style: str, arm: str | None = None, replicate: Replicate | None = None) -> PromptSet:
+        """What was asked in a style; of one arm where it reasons by itself."""
+        from subjattn.study.stages.tables import load_prompts
+
+        names = {stage.name for stage in self.plan}
+        shared = shared_prompts(self._named("style", style, self.styles))
+        own = own_prompts(arm or self.arms[0], replicate or self.replicates(arm or self.arms[0])[0], style)
+        return load_prompts(self._file(f"{shared if shared in names else own}:prompts.parquet"))
+
+    def measure(self, measure: str, arm: str, style: str, replicate: Replicate | None = None) -> xr.Dataset:
+        """The arrays of one measure of one arm, of its first replicate where none is named.
+
+        Raises:
+            BadInput: the measure is not defined there (the message says why), or a file is damaged.
+        """
+        import xarray as xr
+
+        stage = self._stage(measure, arm, style, replicate)
+        if reason := not_defined(self.folder / stage):
+            raise BadInput(f"{measure} is not defined in style {style!r}: {reason}")
+        path = self._file(f"{stage}:array.nc")
+        try:
+            return xr.load_dataset(path, engine="h5netcdf")
+        except (OSError, ValueError) as error:
+            raise BadInput(self._why(path, "netCDF", error)) from None
+
+    def _stage(self, measure: str, arm: str, style: str, replicate: Replicate | None) -> str:
+        self._named("style", style, self.styles)
+        self._named("measure", measure, list(self.study["measures"]))
+        return measured(arm, replicate or self.replicates(arm)[0], style, measure)
+
+    def has(self, measure: str, variable: str, style: str) -> bool:
+        """Whether a measure is defined in a style and gave this variable."""
+        stage = self._stage(measure, self.arms[0], style, None)
+        return not not_defined(self.folder / stage) and variable in self.measure(measure, self.arms[0], style)
+
+    def array(self, measure: str, variable: str, style: str) -> xr.DataArray:
+        """A variable of a measure in every arm, `(arm, fact, …)`: mean over replicates, relations held out left out.
+
+        `noise_floor` is a coordinate of `arm`.
+        """
+        arms = []
+        for arm in self.arms:
+            found = [self.measure(measure, arm, style, replicate) for replicate in self.replicates(arm)]
+            arrays = [self._inside(dataset[variable]) for dataset in found]
+            floors = [array.attrs.pop("noise_floor") for array in arrays if "noise_floor" in array.attrs]
+            array = arrays[0]
+            if len(arrays) > 1:
+                array = _mean(_joined(arrays, "replicate")).assign_attrs(array.attrs)
+            arms.append(array.assign_coords(noise_floor=max(floors)) if floors else array)
+        return _joined(arms, pd.Index(self.arms, name="arm"))
+
+    def _inside(self, array: xr.DataArray) -> xr.DataArray:
+        dim = next(str(dim) for dim in array.dims if str(dim) in ("fact", "few_fact"))
+        outside = self.facts.set_index("fact_id")["out_of_distribution"].reindex(array[dim].values).to_numpy(bool)
+        return array.isel({dim: ~outside}) if outside.any() else array
+
+    def provenance(self, arm: str) -> dict[str, Any]:
+        """Model, adapter and hashes behind an arm's numbers (its first replicate's)."""
+        stage = measured(arm, self.replicates(arm)[0], self.styles[0], "accuracy")
+        return json.loads(self._file(f"{stage}:provenance.json").read_text())  # type: ignore[no-any-return]
+
+    def _file(self, source: str) -> Path:
+        path = self._stages.path(source)
+        if not path.is_file():
+            raise BadInput(f"{str(path)!r} is missing: run the study again, which makes it anew")
+        return path
+
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+        path = self.folder / name
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except BadInput:
+            raise
+        except (OSError, ValueError, TypeError, KeyError):
+            raise BadInput(f"{str(path)!r} is missing or damaged: run the study again, which writes it anew") from None
+
+    def _parquet(self, path: Path) -> pd.DataFrame:
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise BadInput(self._why(path, "parquet", error)) from None
+
+    def _why(self, path: Path, form: str, error: Exception) -> str:
+        stage = path.relative_to(self.folder).parent.as_posix()
+        if stage != "." and path in self._stages.damaged(stage):
+            return f"{str(path)!r} is damaged (not what was written): run the study again, which makes it anew"
+        return f"{str(path)!r} cannot be read as {form}: {' '.join(str(error).split())[:200]}"
+
+    @staticmethod
+    def _named(what: str, name: str, known: Sequence[str]) -> str:
+        if name not in known:
+            raise BadInput(f"the run has no {what} {name!r}; there are {', '.join(known)}")
+        return name
+
+
+def _mean(array: xr.DataArray) -> xr.DataArray:
+    """Mean over replicates, of coordinates too; what is missing in one replicate is missing."""
+    mean = array.mean("replicate", skipna=False)
+    along = {name: of for name, of in array.coords.items() if "replicate" in of.dims and name != "replicate"}
+    means = {n: of.all("replicate") if of.dtype == bool else of.mean("replicate") for n, of in along.items()}
+    return mean.assign_coords(means)
+
+
+def _joined(arrays: Sequence[xr.DataArray], dim: Any) -> xr.DataArray:
+    """Arrays along a new dimension; coordinates that differ between them go along with it."""
+    import xarray as xr
+
+    return xr.concat(arrays, dim, join="exact", coords="different", compat="equals", combine_attrs="drop_conflicts")
+
+
+def check_version(folder: Path) -> None:
+    """Refuse a folder that another version of subjattn wrote into; BadInput says which and what to do."""
+    if (folder / "facts" / RECORD).is_file():
+        raise BadInput(wrong_schema(repr(str(folder)), None))
+    try:
+        found = json.loads((folder / PLAN).read_text())["schema"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if found != SCHEMA:
+        raise BadInput(wrong_schema(repr(str(folder)), found))
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open the folder of a finished study.
+
+    Raises:
+        BadInput: there is none, or it is of a version that this one does not read.
+    """
+    folder = Path(folder)
+    if not (folder / SUMMARY).is_file():
+        raise BadInput(f"{str(folder)!r} holds no finished study (no summary.json): run 'subjattn run' first")
+    if not (folder / PLAN).is_file():
+        raise BadInput(wrong_schema(repr(str(folder)), None))
+    return Run(folder)

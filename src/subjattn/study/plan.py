@@ -1,0 +1,329 @@
+"""From a study to its plan: the only place that knows which stage needs what of which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from subjattn.errors import BadInput
+from subjattn.facts import SOURCES, identity_of_source
+from subjattn.measures.record import Measure, Shape
+from subjattn.models import fingerprint, identity, model_shape, resolve_adapter, resolve_model
+from subjattn.prompts import Style
+from subjattn.run.plan import Plan, Stage
+from subjattn.study import files
+from subjattn.study.config import StudyConfig
+from subjattn.study.files import Replicate
+from subjattn.study.stages.before import CHECKED
+from subjattn.study.stages.prompts import THINKING
+from subjattn.study.stages.train import TRAINING_ROWS
+
+
+SHARDS = 8
+"""Shares in which the pool is scored: each is kept when a run stops, and any number of workers take turns."""
+USUAL_POOL = 30_000
+"""Facts of a pool whose size is not known before it is read, for time estimates."""
+_WORK = "subjattn.study.stages"
+
+
+def plan_study(config: StudyConfig) -> Plan:
+    """The stages of a study, once every model and adapter is seen to be there.
+
+    Raises:
+        BadInput: a model or adapter cannot be found, or an arm has another shape than the study's model.
+    """
+    return Plan(list(_Builder(config).stages()), config.threads)
+
+
+class _Builder:
+    """Stages of one study, in order."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.models = {name: identity(name) for name in self._model_names()}
+        self.adapters = {
+            arm.adapter: identity(resolve_adapter(arm.adapter)) for arm in config.arms.values() if arm.adapter
+        }
+        n_layers, n_heads = model_shape(config.model)
+        for name, arm in config.arms.items():
+            if arm.model and model_shape(arm.model) != (n_layers, n_heads):
+                raise BadInput(
+                    f"arm {name!r} has {model_shape(arm.model)[0]} layers of {model_shape(arm.model)[1]} heads, the "
+                    f"study's model {n_layers} of {n_heads}: only models of one architecture can be compared head by "
+                    "head"
+                )
+        held_out = config.facts.split.held_out
+        self.shape = Shape(config.facts.n_test + (held_out.n_test if held_out else 0), n_layers, n_heads)
+        self.memory = {name: weight_bytes(name, config.dtype) for name in self.models}
+
+    def stages(self) -> Iterator[Stage]:
+        """All of them; inputs come first."""
+        yield from self._facts()
+        for style in self.config.styles:
+            if not self._own_prompts(style):
+                yield self._shared_prompts(style)
+        reference = self._reference()
+        for arm, replicate in self._arms():
+            yield from self._arm(arm, replicate, reference)
+        for spec in dict.fromkeys(self.config.trained.values()):
+            for draw in range(self.config.replicates.draws):
+                yield self._before(spec, draw)
+
+    def _model_names(self) -> list[str]:
+        names = [self.config.model, *(arm.model for arm in self.config.arms.values() if arm.model)]
+        for name in names:
+            resolve_model(name)
+        return list(dict.fromkeys(names))
+
+    def _arms(self) -> Iterator[tuple[str, Replicate | None]]:
+        """Arms with their replicates, the reference first."""
+        order = sorted(self.config.arms, key=lambda name: name != self._reference())
+        for name in order:
+            many: list[Replicate | None] = [*self.config.replicates.all] if self.config.arms[name].train else [None]
+            for replicate in many:
+                yield name, replicate
+
+    def _reference(self) -> str:
+        """The arm that says which facts are known: the first that is not trained here, else the first."""
+        untrained = [name for name, arm in self.config.arms.items() if not arm.train]
+        return untrained[0] if untrained else self.config.reference
+
+    def _own_prompts(self, style: str) -> bool:
+        return self.config.styles[style].chain_of_thought
+
+    def _first_style(self) -> Style:
+        return next(iter(self.config.styles.values()))
+
+    def _facts(self) -> Iterator[Stage]:
+        config, asked = self.config, self.config.facts
+        base = {"model": config.model, "dtype": config.dtype}
+        plain = Style(template=self._first_style().template).model_dump(mode="json")
+        yield Stage(
+            files.POOL,
+            f"{_WORK}.pool:work",
+            settings={
+                "facts": asked.model_dump(mode="json", include={"columns", "relations", "pool"}),
+                "popularity": asked.popularity and [asked.popularity.subject, asked.popularity.popularity],
+                "source": asked.source.partition(":")[0] if _published(asked.source) else Path(asked.source).name,
+                "letters": config.scorer == "letters",
+                "style": self._first_style().model_dump(mode="json"),
+                "seed": config.seed,
+            },
+            external=self._sources() | {"model": self.models[config.model]},
+            where={
+                "facts": asked.model_dump(mode="json", exclude={"n_train", "n_test", "split"}),
+                "model": config.model,
+            },
+        )
+        scored: dict[str, str] = {}
+        if asked.scored:
+            share = (asked.pool or USUAL_POOL) / SHARDS
+            for shard in range(SHARDS):
+                scored[f"scores{shard}"] = f"{files.scores(shard)}:scores.parquet"
+                settings = base | {"style": plain, "shard": shard, "shards": SHARDS}
+                pool = {"pool": f"{files.POOL}:facts.parquet"}
+                yield self._computing(files.scores(shard), "score", settings, pool, share, "base")
+        held_out = asked.split.held_out
+        relations = {}
+        if held_out and held_out.farthest:
+            relations = {"relations": f"{files.RELATIONS}:distances.json"}
+            settings = base | {"style": plain}
+            pool = {"pool": f"{files.POOL}:facts.parquet"}
+            yield self._computing(files.RELATIONS, "relations", settings, pool, 1.0, "base")
+        yield Stage(
+            files.SPLIT,
+            f"{_WORK}.split:work",
+            settings=split_settings(config),
+            inputs={"pool": f"{files.POOL}:facts.parquet"} | scored | relations,
+        )
+
+    def _sources(self) -> dict[str, str]:
+        """What the facts are read from: digests of files, and the version of the package of cities."""
+        asked = self.config.facts
+        found = {"source": identity_of_source(asked.source)}
+        popularity = asked.popularity and asked.popularity.path
+        if asked.trained_on:
+            found["trained_on"] = identity_of_source(asked.trained_on)
+        for role, file in (("knowledge", asked.knowledge), ("popularity", popularity)):
+            if file:
+                found[role] = fingerprint(file)
+        return found
+
+    def _shared_prompts(self, style: str) -> Stage:
+        others = {name: arm.model for name, arm in self.config.arms.items() if arm.model}
+        external = {"model": self.models[self.config.model]} | {
+            f"model of {name}": self.models[model] for name, model in others.items()
+        }
+        return Stage(
+            files.shared_prompts(style),
+            f"{_WORK}.prompts:work",
+            settings={"style": self.config.styles[style].model_dump(mode="json")},
+            inputs={"test": files.TEST, "shown": files.SHOWN},
+            external=external,
+            where={"model": self.config.model, "others": others},
+        )
+
+    def _arm(self, name: str, replicate: Replicate | None, reference: str) -> Iterator[Stage]:
+        """One arm: its training, its prompts where they are its own, its measures."""
+        config, arm = self.config, self.config.arms[name]
+        model = {"model": arm.model or config.model, "dtype": config.dtype, "adapter": arm.adapter}
+        weights: dict[str, str] = {}
+        group = files.arm_folder(name, replicate)
+        if arm.train and replicate is not None:
+            weights = {"adapter": files.adapter(name, replicate)}
+            yield self._training(name, replicate)
+        for style in config.styles:
+            prompts = files.shared_prompts(style)
+            if own := self._own_prompts(style):
+                prompts = files.own_prompts(name, replicate, style)
+                settings = model | {"style": config.styles[style].model_dump(mode="json")}
+                inputs = weights | {"test": files.TEST, "shown": files.SHOWN}
+                cost = self.shape.n_facts * THINKING
+                yield self._computing(prompts, "prompts", settings, inputs, cost, group, "reasoned")
+            for measure in sorted(config.measured, key=lambda one: one.name != "accuracy"):
+                inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
+                if measure.name != "accuracy":
+                    inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
+                yield self._measuring(name, replicate, style, measure, model | {"own_prompts": own}, inputs)
+                is_first = replicate is None or replicate == (0, 0)
+                if measure.name == "accuracy" and name == reference and is_first:
+                    yield self._choosing(style, prompts, files.measured(name, replicate, style, "accuracy"))
+
+    def _choosing(self, style: str, prompts: str, accuracy: str) -> Stage:
+        return Stage(
+            files.chosen(style),
+            f"{_WORK}.choose:work",
+            settings={"seed": self.config.seed},
+            inputs={
+                "test": files.TEST,
+                "prompts": f"{prompts}:prompts.parquet",
+                "accuracy": f"{accuracy}:array.nc",
+            },
+        )
+
+    def _training(self, name: str, replicate: Replicate) -> Stage:
+        config, training = self.config, self.config.training
+        spec, method = str(config.arms[name].train), training.record
+        n_steps = method.n_steps(training.settings, config.facts.n_train or USUAL_POOL // 10)
+        settings = {
+            "model": config.arms[name].model or config.model,
+            "dtype": config.dtype,
+            "method": training.method,
+            "method_version": method.version,
+            "settings": training.settings.model_dump(mode="json"),
+            "styles": [style.model_dump(mode="json") for style in config.training_styles.values()],
+            "seed": training_seed(config.seed, replicate),
+        }
+        return self._computing(
+            files.adapter(name, replicate),
+            "train",
+            settings,
+            {"facts": files.training_facts(spec, replicate[0])},
+            n_steps * method.rows(training.settings) * TRAINING_ROWS,
+            files.arm_folder(name, replicate),
+        )
+
+    def _measuring(
+        self,
+        name: str,
+        replicate: Replicate | None,
+        style: str,
+        measure: Measure,
+        model: Mapping[str, Any],
+        inputs: Mapping[str, str],
+    ) -> Stage:
+        settings = self.config.measures[measure.name]
+        return self._computing(
+            files.measured(name, replicate, style, measure.name),
+            "measure",
+            {**model, "measure": measure.name, "settings": settings.model_dump(mode="json")},
+            inputs,
+            measure.cost(self.shape, settings),
+            files.arm_folder(name, replicate),
+            version=measure.version,
+        )
+
+    def _before(self, spec: str, draw: int) -> Stage:
+        config = self.config
+        settings = {
+            "model": config.model,
+            "dtype": config.dtype,
+            "style": next(iter(config.training_styles.values())).model_dump(mode="json"),
+            "scorer": config.scorer,
+            "seed": config.seed,
+        }
+        cost = 2.5 * min(CHECKED, config.facts.n_train or CHECKED)
+        facts = {"facts": files.training_facts(spec, draw)}
+        return self._computing(files.before(spec, draw), "before", settings, facts, cost, "base")
+
+    def _computing(
+        self,
+        name: str,
+        module: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        cost: float,
+        group: str,
+        function: str = "work",
+        version: int = 1,
+    ) -> Stage:
+        """A stage that runs a model."""
+        external, model, adapter = {}, str(settings["model"]), settings.get("adapter")
+        external["model"] = self.models[model]
+        if adapter:
+            external["adapter"] = self.adapters[adapter]
+        return Stage(
+            name,
+            f"{_WORK}.{module}:{function}",
+            version=version,
+            settings={name: of for name, of in settings.items() if name not in ("model", "adapter")},
+            inputs=inputs,
+            external=external,
+            where={"model": model, "adapter": adapter, "identity": list(external.values())},
+            cost=cost,
+            memory=self.memory[model],
+            device=True,
+            group=group,
+        )
+
+
+def _published(source: str) -> bool:
+    """Whether a source has a reader of its own; one file may be read by several."""
+    return source.partition(":")[0].partition("@")[0] in SOURCES
+
+
+def split_settings(config: StudyConfig) -> dict[str, Any]:
+    """What the stage `split` goes by."""
+    return {
+        "split": config.facts.split.model_dump(mode="json"),
+        "specs": list(dict.fromkeys(config.trained.values())),
+        "n_train": config.facts.n_train if config.trained else None,
+        "n_test": config.facts.n_test,
+        "shots": max(style.shots for style in config.styles.values()),
+        "draws": config.replicates.draws,
+        "seed": config.seed,
+    }
+
+
+def training_seed(seed: int, replicate: Replicate) -> int:
+    """The seed of a replicate's training, the same for all arms; the study's own for the first."""
+    if replicate == (0, 0):
+        return seed
+    return int(np.random.SeedSequence([seed, *replicate]).generate_state(1)[0])
+
+
+@cache
+def weight_bytes(name: str, dtype: str) -> float:
+    """Bytes that a model's weights take, from its configuration alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from subjattn.models import quiet
+
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(name)))
+    return float(sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize)

@@ -1,0 +1,1 @@
+"""What the stages of a study do: one function `work` each, which knows neither keys nor publishing."""

@@ -1,0 +1,29 @@
+"""The model of a stage, kept for the next one: a process holds one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from subjattn.models import LoadedModel, load_model
+
+
+_held: dict[tuple[object, ...], LoadedModel] = {}
+
+
+def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
+    """The model that `settings` names, under the adapter trained for it (an input) or brought along (a setting)."""
+    adapter = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
+    weights = Path(adapter or "") / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns if adapter and weights.is_file() else None
+    key = (settings["model"], *settings.get("identity", ()), adapter, written, settings["dtype"])
+    if key not in _held:
+        release()
+        _held[key] = load_model(settings["model"], adapter=adapter, dtype=settings["dtype"])
+    return _held[key]
+
+
+def release() -> None:
+    """Let go of the model that is held."""
+    _held.clear()

@@ -1,0 +1,75 @@
+"""Stage `measures`: one measure of one arm in one style."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from subjattn.measures.record import Asked, Measure, measure_of, values_of
+from subjattn.prompts import PromptSet
+from subjattn.run.plan import Context
+from subjattn.study.stages.loading import loaded
+from subjattn.study.stages.tables import load_prompts
+
+
+OWN_PROMPTS = "each arm reads its own reasoning here, which may repeat the subject: arms cannot be compared"
+
+
+def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
+    """Write `array.nc`, `values.parquet` and `provenance.json`; or `not_defined.json`, which says why."""
+    measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
+    chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
+    if reason := _not_defined(measure, prompts, settings, chosen):
+        (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
+        return
+    model = loaded(settings, inputs)
+    asked = Asked(
+        model,
+        prompts,
+        order=chosen.get("order", ()),
+        known=frozenset(chosen.get("known", ())),
+        pairs=[(clean, corrupt) for clean, corrupt in chosen.get("pairs", ())],
+        memory_budget=None if context.memory_share == 1 else _half_of_what_is_free(model),
+        tell=context.tell,
+    )
+    dataset = measure.run(asked, measure.parse(settings["settings"]))
+    _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
+    columns = ["fact_id", "quantity", "part", "value"]
+    pd.DataFrame(values_of(measure, dataset), columns=columns).to_parquet(out / "values.parquet", index=False)
+    (out / "provenance.json").write_text(json.dumps(model.provenance(), indent=1))
+
+
+def _storable(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset with NUL characters in its texts made visible, which netCDF cannot hold."""
+    for name, array in dataset.variables.items():
+        if array.dtype.kind in "UO" and any("\0" in text for text in array.values.ravel().tolist()):
+            shown = [text.replace("\0", "␀") for text in array.values.ravel().tolist()]
+            assign = dataset.assign_coords if name in dataset.coords else dataset.assign
+            dataset = assign({name: (array.dims, np.array(shown).reshape(array.shape))})
+    return dataset
+
+
+def _not_defined(
+    measure: Measure, prompts: PromptSet, settings: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> str | None:
+    if "subject" in measure.needs and any(prompt.span is None for prompt in prompts):
+        return "the facts have no subject"
+    if "same_prompts" in measure.needs and settings["own_prompts"]:
+        return OWN_PROMPTS
+    if "swaps" in measure.needs and not chosen.get("pairs"):
+        return "no two facts can be swapped: none agree in length and differ in their answer"
+    return None
+
+
+def _half_of_what_is_free(model: Any) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        return 2**28
+    return int(torch.cuda.mem_get_info(model.model.device)[0] // 2)

@@ -1,0 +1,116 @@
+"""Against 0.3: the numbers of a small study whose splits and adapters are frozen, and what becomes of its folder.
+
+`data/golden` holds the study, `data/run-0.3` the run that 0.3 made of it, `data/run-0.4` one of this schema.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import subjattn as sa
+from subjattn.errors import BadInput
+from subjattn.study.read import load_study
+from subjattn.study.run import run_study
+
+
+DATA = Path(__file__).parent / "data"
+NEW = {"reason", "unit", "pooled"}
+"""Fields that 0.3 had not."""
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    study = load_study(DATA / "golden" / "study.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(DATA / "golden")
+        return run_study(study, tmp_path_factory.mktemp("golden") / "run")
+
+
+def old() -> dict[str, Any]:
+    return json.loads((DATA / "run-0.3" / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def agree(found: Any, expected: Any, where: str) -> None:
+    """Equal in all that 0.3 said; numbers to the rounding of float32."""
+    if isinstance(expected, dict):
+        assert set(found) - (NEW - set(expected)) == set(expected), where
+        for name, value in expected.items():
+            agree(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=2e-6), where
+    else:
+        assert found == expected, where
+
+
+def test_arms_are_as_0_3_had_them(summary: dict[str, Any]) -> None:
+    for arm, expected in old()["arms"].items():
+        agree(summary["arms"][arm], expected, arm)
+
+
+def test_contrasts_are_as_0_3_had_them(summary: dict[str, Any]) -> None:
+    """Those of pooled quantities are new."""
+    named = ("measure", "arm_a", "arm_b", "style")
+    found = {tuple(row[name] for name in named): row for row in summary["contrasts"]}
+    for expected in old()["contrasts"]:
+        agree(found.pop(tuple(expected[name] for name in named)), expected, str(expected))
+    assert {key[0] for key in found} <= {"direct_share", "largest_recovery"}
+
+
+def test_claims_are_as_0_3_had_them(summary: dict[str, Any]) -> None:
+    """But for their caveat, which now says that facts share answers."""
+    for found, expected in zip(summary["claims"], old()["claims"], strict=True):
+        agree(found | {"caveat": expected["caveat"]}, expected, expected["id"])
+        assert found["caveat"].endswith("24 facts share 15 answers and count as independent")
+
+
+def test_a_run_of_0_3_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(DATA / "run-0.3", tmp_path / "run"))
+    with pytest.raises(BadInput, match=r"run' was written by subjattn 0\.3 or older, which this version does not read"):
+        sa.open_run(copy)
+    monkeypatch.chdir(DATA / "golden")
+    with pytest.raises(BadInput, match=r"was written by subjattn 0\.3 or older.*: run the study anew"):
+        run_study(load_study("study.yaml"), copy)
+    kept = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert kept == {
+        path.relative_to(DATA / "run-0.3"): path.read_bytes()
+        for path in (DATA / "run-0.3").rglob("*")
+        if path.is_file()
+    }, "nothing of it is touched"
+
+
+def test_a_run_of_this_schema_is_read(summary: dict[str, Any]) -> None:
+    """Kept as it was written: what it says, and that its stages count as finished, must not change by accident."""
+    run = sa.open_run(DATA / "run-0.4")
+    assert run.arms == ["base", "a", "b"] and run.styles == ["list", "sentence"]
+    agree(run.summary["arms"]["a"]["styles"]["list"], summary["arms"]["a"]["styles"]["list"], "a")
+    assert run.array("attention_to_subject", "attention_to_subject", "list").dims == ("arm", "fact", "layer", "head")
+    assert len(run.predictions()) == 24 * 3 * 2 and len(run.prompts("list")) == 24
+    assert set(run.values["quantity"]) >= {"accuracy", "knockout_drop"}
+
+
+def test_a_run_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(DATA / "run-0.4", tmp_path / "run"))
+    plan = json.loads((copy / "plan.json").read_text())
+    (copy / "plan.json").write_text(json.dumps(plan | {"schema": plan["schema"] + 1}))
+    with pytest.raises(BadInput, match="was written by a newer subjattn"):
+        sa.open_run(copy)
+
+
+def test_a_damaged_file_is_named_and_told_from_one_of_another_form(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(DATA / "run-0.4", tmp_path / "run"))
+    array = copy / "arms" / "a" / "measures" / "list" / "knockout" / "array.nc"
+    array.write_bytes(array.read_bytes()[:500])
+    with pytest.raises(BadInput, match=r"knockout/array\.nc' is damaged \(not what was written\)"):
+        sa.open_run(copy).measure("knockout", "a", "list")
+    values = copy / "values.parquet"
+    values.write_text("fact_id\n")
+    with pytest.raises(BadInput, match=r"values\.parquet' cannot be read as parquet: "):
+        _ = sa.open_run(copy).values
+    array.unlink()
+    with pytest.raises(BadInput, match=r"array\.nc' is missing: run the study again"):
+        sa.open_run(copy).measure("knockout", "a", "list")
