@@ -20,7 +20,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import answer_logprob, predict
 from subjattn.measures.attention import subject_attention, token_attention
-from subjattn.measures.knockout import knockout, one_route, same_edges
+from subjattn.measures.knockout import knockout, same_edges
 from subjattn.measures.pairs import choose_pairs, keep_pairs
 from subjattn.measures.patching import destroyed, largest_recovery, patch_grid, recovery, trivial_cells
 from subjattn.measures.scoring import is_correct
@@ -228,7 +228,6 @@ def test_routes_that_coincide_are_marked(tiny: LoadedModel, cities: pd.DataFrame
     one = knockout(tiny, prompts, metric="kl")
     assert one["routes_coincide"].values.tolist() == [p.prediction == p.subject_span[1] for p in prompts]
     assert "routes_coincide" not in knockout(tiny, prompts[:2], ["direct"]).coords
-    assert "routes_coincide" not in one_route(drop, "direct").coords
     with pytest.raises(BadInput, match="give a list of direct, total"):
         same_edges(prompts, "direct", "all")  # type: ignore[arg-type]
 

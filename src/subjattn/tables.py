@@ -19,8 +19,7 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
     """A row an arm; as many quantities as fit are shown, the report has them all."""
     made = table(f"arms, style “{style}”")
     arms = {name: arm["styles"][style] for name, arm in summary["arms"].items()}
-    known = ("n_test", "route", "pooled", "by_popularity_third", "n_undefined", "replicates")
-    names = [name for name in next(iter(arms.values())) if name not in known][:5]
+    names = [name for name in next(iter(arms.values())) if name.partition(".")[0] in summary["quantities"]][:5]
     for heading in ("arm", *(name.replace("_", " ") for name in names), "route"):
         made.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
     for name, found in arms.items():

@@ -45,7 +45,6 @@ MEASURE = Measure(
             "share correct",
             "the greedy answer is right, by the named scorer",
             per_fact=one_per_fact("accuracy"),
-            bounds=(0, 1),
         ),
     ),
     run=_run,

@@ -194,12 +194,6 @@ def _same(prompts: Sequence[Prompt], one: Edges, other: Edges) -> np.ndarray:
     return np.array([set(one(prompt)) == set(other(prompt)) for prompt in prompts])
 
 
-def one_route(drop: xr.DataArray, route: Route) -> xr.DataArray:
-    """One route of `knockout` in all layers, `(fact,)`, with its own definition."""
-    array = drop.sel(route=route, drop=True).drop_vars(["baseline_answer_logprob", "routes_coincide"], errors="ignore")
-    return array.assign_attrs(definition=_definition("answer_logprob", _EDGES[route][0], "all layers"))
-
-
 def _parse_routes(routes: Sequence[str] | Mapping[str, Edges]) -> dict[str, Edges]:
     if isinstance(routes, Mapping):
         return dict(routes)

@@ -56,7 +56,6 @@ class Quantity:
             stand before the record's.
         pooled: instead, one number over all facts (a ratio, a share) that is no mean over facts; NaN where it is
             not defined.
-        bounds: the least and largest value there can be.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Quantity:
     definition: str
     per_fact: Callable[[xr.Dataset], xr.DataArray] | None = None
     pooled: Callable[[xr.Dataset], float] | None = None
-    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.per_fact is None) == (self.pooled is None):

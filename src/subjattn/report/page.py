@@ -108,7 +108,7 @@ def _drawn_from(run: Run, measure: Measure, style: str) -> str:
     if "swaps" not in measure.needs:
         return ""
     found = run.measure(measure.name, run.arms[0], style)
-    if found is None or "known" not in found.coords:
+    if "known" not in found.coords:
         return ""
     effect = found["patch_effect"]
     direction = effect.attrs.get("direction", "")

@@ -11,6 +11,7 @@ import numpy as np
 
 from subjattn.errors import BadInput
 from subjattn.facts import SOURCES, identity_of_source
+from subjattn.measures.accuracy import PREDICTING
 from subjattn.measures.record import Measure, Shape
 from subjattn.models import fingerprint, identity, model_shape, resolve_adapter, resolve_model
 from subjattn.prompts import Style
@@ -256,7 +257,7 @@ class _Builder:
             "scorer": config.scorer,
             "seed": config.seed,
         }
-        cost = 2.5 * min(CHECKED, config.facts.n_train or CHECKED)
+        cost = PREDICTING * min(CHECKED, config.facts.n_train or CHECKED)
         facts = {"facts": files.training_facts(spec, draw)}
         return self._computing(files.before(spec, draw), "before", settings, facts, cost, "base")
 
