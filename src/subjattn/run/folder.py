@@ -23,8 +23,9 @@ from subjattn.run.plan import SCHEMA, Plan, Stage, wrong_schema
 RECORD = "stage.json"
 RESULTS = ("summary.json", "report.html")
 """Stand for all that lies beside them: taken away before a stage takes its place."""
+UNFINISHED = ".unfinished"
+"""Ends the names of what is not yet whole."""
 _LOCK = ".lock"
-_UNFINISHED = ".unfinished"
 
 
 class Folder:
@@ -102,7 +103,7 @@ class Folder:
         """
         target = self.root / stage
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
         temporary.mkdir()
         try:
             yield temporary
@@ -111,7 +112,7 @@ class Folder:
             _sync(temporary)
             self.retire()
             if target.exists():
-                old = temporary.with_name(f"{temporary.name}.old{_UNFINISHED}")
+                old = temporary.with_name(f"{temporary.name}.old{UNFINISHED}")
                 target.rename(old)
                 temporary.rename(target)
                 shutil.rmtree(old, ignore_errors=True)
@@ -128,7 +129,7 @@ class Folder:
 
     def sweep(self) -> None:
         """Take away what a killed process left unfinished."""
-        for path in list(self.root.rglob(f".*{_UNFINISHED}")):
+        for path in list(self.root.rglob(f".*{UNFINISHED}")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -177,7 +178,7 @@ def alone(root: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that replaces the file `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         yield temporary
         with temporary.open("r+b") as file:

@@ -17,12 +17,12 @@ from typing import Any
 
 from subjattn.errors import StagesFailed
 from subjattn.run.events import Events
-from subjattn.run.folder import Folder
+from subjattn.run.folder import UNFINISHED, Folder
 from subjattn.run.perform import Outcome, perform
 from subjattn.run.plan import Plan, Stage
 
 
-_PROGRESS = ".progress"
+_PROGRESS = f".progress{UNFINISHED}"
 _LOOK_EVERY = 0.5
 
 
@@ -58,7 +58,6 @@ def execute(plan: Plan, folder: Folder, events: Events, executors: Sequence[Exec
         StagesFailed: some stages failed; all that did not need them are made.
     """
     folder.sweep()
-    shutil.rmtree(folder.root / _PROGRESS, ignore_errors=True)
     shutil.rmtree(folder.root / "failed", ignore_errors=True)
     try:
         _Execution(plan, folder, events, [_Slot(executor) for executor in executors or (Here(),)]).run()

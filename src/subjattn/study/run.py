@@ -61,6 +61,7 @@ def run_study(
         stack.enter_context(alone(out))
         files.check_version(out)
         folder = Folder(out)
+        stack.callback(folder.sweep)  # once the workers have ended, killed or not
         execute(plan.before_models, folder, progress)
         if not executors:
             executors = stack.enter_context(executors_of(Place.of(plan, folder, workers, on), progress))
