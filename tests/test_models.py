@@ -21,7 +21,16 @@ from transformers import AutoModelForCausalLM
 from subjattn import digest
 from subjattn.errors import AdapterMismatch, BadInput
 from subjattn.facts.hub import commit_of
-from subjattn.models import describe, fingerprint, identity, load_model, load_tokenizer, model_shape, packaged_model
+from subjattn.models import (
+    describe,
+    fingerprint,
+    identity,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    packaged,
+    packaged_model,
+)
 
 
 def changed(adapter: Path, target: Path, rename: tuple[str, str] | None = None, scale: float = 1.0) -> Path:
@@ -121,6 +130,26 @@ def test_packaged_model_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert packaged_model() == folder
     assert (folder / "model.safetensors").is_file()
     assert model_shape("smollm2-135m") == (30, 9)
+
+
+def test_what_a_gguf_says_of_itself_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the file's content; a note that cannot be read is made anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read: list[str] = []
+    monkeypatch.setattr(packaged, "_read_quantisation", lambda file: read.append(file.name) or file.read_text())
+    one, same, other = (tmp_path / name for name in ("one.gguf", "same.gguf", "other.gguf"))
+    for file, text in ((one, "Q4_1"), (same, "Q4_1"), (other, "F16")):
+        file.write_text(text)
+    found = []
+    for file in (one, same, other, one):
+        packaged.gguf_quantisation.cache_clear()
+        found.append(packaged.gguf_quantisation(file))
+    assert found == ["Q4_1", "Q4_1", "F16", "Q4_1"] and read == ["one.gguf", "other.gguf"]
+    for note in (tmp_path / "subjattn" / "quantisations").iterdir():
+        note.write_text("{")
+    packaged.gguf_quantisation.cache_clear()
+    assert packaged.gguf_quantisation(one) == "Q4_1" and read[2:] == ["one.gguf"]
+    packaged.gguf_quantisation.cache_clear()
 
 
 def test_fingerprint_notices_a_changed_folder(tmp_path: Path) -> None:

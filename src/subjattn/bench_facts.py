@@ -79,10 +79,11 @@ def time_slick(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budg
     seconds = time.perf_counter() - started
     groups = answer_groups(facts, pool, model.tokenizer, budget, 0)
     sampler = sampler_of(model, budget)
+    endings = sorted(sampler.ends | {token for token in range(len(model.tokenizer)) if token in sampler.newlines})
     ways: dict[str, Callable[[], None]] = {
         "shared": lambda: _draw(model, sampler, groups, budget, share=True),
         "unshared": lambda: _draw(model, sampler, groups, budget, share=False),
-        "generate": lambda: _generate(model, sampler, groups[0][:GENERATED]),
+        "generate": lambda: _generate(model, sampler, endings, groups[0][:GENERATED]),
     }
     timed: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
@@ -108,7 +109,7 @@ def _draw(model: LoadedModel, sampler: Sampler, groups: list[list[Prompt]], budg
         sampler.draw(group, [[budget.seed, i] for i in range(len(group))], hopeless=given_up, share=share)
 
 
-def _generate(model: LoadedModel, sampler: Sampler, prompts: list[Prompt]) -> None:
+def _generate(model: LoadedModel, sampler: Sampler, endings: list[int], prompts: list[Prompt]) -> None:
     for prompt in prompts:
         ids = torch.tensor([prompt.ids[: prompt.prediction + 1]], device=model.model.device)
         with torch.inference_mode():
@@ -120,6 +121,6 @@ def _generate(model: LoadedModel, sampler: Sampler, prompts: list[Prompt]) -> No
                 top_k=0,
                 num_return_sequences=1 + sampler.n_samples,
                 max_new_tokens=sampler.new_tokens,
-                eos_token_id=sorted(sampler.ends | sampler.newlines),
+                eos_token_id=endings,
                 pad_token_id=min(sampler.ends),
             )

@@ -72,7 +72,7 @@ def file_digest(file: Path) -> str:
         if _stamp(real) != stamp or time.time_ns() - max(stamp[2:]) < SETTLED_NS:
             return found[1]
         if stamp[1] >= LARGE:
-            _write(note, found)
+            keep(note, found)
     _kept[real] = found
     return found[1]
 
@@ -85,14 +85,22 @@ def _stamp(file: str) -> list[int]:
 
 def _read(note: Path) -> tuple[list[int], str] | None:
     try:
-        stamp, digest = json.loads(note.read_text())
-    except (OSError, ValueError):
+        stamp, digest = noted(note)
+    except (TypeError, ValueError):
         return None
     return stamp, str(digest)
 
 
-def _write(note: Path, found: tuple[list[int], str]) -> None:
-    """Keep a digest for the next process; where that cannot be, the file is read again."""
+def noted(note: Path) -> Any:
+    """What another process kept by `keep`; None where there is nothing, or nothing that can be read."""
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def keep(note: Path, found: Any) -> None:
+    """Keep plain data in a file for the next process; where that cannot be, it is found out again."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=note.parent)

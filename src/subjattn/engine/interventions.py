@@ -203,13 +203,13 @@ def check_arms(rows: Sequence[Row]) -> None:
             )
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length, within a budget of tokens and little padding."""
+def batches(lengths: Sequence[int], budget: int, padding: float = PADDING) -> Iterator[list[int]]:
+    """Indices grouped by similar length, within a budget of tokens and little padding (see `PADDING`)."""
     batch: list[int] = []
     own = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         padded = lengths[i] * (len(batch) + 1)
-        if batch and (padded > budget or padded > max(SMALL, PADDING * (own + lengths[i]))):
+        if batch and (padded > budget or padded > max(SMALL, padding * (own + lengths[i]))):
             yield batch
             batch, own = [], 0
         batch.append(i)

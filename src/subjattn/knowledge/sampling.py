@@ -8,7 +8,7 @@ independent sampling; at a low temperature most samples agree and cost what one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,7 +69,7 @@ class Sampler:
 
     model: PreTrainedModel
     ends: frozenset[int]
-    newlines: frozenset[int]
+    newlines: Container[int]
     n_samples: int
     temperature: float
     new_tokens: int

@@ -190,8 +190,8 @@ def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Bu
 def sampler_of(model: LoadedModel, budget: Budget) -> Sampler:
     """What draws a model's answers."""
     eos, newlines = ending_tokens(model.model, model.tokenizer)
-    ends, lines = frozenset(eos.tolist()), frozenset(newlines.tolist() if SCORERS[budget.scorer].one_line else ())
-    return Sampler(model.model, ends, lines, budget.n_samples, budget.temperature, budget.longest)
+    lines = newlines if SCORERS[budget.scorer].one_line else frozenset[int]()
+    return Sampler(model.model, eos, lines, budget.n_samples, budget.temperature, budget.longest)
 
 
 def hopeless(model: LoadedModel, budget: Budget, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from subjattn.engine import cones
+from subjattn.engine.answers import answer_logits
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.errors import BadInput
@@ -37,7 +37,7 @@ LOGPROB_ATTRS = {
 def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     """Summed log-probability of each prompt's first accepted answer, in nats: an array `(fact,)`."""
     rows = [Row(prompt) for prompt in prompts]
-    found = measure_rows(cones.forward(hf_model(model), rows), rows, ["answer_logprob"])
+    found = measure_rows(answer_logits(hf_model(model), prompts), rows, ["answer_logprob"])
     return labelled("answer_logprob", found.values["answer_logprob"], prompts, **LOGPROB_ATTRS)
 
 
@@ -136,10 +136,10 @@ def generate(
     one_line: bool,
 ) -> list[str]:
     """Greedy text of at most `new_tokens` tokens behind each prompt, stripped; its first line if `one_line`."""
-    eos, newline = ending_tokens(hf, tokenizer)
+    eos, newlines = ending_tokens(hf, tokenizer)
     texts = [""] * len(prompts)
     for index, ids in _of_equal_length(prompts, hf.device, new_tokens):
-        for i, tokens in zip(index, _greedy(hf, ids, eos, newline[: len(newline) * one_line], new_tokens), strict=True):
+        for i, tokens in zip(index, _greedy(hf, ids, eos, newlines if one_line else (), new_tokens), strict=True):
             texts[i] = text_of(tokenizer, tokens, one_line=one_line)
     return texts
 
@@ -163,34 +163,49 @@ def _of_equal_length(
             yield index, torch.tensor([prompts[i].ids[:length] for i in index], device=device)
 
 
-def ending_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def ending_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], Container[int]]:
     """Tokens that end the text, and those that are a new line."""
     configured = hf.generation_config.eos_token_id if hf.generation_config else None
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    newline = [token for token, text in enumerate(texts) if "\n" in text]
-    device = hf.device
-    return torch.tensor(sorted(eos), dtype=torch.long, device=device), torch.tensor(newline, device=device)
+    return frozenset(eos), _NewLines(tokenizer)
 
 
-def _greedy(hf: PreTrainedModel, ids: Tensor, eos: Tensor, newline: Tensor, new_tokens: int) -> list[list[int]]:
+class _NewLines(Container[int]):
+    """Tokens with a new line in them, each looked at when it is met: a whole vocabulary takes half a second."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._found = tokenizer, dict[int, bool]()
+
+    def __contains__(self, token: object) -> bool:
+        assert isinstance(token, int)
+        if token not in self._found:
+            known = token < len(self._tokenizer)  # a model may have more rows than its tokenizer has tokens
+            self._found[token] = known and "\n" in str(self._tokenizer.decode([token]))
+        return self._found[token]
+
+
+def _greedy(
+    hf: PreTrainedModel, ids: Tensor, eos: Container[int], newlines: Container[int], new_tokens: int
+) -> list[list[int]]:
     """Argmax decoding with the model's own cache; a row leaves the batch when its text or line ends.
 
     A new line as the first token does not end the line, since the answer may stand below it.
     """
     tokens: list[list[int]] = [[] for _ in range(len(ids))]
-    running = torch.arange(len(ids), device=ids.device)
+    running = list(range(len(ids)))
     output = hf(input_ids=ids, use_cache=True, logits_to_keep=1)
     for step in range(new_tokens):
         new = output.logits[:, -1].argmax(-1)
-        for row, token in zip(running.tolist(), new.tolist(), strict=True):
+        read = new.tolist()
+        for row, token in zip(running, read, strict=True):
             tokens[row].append(token)
-        going = ~torch.isin(new, torch.cat([eos, newline]) if step else eos)
-        if not going.any() or step == new_tokens - 1:
+        going = [i for i, token in enumerate(read) if token not in eos and (step == 0 or token not in newlines)]
+        if not going or step == new_tokens - 1:
             break
         cache = output.past_key_values
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-        running = running[going]
-        output = hf(input_ids=new[going][:, None], past_key_values=cache, use_cache=True)
+        if len(going) < len(running):
+            left = torch.tensor(going, device=new.device)
+            cache.batch_select_indices(left)
+            new, running = new[left], [running[i] for i in going]
+        output = hf(input_ids=new[:, None], past_key_values=cache, use_cache=True)
     return tokens

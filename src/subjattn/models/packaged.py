@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from subjattn.digest import cache_folder, content_digest
+from subjattn.digest import cache_folder, content_digest, keep, noted
 from subjattn.errors import BadInput
 from subjattn.models.reading import quiet
 
@@ -81,7 +81,19 @@ def packaged_origin() -> tuple[str, str, str]:
 
 @cache
 def gguf_quantisation(gguf: Path) -> str:
-    """How most weights of a GGUF are stored, from its list of tensors: `Q4_1`, …, or `F16` where none is quantised."""
+    """How most weights of a GGUF are stored, from its list of tensors: `Q4_1`, …, or `F16` where none is quantised.
+
+    The vocabulary stands before that list and takes seconds to read, so the cache folder keeps what was found.
+    """
+    note = cache_folder() / "quantisations" / f"{content_digest(gguf)[:32]}.json"
+    if isinstance(known := noted(note), str):
+        return known
+    found = _read_quantisation(gguf)
+    keep(note, found)
+    return found
+
+
+def _read_quantisation(gguf: Path) -> str:
     from gguf import GGUFReader
 
     sizes: Counter[str] = Counter()

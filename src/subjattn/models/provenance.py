@@ -98,5 +98,5 @@ def weights_sha256(model: PreTrainedModel, adapter: bool) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if (name in own) == adapter:
             digest.update(name.replace(".base_layer", "").replace(".original_module", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

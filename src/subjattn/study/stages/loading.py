@@ -10,6 +10,8 @@ from subjattn.models import LoadedModel, load_model
 
 
 _held: dict[tuple[object, ...], LoadedModel] = {}
+_described: dict[str, Any] = {}
+"""What the model that is held is."""
 
 
 def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
@@ -24,6 +26,15 @@ def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedMod
     return _held[key]
 
 
+def provenance() -> dict[str, Any]:
+    """What the model that is held is; its weights, which no measure changes, are gone through once and not by stage."""
+    if not _described:
+        (model,) = _held.values()
+        _described.update(model.provenance())
+    return _described
+
+
 def release() -> None:
     """Let go of the model that is held."""
     _held.clear()
+    _described.clear()

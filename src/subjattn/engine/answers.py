@@ -1,0 +1,68 @@
+"""What follows a prompt, scored for many prompts at least cost: whole passes of a Hugging Face model, plain rows only.
+
+Of a prompt and its answer the last token predicts nothing and is not run; prompts of equal length share a batch, so
+that nothing is padded but small batches; and the tokens that all prompts begin with are run once and kept in the
+model's own cache. Arithmetic is nearly all it costs (on a CPU the matrix products run at the machine's rate from 64
+tokens on), so fewer tokens are the only thing that helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from subjattn.engine.anatomy import only_positions, padded_ids
+from subjattn.engine.checks import check_model
+from subjattn.engine.forward import predicting_positions
+from subjattn.engine.interventions import BATCH_TOKENS, SMALL, Output, Row, batches, wide
+from subjattn.engine.prefix import shared_tokens
+from subjattn.prompts import Prompt
+
+
+HELD = 4
+"""Tokens that a batch holds in its cache for one that it may run, at most."""
+
+
+@torch.inference_mode()
+def answer_logits(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[Output]:
+    """The logits that predict each prompt's answer tokens, as `forward.forward` gives them for plain rows.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: with their answers.
+
+    Raises:
+        UnsupportedModel: see errors.py.
+    """
+    check_model(model)
+    shared = shared_tokens(list(prompts))
+    if shared * (len(prompts) - 1) <= SMALL:  # another pass would cost as much
+        shared = 0
+    beginning = _cache(model, prompts[0].ids[:shared]) if shared else None
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    for index in batches(lengths, _budget(max(lengths, default=1), shared), padding=1.0):
+        some = [prompts[i] for i in index]
+        rows, ids = [Row(prompt) for prompt in some], padded_ids(some, model.device)[:, shared:-1]
+        cache = deepcopy(beginning)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(some))
+        at, position = predicting_positions(rows)
+        with only_positions(model, at, position - shared):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        yield Output(index, rows, wide(output.logits[0]))
+
+
+def _budget(longest: int, shared: int) -> int:
+    """Tokens of a batch, shared ones included: as many as usual are run, and at most `HELD` times that are held."""
+    return min(HELD * BATCH_TOKENS, BATCH_TOKENS * longest // (longest - shared))
+
+
+def _cache(model: PreTrainedModel, ids: Sequence[int]) -> Cache:
+    """The model's own cache behind these tokens."""
+    none = torch.zeros(0, dtype=torch.long)
+    with only_positions(model, none, none):
+        cache: Cache = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True).past_key_values
+    return cache
