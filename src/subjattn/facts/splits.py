@@ -11,6 +11,7 @@ An arm is named by a specification, a string:
 | mixed-25% | 25 % unknown, the rest known (alpha of Gekhman et al. 2024, arXiv:2405.05904) |
 | unknown-in:REL1,REL2 | unknown in these relations, known in all others (Dang et al. 2025) |
 | HighlyKnown, … | facts of a SliCK category (Gekhman et al. 2024), in the column `category` |
+| shuffled, shuffled:known | those of random (or of another arm), taught with each other's answers: see shuffle.py |
 
 By default each arm gets equally many facts from every cell of (relation, answer, subject length in
 tokens), so all arms learn the same answers in the same proportions from names of the same length;
@@ -51,7 +52,8 @@ _PLAIN = ("known", "unknown", "random", "whole")
 _SHARE = re.compile(r"(top|bottom|random|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
 _FORMS = (
     f"{', '.join(_PLAIN)}, top, bottom, top-X%, bottom-X% or random-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
-    f"unknown-in:RELATION[,RELATION] or a category ({', '.join(CATEGORIES)})"
+    f"unknown-in:RELATION[,RELATION] or a category ({', '.join(CATEGORIES)}); or shuffled:ARM with any of these "
+    "(shuffled is shuffled:random)"
 )
 
 
@@ -77,21 +79,27 @@ class ArmSpec:
         return (2 * self.share.numerator * n + self.share.denominator) // (2 * self.share.denominator)
 
 
+def facts_of(spec: str) -> str:
+    """The specification whose facts an arm has: without `shuffled`, which changes their answers alone."""
+    return "random" if spec == "shuffled" else spec.removeprefix("shuffled:")
+
+
 def parse_arm(spec: str) -> ArmSpec:
-    """Read an arm's specification; BadInput with the accepted forms if it is none of them."""
-    share = _SHARE.fullmatch(spec)
-    relations = tuple(dict.fromkeys(map(str.strip, spec.partition(":")[2].split(","))))
-    match spec:
+    """Read which facts an arm's specification asks for; BadInput with the accepted forms if it is none of them."""
+    own = facts_of(spec)
+    share = _SHARE.fullmatch(own)
+    relations = tuple(dict.fromkeys(map(str.strip, own.partition(":")[2].split(","))))
+    match own:
         case "known" | "unknown" | "random" | "whole":
-            return ArmSpec(spec, spec)
+            return ArmSpec(own, own)
         case "top" | "bottom":
-            return ArmSpec(spec, spec, Fraction(1, 2))
-        case _ if spec in CATEGORIES:
-            return ArmSpec(spec, "category")
-        case _ if spec.startswith("unknown-in:") and all(relations):
-            return ArmSpec(spec, "unknown-in", relations=relations)
+            return ArmSpec(own, own, Fraction(1, 2))
+        case _ if own in CATEGORIES:
+            return ArmSpec(own, "category")
+        case _ if own.startswith("unknown-in:") and all(relations):
+            return ArmSpec(own, "unknown-in", relations=relations)
         case _ if share and Fraction(share[2]) <= 100 and (share[1] == "mixed" or Fraction(share[2]) > 0):
-            return ArmSpec(spec, share[1], Fraction(share[2]) / 100)  # type: ignore[arg-type]
+            return ArmSpec(own, share[1], Fraction(share[2]) / 100)  # type: ignore[arg-type]
     raise BadInput(f"arm {spec!r} is no arm: use {_FORMS}")
 
 
@@ -144,7 +152,7 @@ def split(
     Raises:
         BadInput: an argument that cannot be, or too few facts (the message says how many there are).
     """
-    specs = [parse_arm(spec) for spec in dict.fromkeys(arms)]
+    specs = list(dict.fromkeys(map(parse_arm, arms)))
     if draw < 0:
         raise BadInput(f"draw={draw} is no number of a draw: count them from 0")
     within = ranked_within(within, controlled)
@@ -162,7 +170,7 @@ def split(
             )
     cells = [name for name in match if name != "n_tokens" and by != "category"]
     levels = ("top", "bottom") if by == "category" else THIRDS
-    test = _draw_test(table[testable & ~outside], n_test, cells, levels, _stream("test facts", seed))
+    test = _draw_test(table[testable & ~outside], n_test, cells, levels, stream("test facts", seed))
     if n_held_out:
         unseen = table.index[testable & outside].to_numpy()
         if not 1 <= n_held_out <= len(unseen):
@@ -170,18 +178,19 @@ def split(
                 f"n_held_out={n_held_out} is not between 1 and the {len(unseen)} facts of the relations held out "
                 f"({', '.join(held_out)}): ask for fewer or hold out more"
             )
-        outsiders = _stream("facts held out", seed).choice(unseen, n_held_out, replace=False)
+        outsiders = stream("facts held out", seed).choice(unseen, n_held_out, replace=False)
         test = np.concatenate([test, outsiders])
     table["test"] = table.index.isin(test)
     table["out_of_distribution"] = table["test"] & outside
     name = table["subject"].fillna(table["fact_id"]).map(plain_name)
     left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
-    for arm, chosen in _draw_arms(left, specs, n_train, match, (seed, draw)).items():
-        table[f"train_{arm}"] = table.index.isin(chosen)
+    chosen = _draw_arms(left, specs, n_train, match, (seed, draw))
+    for arm in dict.fromkeys(arms):
+        table[f"train_{arm}"] = table.index.isin(chosen[facts_of(arm)])
     return table.drop(columns=["_rank", "_size"])
 
 
-def _stream(what: str, seed: int, draw: int = 0) -> np.random.Generator:
+def stream(what: str, seed: int, draw: int = 0) -> np.random.Generator:
     """The random numbers of one draw, which no other draw moves."""
     return np.random.default_rng([seed, draw, zlib.crc32(what.encode())])
 
@@ -309,7 +318,7 @@ def _draw_arms(
             f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
             f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out"
         )
-    shared = _quotas(cell, slots, n, _stream("quotas", *numbers)) if match else np.zeros(n, int)
+    shared = _quotas(cell, slots, n, stream("quotas", *numbers)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
         own = -(-most * arm.share // 1) if arm.kind == "random" else most
@@ -317,10 +326,10 @@ def _draw_arms(
         wanted = [taken]
         if len(parts) == 2:
             unknown = np.zeros(len(taken), bool)
-            mixing = _stream(f"{arm.spec} shares", *numbers)
+            mixing = stream(f"{arm.spec} shares", *numbers)
             unknown[mixing.choice(len(taken), int(arm.n_unknown(np.array(len(taken)))), replace=False)] = True
             wanted = [taken[~unknown], taken[unknown]]
-        streams = [_stream(arm.spec if part is arm else f"{arm.spec} {part.spec}", *numbers) for part in arm.parts]
+        streams = [stream(arm.spec if part is arm else f"{arm.spec} {part.spec}", *numbers) for part in arm.parts]
         drawn = [_draw(pool, cells, own) for pool, cells, own in zip(parts, wanted, streams, strict=True)]
         chosen[arm.spec] = np.concatenate(drawn)
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import pandas as pd
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.select import set_aside, thirds_of
-from subjattn.facts.splits import split
+from subjattn.facts.shuffle import taught
+from subjattn.facts.splits import facts_of, split
 from subjattn.run.plan import Context
 from subjattn.study.config import SplitConfig
 from subjattn.study.files import training_file
 
 
 def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
-    """Write `facts.parquet` (all facts in use), `test.parquet`, `shown.parquet`, and each arm's training facts."""
+    """Write `facts.parquet` (all facts in use), `test.parquet`, `shown.parquet`, and each arm's training facts.
+
+    Of an arm with shuffled answers there are two files: what it is taught, and the same facts as they are.
+    """
     pool = pd.read_parquet(inputs["pool"])
     scores = [pd.read_parquet(path) for role, path in sorted(inputs.items()) if role.startswith("scores")]
     if scores:
@@ -35,10 +40,16 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     kept = [name for name in (*described, "out_of_distribution", "popularity") if name in table]
     table[table["test"]][kept].to_parquet(out / "test.parquet", index=False)
     table[table["demonstration"]][kept].to_parquet(out / "shown.parquet", index=False)
-    for spec in settings["specs"]:
-        for number in range(settings["draws"]):
-            own = table[table[train_column(spec, number)]][kept].sort_values("fact_id")
-            own.to_parquet(out / training_file(spec, number), index=False)
+    for spec, number in product(settings["specs"], range(settings["draws"])):
+        own = training_facts(table, spec, number)[kept]
+        own.to_parquet(out / training_file(facts_of(spec), number), index=False)
+        if facts_of(spec) != spec:
+            taught(own, spec, settings["seed"], number).to_parquet(out / training_file(spec, number), index=False)
+
+
+def training_facts(table: pd.DataFrame, spec: str, number: int) -> pd.DataFrame:
+    """The facts of one draw of a specification, with their own answers."""
+    return table[table[train_column(spec, number)]].sort_values("fact_id")
 
 
 def train_column(spec: str, number: int) -> str:
