@@ -17,13 +17,14 @@ from zoo import CONFIGS, VOCAB, config
 from subjattn.facts import draw, load_facts
 from subjattn.models import LoadedModel, load_model
 from subjattn.study.config import StudyConfig
-from subjattn.study.read import load_study
+from subjattn.study.read import load_study, parse_study
 from subjattn.study.run import run_study
 
 
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
-CITIES = Path(__file__).parent.parent / "experiments" / "cities.yaml"
+ROOT = Path(__file__).parent.parent
+CITIES = ROOT / "tests" / "data" / "study.yaml"
 SMALL = [
     "facts.n_train=32",
     "facts.n_test=24",
@@ -123,6 +124,11 @@ def adapter(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def small(tiny_folders: dict[str, Path]) -> StudyConfig:
     """The demo's study on a random model with few facts."""
     return load_study(CITIES, [*SMALL, f"model={tiny_folders['llama']}"])
+
+
+def changed(small: StudyConfig, **fields: Any) -> StudyConfig:
+    """The small study with some of its fields replaced."""
+    return parse_study(small.model_dump(mode="json") | fields, "test")
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,8 @@ def test_measure(
     first = next(iter(arrays["data_vars"].values()))
     assert len(first["data"]) == len(arrays["coords"]["fact"]["data"]) > 0
     shown = capsys.readouterr().out
-    assert "list: " in shown and all(quantity.name in shown for quantity in measure_of(what).quantities)
+    names = {quantity.name for quantity in measure_of(what).quantities} - {"knockout_drop_in_parts"}  # asks for --by
+    assert "list: " in shown and all(name in shown for name in names)
 
 
 def test_settings_of_a_measure_are_its_options(
@@ -138,9 +139,12 @@ def test_compare_with_a_plain_peft_adapter(
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["arms"]) == ["base", "tuned"]
     assert {row["measure"] for row in summary["contrasts"]} >= {"attention_to_subject", "knockout_drop"}
+    assert {row["scope"] for row in summary["contrasts"] if row["estimate"] is not None} == {"these two models"}
     assert any(row["estimate"] != 0 for row in summary["contrasts"])
-    assert (out / "report.html").is_file()
-    assert capsys.readouterr().out.rstrip().endswith("report.html")
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("report.html")
+    for said in (shown, (out / "report.html").read_text(), json.dumps(summary)):
+        assert "these two models" in said and "way of training" not in said
 
 
 def test_compare_with_a_full_checkpoint(

@@ -70,7 +70,7 @@ def test_walkthrough_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     monkeypatch.chdir(tmp_path / "experiments")
     cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     code = "\n".join(cells).replace('"smollm2-135m"', repr(str(tiny_folders["llama"])))
-    code = code.replace('["facts.n_train=64"', f'["model={tiny_folders["llama"]}", "facts.n_train=64"')
+    code = code.replace('["facts.pool=800"', f'["model={tiny_folders["llama"]}", "facts.pool=800"')
     code = code.replace("layer=slice(15, None)", "layer=slice(1, None)")
     exec(compile(code, str(NOTEBOOK), "exec"), {})
     assert (tmp_path / "runs" / "walkthrough" / "report.html").is_file()

@@ -18,11 +18,12 @@ from subjattn.engine.interventions import Row
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
-from subjattn.measures.answers import answer_logprob, predict
+from subjattn.measures.answers import answer_logprob, ending_tokens, predict
 from subjattn.measures.attention import subject_attention, token_attention
 from subjattn.measures.knockout import knockout, same_edges
 from subjattn.measures.pairs import choose_pairs, keep_pairs
-from subjattn.measures.patching import destroyed, largest_recovery, patch_grid, recovery, trivial_cells
+from subjattn.measures.patching import destroyed, patch_grid, recovery, trivial_cells
+from subjattn.measures.record import measure_of
 from subjattn.measures.scoring import is_correct
 from subjattn.models import LoadedModel
 from subjattn.prompts import ROLES, PromptSet, make_prompts, swap_subjects
@@ -137,25 +138,22 @@ def test_trivial_cells_could_not_be_otherwise(
         assert (decided & ~np.isnan(share) & ~always).sum() == 0, "and nothing else is settled in both models"
 
 
-def test_the_largest_recovery_is_an_open_cell(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
-    """Planted: the last layer's prediction position, where most of the effect stands in any model."""
+def test_recovery_at_the_subjects_last_token_is_of_open_cells(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
+    """A share of sums: the mean effect over layers that are not decided by construction, over what is destroyed."""
     asked = make_prompts(draw(cities, 60, seed=1), smollm2.tokenizer, STYLES["list"])
-    effect = patch_grid(smollm2, swap_subjects(asked, np.random.default_rng(0))[:2])
-    shares, found = recovery(effect), largest_recovery(effect)
-    assert float(shares.isel(layer=-1).sel(role="prediction")) > 0.5
-    n_trivial = trivial_cells(effect).sum("fact")
-    n_cells = effect.notnull().sum("fact")
-    best = (-np.inf, None, None)
-    for layer in range(effect.sizes["layer"]):
-        for i, role in enumerate(ROLES):
-            if n_cells[layer, i] and n_trivial[layer, i] * 2 < n_cells[layer, i]:
-                best = max(best, (float(shares[layer, i]), layer, role))
-    assert (float(found), int(found["layer"]), str(found["role"].values)) == best
-    assert (best[1], best[2]) != (29, "prediction") and best[1] != 0
-    with pytest.raises(BadInput, match="is of one arm: select it first"):
-        largest_recovery(effect.expand_dims(arm=["base"]))
-    with pytest.raises(BadInput, match="decided by the way it is made"):
-        largest_recovery(effect.sel(role=["prediction"]).isel(layer=[-1]))
+    effect = patch_grid(smollm2, swap_subjects(asked, np.random.default_rng(0))[:3])
+    dataset = effect.to_dataset()
+    (quantity,) = measure_of("patching").quantities
+    assert quantity.over is not None
+    numerator, denominator = quantity.per_fact(dataset), quantity.over(dataset)
+    here, closed = effect.sel(role="subject_last").values, trivial_cells(effect).sel(role="subject_last").values
+    for fact in range(3):
+        layers = [float(here[fact, layer]) for layer in range(30) if not closed[fact, layer]]
+        assert 20 < len(layers) <= 30 and float(numerator[fact]) == pytest.approx(np.mean(layers), rel=1e-5)
+        lost = float(effect["clean_logit_diff"][fact] - effect["corrupt_logit_diff"][fact])
+        assert float(denominator[fact]) == pytest.approx(lost)
+    alone = dataset.isel(layer=[5]).sel(role=["prediction"])
+    assert quantity.per_fact(alone).values == pytest.approx(effect.isel(layer=5).sel(role="prediction").values)
     with pytest.raises(BadInput, match="which cells are trivial is not known"):
         trivial_cells(effect.drop_vars("reach"))
 
@@ -308,6 +306,16 @@ def test_a_prompt_that_ends_with_its_subject_is_refused(tiny: LoadedModel, citie
 
 def test_a_plain_hugging_face_model_will_do(tiny: LoadedModel, prompts: PromptSet) -> None:
     np.testing.assert_array_equal(subject_attention(tiny.model, prompts), subject_attention(tiny, prompts))
+
+
+def test_new_lines_are_those_of_the_whole_vocabulary(kinds: dict[str, Any], smollm2: LoadedModel) -> None:
+    """And a token that the tokenizer has not is none."""
+    for tokenizer in (*kinds.values(), smollm2.tokenizer):
+        _, newlines = ending_tokens(smollm2.model, tokenizer)
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        expected = [token for token, text in enumerate(texts) if "\n" in text]
+        assert [token for token in range(len(tokenizer) + 9) if token in newlines] == expected
+        assert len(expected) > 0 or tokenizer is not smollm2.tokenizer
 
 
 def test_predictions_are_hugging_faces_greedy_ones(smollm2: LoadedModel, real: PromptSet) -> None:

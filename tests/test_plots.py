@@ -98,7 +98,7 @@ def patched(direction: str = "denoising") -> xr.DataArray:
             "corrupt_logit_diff": ("fact", np.zeros(3)),
         },
         ("fact", "layer", "role"),
-        attrs={"component": "resid_pre", "direction": direction},
+        attrs={"component": "resid_pre", "n_layers": 3, "direction": direction},
     )
 
 
@@ -129,9 +129,28 @@ def test_patching_marks_what_could_not_be_otherwise_and_scales_by_the_rest() -> 
 
 def test_claims_turn_towards_their_direction() -> None:
     style = {"verdict": "supported", "estimate": -2.0, "ci_low": -3.0, "ci_high": -1.5}
-    claim = {"id": "c", "direction": "decrease", "smallest_effect": 1.0, "styles": {"list": style}}
-    trace = plot_claims([claim]).data[0]
-    assert (trace.x[0], trace.error_x.array[0], trace.error_x.arrayminus[0]) == (2.0, 1.0, 0.5)
+    style |= {
+        "adjusted_ci_low": -4.0,
+        "adjusted_ci_high": -1.0,
+        "replicates": {"draw0-seed0": -2.5, "draw1-seed0": -1.5},
+    }
+    claim = {"id": "c", "direction": "decrease", "smallest_effect": 0.5, "against": 1.0, "styles": {"list": style}}
+    own, adjusted, plain, middle = plot_claims([claim]).data[:4]
+    assert middle.x[0] == 6.0 and plain.x == (5.0, 8.0) and adjusted.x == (4.0, 10.0) and own.x == (7.0, 5.0)
+    assert adjusted.line.width < plain.line.width and own.text == ("draw0-seed0", "draw1-seed0")
+
+
+def test_cells_that_do_not_stand_are_veiled() -> None:
+    arms = xr.DataArray(
+        np.random.default_rng(0).random((2, 5, 3, 4)), {"arm": ["a", "b"]}, ("arm", "fact", "layer", "head")
+    )
+    stands = xr.DataArray(np.zeros((3, 4), bool), dims=("layer", "head")).assign_attrs(speaks_of="this way of training")
+    stands[1, 2] = True
+    figure = plot_attention(arms, ("a", "b"), stands)
+    veil = figure.data[-1]
+    assert np.isnan(veil.z[1][2]) and np.nansum(veil.z) == 11 and veil.xaxis == figure.data[2].xaxis
+    assert figure.layout.xaxis3.title.text.endswith("1 of 12 cells stand<br>this way of training")
+    assert figure.layout.xaxis.title.text == "head"
 
 
 class Links(HTMLParser):
@@ -157,14 +176,18 @@ def test_report_is_one_file_with_its_parts(done: tuple[Path, dict]) -> None:
     for claim in summary["claims"]:
         assert html.escape(claim["statement"], quote=False).replace('"', "&#34;").replace("'", "&#39;") in page
     for text in (
-        "one seed: interval over facts only",
+        "they speak of these two models",
         "accuracy before training",
         "Definitions and provenance",
         "Knock-out of the subject, one part of the model at a time",
         "Here: denoising, 2 pairs, 0 of two facts that the reference arm answers rightly",
     ):
         assert text in page
-    readings = {"direct": "reads the subject directly", "relay": "arrives by relay", "hardly used": "is hardly used"}
+    readings = {
+        "direct": "reads the subject directly",
+        "relay": "arrives by relay",
+        "no effect seen": "is not seen to be used",
+    }
     for style in ("list", "sentence"):
         assert readings[summary["arms"]["base"]["styles"][style]["route"]["reading"]] in page
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import CITIES
+from conftest import CITIES, ROOT, changed
 
 import subjattn as sa
 from subjattn.errors import BadInput, StagesFailed, SubjattnError
@@ -27,11 +27,6 @@ from subjattn.study.run import run_study
 
 Done = tuple[Path, dict[str, Any]]
 QUANTITIES = ("accuracy", "answer_logprob", "attention_to_subject", "knockout_drop", "knockout_drop_total")
-
-
-def changed(small: StudyConfig, **fields: Any) -> StudyConfig:
-    """The small study with some of its fields replaced."""
-    return parse_study(small.model_dump(mode="json") | fields, "test")
 
 
 def to_do(config: StudyConfig, out: Path) -> set[str]:
@@ -58,7 +53,10 @@ def test_summary_has_its_keys(done: Done) -> None:
     assert len(summary["claims"]) >= 3
     for claim in summary["claims"]:
         assert {"id", "statement", "verdict", "reason", "estimate", "ci_low", "ci_high"} <= set(claim)
-        assert claim["caveat"].startswith("one seed: interval over facts only; 24 facts share")
+        assert claim["scope"] == "these two models" and claim["registered"] is True
+        assert (claim["n_facts"], claim["n_replicates"]) == (24, 1)
+        if claim["verdict"] == "undecided":
+            assert set(claim["needed"]) == {"facts", "replicates", "facts_alone"}
 
 
 def test_summary_agrees_with_the_arrays(done: Done) -> None:
@@ -246,7 +244,10 @@ def test_replicates_have_their_own_facts_and_seeds(small: StudyConfig, tmp_path:
     assert row["estimate"] == pytest.approx(means.mean() - base)
     for (draw, seed), mean in means.items():
         assert row["replicates"][f"draw{draw}-seed{seed}"] == pytest.approx(mean - base)
-    assert summary["caveat"].startswith("mean of 2 draws × 2 seeds: interval over facts only")
+    assert (row["n_replicates"], row["replicates_are"]) == (2, "draws"), "seeds are averaged within draws"
+    assert (
+        row["scope"] == "this way of training" and "two draws are a screen: 3 are needed for a verdict" in row["notes"]
+    )
     first, second = (set(run.facts["fact_id"][run.facts[name]]) for name in ("train_known", "train_known@1"))
     assert first != second and len(first) == len(second) == 32
     assert training_seed(7, (0, 0)) == 7 and len({training_seed(7, r) for r in run.replicates("known")}) == 4
@@ -448,6 +449,7 @@ def test_an_arm_called_test_has_its_own_column(small: StudyConfig, tmp_path: Pat
 
 def test_facts_without_a_value_are_left_out_and_counted(done: Done, small: StudyConfig) -> None:
     """Not skipped in the means and refused in the contrasts."""
+    from subjattn.study.registration import registered_in
     from subjattn.study.summary import Summary
     from subjattn.study.values import collect
 
@@ -456,7 +458,8 @@ def test_facts_without_a_value_are_left_out_and_counted(done: Done, small: Study
     mine = (table["arm"] == "known") & (table["style"] == "list") & (table["quantity"] == "knockout_drop")
     gone = table.index[mine][:3]
     table.loc[gone, "value"] = np.nan
-    summary = Summary(small, folder, table, pd.read_parquet(folder.path("facts/split:test.parquet"))).content()
+    facts = pd.read_parquet(folder.path("facts/split:test.parquet"))
+    summary = Summary(small, folder, table, facts, registered_in(done[0])).content()
     found = summary["arms"]["known"]["styles"]["list"]
     assert found["n_undefined"] == {"knockout_drop": 3}
     assert found["knockout_drop"] == pytest.approx(table["value"][mine].mean())
@@ -465,7 +468,7 @@ def test_facts_without_a_value_are_left_out_and_counted(done: Done, small: Study
         for r in summary["contrasts"]
         if (r["measure"], r["style"], r["arm_a"], r["arm_b"]) == ("knockout_drop", "list", "known", "base")
     )
-    assert (row["n"], row["n_undefined"]) == (21, 3)
+    assert (row["n_facts"], row["n_undefined"]) == (21, 3)
 
 
 def test_foresee_tells_what_is_left(done: Done, small: StudyConfig, tmp_path: Path) -> None:
@@ -531,12 +534,27 @@ def test_wrong_field_is_named(change: str, message: str) -> None:
 
 def test_a_claim_names_a_quantity_of_the_study() -> None:
     claim = {"id": "c", "statement": "s", "arms": ["known", "base"], "direction": "increase", "smallest_effect": 1}
-    for quantity, message in (
-        ("attention", "there is no quantity 'attention', did you mean 'attention_to_subject'"),
-        ("direct_share", "claim 'c': 'direct_share' is pooled; claims take one value per fact"),
+    good = claim | {"measure": "accuracy"}
+    for changes, message in (
+        ([{"measure": "attention"}], "there is no quantity 'attention', did you mean 'attention_to_subject'"),
+        ([{"arms": ["known", "nobody"]}], "arm 'nobody' is compared but not defined"),
+        ([{"style": "poem"}], "claim 'c': no style 'poem'; the styles are list, sentence"),
+        ([{"minus": {"style": "poem"}}], "claim 'c': no style 'poem'"),
+        (
+            [{"arms": ["base"], "scope": "training"}],
+            "claim 'c' is about a way of training, which takes an arm trained here and replicates",
+        ),
+        ([{}, {}], "two claims have the id 'c'"),
+        ([{"primary": True}, {"id": "d", "primary": True}], "claims 'c' and 'd' are both primary"),
+        ([{"select": {"top": 1, "over": ["layer"]}}], "chooses cells on arm 'base' and compares with it"),
+        ([{"select": {"top": 1, "over": ["layer"], "on": 1}}], "on draws, of which arm 'base' has none"),
+        ([{"select": {"top": 1, "over": ["layer"], "on": 9}, "arms": ["known", "unknown"]}], "leaves none of 1"),
+        ([{"select": {"top": 1, "over": ["layer"]}, "arms": ["known"]}], "which it can for a difference of two arms"),
     ):
         with pytest.raises(BadInput, match=message):
-            load_study(CITIES, [f"claims={json.dumps([claim | {'measure': quantity}])}"])
+            load_study(CITIES, [f"claims={json.dumps([good | change for change in changes])}"])
+    with pytest.raises(BadInput, match="replicates.first_only: no measure 'patching' in the study"):
+        load_study(CITIES, ["measures={accuracy: {}}", "replicates={first_only: [patching]}", "claims=[]"])
 
 
 @pytest.mark.parametrize(
@@ -563,6 +581,7 @@ def test_a_study_survives_its_own_yaml(small: StudyConfig) -> None:
 
 
 def test_the_demo_states_three_claims_of_the_paper() -> None:
-    claims = yaml.safe_load(CITIES.read_text())["claims"]
+    claims = yaml.safe_load((ROOT / "experiments" / "cities.yaml").read_text())["claims"]
+    assert sum(claim.get("primary", False) for claim in claims) == 1
     assert len([claim for claim in claims if "Ghosal" in claim["statement"]]) >= 3
     assert np.isfinite([claim["smallest_effect"] for claim in claims]).all()

@@ -17,6 +17,8 @@ parser.add_argument("--out", type=Path, default=Path("attention.html"))
 args = parser.parse_args()
 
 run = open_run(args.run)
-attention = run.array("attention_to_subject", "attention_to_subject", args.style or run.styles[0])
-plot_attention(attention, args.difference and tuple(args.difference)).write_html(args.out)
+style = args.style or run.styles[0]
+attention = run.array("attention_to_subject", "attention_to_subject", style)
+stands = args.difference and run.significant("attention_to_subject", "attention_to_subject", style, *args.difference)
+plot_attention(attention, args.difference and tuple(args.difference), stands).write_html(args.out)
 print(args.out)

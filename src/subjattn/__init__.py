@@ -17,10 +17,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 if TYPE_CHECKING:
-    from subjattn.evidence.contrasts import contrast as contrast
+    from subjattn.evidence.intervals import contrast as contrast
+    from subjattn.evidence.intervals import interval as interval
+    from subjattn.evidence.maps import significant as significant
+    from subjattn.evidence.ratios import ratio as ratio
+    from subjattn.evidence.ratios import slope as slope
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
@@ -51,7 +55,8 @@ _HOMES = {
     "Style": "prompts",
     "ablate": "prompts",
     "answer_logprob": "measures.answers",
-    "contrast": "evidence.contrasts",
+    "contrast": "evidence.intervals",
+    "interval": "evidence.intervals",
     "join_popularity": "facts",
     "knockout": "measures.knockout",
     "load_facts": "facts",
@@ -67,10 +72,13 @@ _HOMES = {
     "plot_tokens": "plots.heatmaps",
     "predict": "measures.answers",
     "read_facts": "facts",
+    "ratio": "evidence.ratios",
     "reason": "measures.answers",
     "recovery": "measures.patching",
     "run_study": "study.run",
+    "significant": "evidence.maps",
     "slick": "knowledge.slick",
+    "slope": "evidence.ratios",
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",

@@ -29,17 +29,66 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
 
 
 def claims_table(summary: dict[str, Any]) -> Table:
+    """A row a claim and style; what the intervals speak of stands beneath."""
     made = table("claims")
-    made.caption, made.caption_justify = Text(summary["caveat"]), "left"
     for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
         made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
+    notes: list[str] = []
     for claim in summary["claims"]:
         for style, found in claim["styles"].items():
             estimate = interval = "–"
             if found["estimate"] is not None:
                 estimate = f"{found['estimate']:+.4f}"
                 interval = f"[{found['ci_low']:+.4f}, {found['ci_high']:+.4f}]"
-            made.add_row(Text(claim["id"]), Text(style), found["verdict"], estimate, interval)
+                notes.append(f"{found['scope']}: {found['n_facts']} facts × {found['n_replicates']} replicates")
+            mark = "" if claim["registered"] is True else " (post hoc)"
+            made.add_row(Text(claim["id"] + mark), Text(style), found["verdict"], estimate, interval)
+    made.caption, made.caption_justify = Text("; ".join(dict.fromkeys(notes))), "left"
+    return made
+
+
+def contrasts_table(summary: dict[str, Any], style: str) -> Table:
+    """A row a contrast of one style; what the intervals speak of stands beneath."""
+    rows = [row for row in summary["contrasts"] if row["style"] == style and row["estimate"] is not None]
+    made = table(f"differences, style “{style}”")
+    for heading in ("quantity", "arms", "estimate", "95 % interval"):
+        made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
+    for row in rows:
+        interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+        made.add_row(
+            Text(row["measure"]), Text(f"{row['arm_a']} − {row['arm_b']}"), f"{row['estimate']:+.4f}", interval
+        )
+    notes = [f"{row['scope']}: {row['n_facts']} facts × {row['n_replicates']} replicates" for row in rows]
+    made.caption, made.caption_justify = Text("; ".join(dict.fromkeys(notes))), "left"
+    return made
+
+
+def power_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """A table a claim and style: the share of studies that decide it, by replicates and facts."""
+    made = []
+    for row in rows:
+        one = table(f"{row['claim']}, {row['style']}: {row['verdict']} ({row['scope']})")
+        facts = list(next(iter(row["curve"].values())))
+        for heading in ("replicates", *(f"{n} facts" for n in facts)):
+            one.add_column(heading, justify="right")
+        for replicates, shares in row["curve"].items():
+            one.add_row(str(replicates), *(f"{share:.0%}" for share in shares.values()))
+        effect = f"{row['effect']:+.3g} (smallest that matters {row['smallest_effect']:g})"
+        needed = f"\n{row['needs']}" if row["needs"] else ""
+        one.caption, one.caption_justify = Text(f"studies that decide, if the effect is {effect}{needed}"), "left"
+        made.append(one)
+    return made
+
+
+def foreseen_table(rows: list[dict[str, Any]]) -> Table:
+    """What each claim of a study would come to by a pilot's variances."""
+    made = table("studies that decide, if the effect is …")
+    names = ("as in the pilot", "none", "twice the smallest")
+    for heading in ("claim", "style", *names):
+        made.add_column(heading, justify="left" if heading in ("claim", "style") else "right")
+    for row in rows:
+        shown = [row["why"], "", ""] if "why" in row else [f"{row[name]['decided']:.0%}" for name in names]
+        made.add_row(Text(row["claim"]), Text(row["style"]), *map(Text, shown))
     return made
 
 
@@ -65,6 +114,7 @@ def plan_tree(found: dict[str, Any]) -> Group:
         "otherwise",
         f"left: {found['passes']:,.0f} forward passes of a prompt, about {found['time']}; {found['memory']} a worker",
         f"{found['place']}",
+        f"claims and contrasts: digest {found['registration']['digest'][:12]}, {found['registration']['status']}",
         *(f"mixed: {line}" for line in found["mixtures"]),
     ]
     return Group(tree, *(Text(line) for line in lines))

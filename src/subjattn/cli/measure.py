@@ -172,20 +172,20 @@ def _run(
 
 
 def _means(found: Any, dataset: Any) -> dict[str, float | None]:
-    """Means of the quantities over facts, and those that are pooled; None where not defined."""
+    """Means of the quantities over facts, ratios of means where they are shares; None where not defined."""
     import math
 
     means: dict[str, float | None] = {}
     for quantity in found.quantities:
-        if quantity.pooled is not None:
-            value = quantity.pooled(dataset)
-            means[quantity.name] = None if math.isnan(value) else value
+        array = quantity.per_fact(dataset)
+        if not array.sizes["fact"]:
             continue
-        array = quantity.per_fact(dataset).mean("fact")
-        if "part" in array.dims:
-            means |= {f"{quantity.name}.{part}": float(array.sel(part=part)) for part in array["part"].values}
-        else:
-            means[quantity.name] = float(array)
+        mean = array.mean("fact")
+        if quantity.over is not None:
+            mean = mean / quantity.over(dataset).where(array.notnull()).mean("fact")
+        named = {f"{quantity.name}.{part}": mean.sel(part=part) for part in array["part"].values} if mean.dims else None
+        for name, value in (named or {quantity.name: mean}).items():
+            means[name] = None if math.isnan(value) else float(value)
     return means
 
 

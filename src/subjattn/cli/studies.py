@@ -62,6 +62,9 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Folder of results; by default `runs/NAME`.")] = None,
     set_: SetOption = None,
     workers: WorkersOption = None,
+    pilot: Annotated[
+        Path | None, typer.Option(help="A finished run, by whose variances to say what each claim can come to.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the stages as JSON.")] = False,
 ) -> None:
     """Show a study's stages: what is finished, what would run, and what that takes. Nothing is written.
@@ -73,10 +76,42 @@ def plan(
 
     config = load_study(study, set_ or [])
     found = foresee(config, out or Path("runs") / config.name, workers)
+    if pilot is not None:
+        from subjattn.study.deciding import foreseen
+        from subjattn.study.files import open_run
+
+        found["claims"] = foreseen(config, open_run(pilot))
     if json_:
         typer.echo(json.dumps(found, indent=1))
-    else:
-        Console().print(tables.plan_tree(found))
+        return
+    console = Console()
+    console.print(tables.plan_tree(found))
+    if pilot is not None:
+        console.print("", tables.foreseen_table(found["claims"]))
+
+
+@app.command()
+def power(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the shares as JSON.")] = False,
+) -> None:
+    """Show for each claim of a run the share of studies of other sizes that would decide it, and what it would take.
+
+    The variances, and the effect, are those that the run has seen.
+
+    Example: `subjattn power runs/cities`
+    """
+    from subjattn.study.deciding import power_of
+    from subjattn.study.files import open_run
+
+    rows = power_of(open_run(folder))
+    if not rows:
+        raise BadInput(f"{str(folder)!r} has no claim with a value: state claims in its study, and run it again")
+    if json_:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for made in tables.power_tables(rows):
+        Console().print(made, "")
 
 
 @app.command()
@@ -161,6 +196,8 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
     console = Console()
     for style in config.styles:
         console.print(tables.arms_table(summary, style), "")
+        if not summary["claims"] and summary["contrasts"]:
+            console.print(tables.contrasts_table(summary, style), "")
     if summary["claims"]:
         console.print(tables.claims_table(summary), "")
     typer.echo(out / "report.html")

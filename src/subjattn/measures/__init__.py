@@ -1,7 +1,8 @@
 """Measures: a model and prompts in, an `xarray.DataArray` with named dimensions out.
 
 Every array says in its attributes what it is: `unit`, `definition` and the `paper` it comes from.
-The dimension `fact` carries fact ids, with the subject beside it as a second coordinate.
+The dimension `fact` carries fact ids, with subject and answer beside it as coordinates (facts of
+one answer are clusters to `subjattn.interval`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def labelled(
     coords: dict[str, Any] = {
         "fact": [prompt.fact_id for prompt in prompts],
         "subject": ("fact", [prompt.subject for prompt in prompts]),
+        "answer": ("fact", [prompt.answers[0] for prompt in prompts]),
     }
     coords |= {dim: np.arange(size) for dim, size in zip(dims, values.shape[1:], strict=True)}
     return xr.DataArray(values, coords, ("fact", *dims), name, attrs)

@@ -45,6 +45,7 @@ MEASURE = Measure(
             "share correct",
             "the greedy answer is right, by the named scorer",
             per_fact=one_per_fact("accuracy"),
+            bounds=(0, 1),
         ),
     ),
     run=_run,

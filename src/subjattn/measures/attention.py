@@ -155,6 +155,7 @@ MEASURE = Measure(
             "share of attention",
             "attention from the prediction position to the subject, mean over layers and heads",
             per_fact=mean_over("attention_to_subject", "layer", "head"),
+            cells={"layer": "mean", "head": "mean"},
         ),
     ),
     run=_run,

@@ -232,8 +232,6 @@ def _definition(metric: Metric, edges: str, layers: str) -> str:
 
 CELL = 0.25
 """Forward passes of a prompt that a layer's or head's cell costs, roughly."""
-USED_NATS = 0.1
-"""Below this total drop the subject is worth too little to speak of a route."""
 
 
 class KnockoutSettings(Settings):
@@ -249,7 +247,9 @@ def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
         few = asked.by_id(asked.order[: settings.facts])
         apart = knockout(asked.model, few, by=settings.by, window=settings.window, **asked.computing)
         apart = apart.drop_vars(["baseline_answer_logprob", "routes_coincide"])
-        found[f"knockout_drop_by_{settings.by}"] = apart.rename(fact="few_fact", subject="few_subject")
+        found[f"knockout_drop_by_{settings.by}"] = apart.rename(
+            fact="few_fact", subject="few_subject", answer="few_answer"
+        )
         asked.tell(CELL * apart.size / apart.sizes["route"])
     return found
 
@@ -259,16 +259,22 @@ def _route(route: Route) -> Callable[[xr.Dataset], xr.DataArray]:
     return lambda dataset: dataset["knockout_drop"].sel(route=route, drop=True).assign_attrs(definition=definition)
 
 
-def direct_share(dataset: xr.Dataset) -> float:
-    """What the direct edges carry of what all routes do, a ratio of means over facts whose routes differ.
+def _where_routes_differ(route: Route) -> Callable[[xr.Dataset], xr.DataArray]:
+    def value(dataset: xr.Dataset) -> xr.DataArray:
+        drop = dataset["knockout_drop"].sel(route=route, drop=True)
+        return drop.where(~drop["routes_coincide"])
 
-    NaN where no fact's routes differ, or the subject is worth less than 0.1 nats by any route.
-    """
-    drop = dataset["knockout_drop"]
-    drop = drop[~drop["routes_coincide"].values]
-    if not drop.sizes["fact"] or (total := float(drop.sel(route="total").mean())) < USED_NATS:
-        return float("nan")
-    return float(drop.sel(route="direct").mean()) / total
+    return value
+
+
+def _in_parts(dataset: xr.Dataset) -> xr.DataArray:
+    """Of facts whose knock-out is repeated part by part, by the direct route unless another alone is there."""
+    name = next((name for name in map(str, dataset.data_vars) if name.startswith("knockout_drop_by_")), None)
+    if name is None:
+        return dataset["knockout_drop"].isel(route=0, drop=True).isel(fact=slice(0))
+    drop = dataset[name].rename(few_fact="fact")
+    route = drop["route"].values[0] if drop.sizes["route"] == 1 else "direct"
+    return drop.sel(route=route, drop=True).mean([dim for dim in ("layer", "head") if dim in drop.dims])
 
 
 def _cost(shape: Shape, settings: KnockoutSettings) -> float:
@@ -297,7 +303,16 @@ MEASURE = Measure(
             "direct_share",
             "share of the total drop",
             "mean direct drop over mean total drop, over facts in which the two block other edges",
-            pooled=direct_share,
+            per_fact=_where_routes_differ("direct"),
+            over=_where_routes_differ("total"),
+        ),
+        Quantity(
+            "knockout_drop_in_parts",
+            "nats",
+            "fall in the answer's log-probability when the edges are blocked in one layer (window, head) alone, mean "
+            "over these, for a few facts; a claim names the parts and the route, else direct",
+            per_fact=_in_parts,
+            cells={"layer": "mean", "head": "mean", "route": "one"},
         ),
     ),
     run=_run,

@@ -167,6 +167,7 @@ def patch_grid(
             definition=_definition(name, component, direction, at),
             paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
             component=component,
+            n_layers=n_layers,
             direction=direction,
             noise_floor=found.noise_floor[name],
             backend=run.name,
@@ -215,7 +216,7 @@ def destroyed(effect: xr.DataArray) -> xr.DataArray:
 
 
 def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
-    """Cells of a `patch_grid` that the way it is made decides, the last kind all but: booleans of its shape.
+    """Cells of a `patch_grid` (or of a part of one) that the way it is made decides, the last kind all but: booleans.
 
     * before the first token that differs: exactly nothing;
     * outputs of the last layer anywhere but at the prediction position: exactly nothing;
@@ -227,10 +228,10 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
     Raises:
         BadInput: an array that does not say what its places hold (not from `patch_grid`, or from an earlier version).
     """
-    if "reach" not in effect.coords or "component" not in effect.attrs:
+    if "reach" not in effect.coords or not {"component", "n_layers"} <= set(effect.attrs):
         raise BadInput("which cells are trivial is not known: give an array of patch_grid, made by this version")
     reach, layer = effect["reach"], xr.DataArray(effect["layer"].values, dims="layer")
-    first, last = layer == 0, layer == layer.max()
+    first, last = layer == 0, layer == int(effect.attrs["n_layers"]) - 1
     if effect.attrs["component"] == "resid_pre":
         trivial = (first & (reach != "part") & (reach != "")) | (last & (reach == "prediction"))
     else:
@@ -244,20 +245,6 @@ def mostly_trivial(effect: xr.DataArray) -> xr.DataArray:
     """Cells of `recovery` that are trivial in at least half of the facts that have them: booleans `(layer, …)`."""
     held = effect.notnull().reset_coords(drop=True)
     return (trivial_cells(effect).sum("fact") * 2 >= held.sum("fact")).rename("trivial").drop_attrs()
-
-
-def largest_recovery(effect: xr.DataArray) -> xr.DataArray:
-    """The largest share among the cells that are not trivial: one number, its coordinates say where.
-
-    Raises:
-        BadInput: several arms, no change (`kl`, `rank`), or no cell that could have been otherwise.
-    """
-    if "arm" in effect.dims:
-        raise BadInput("the largest recovery is of one arm: select it first")
-    shares = recovery(effect).where(~mostly_trivial(effect))
-    if not bool(shares.notnull().any()):
-        raise BadInput("every cell of this array is decided by the way it is made: patch more layers or places")
-    return shares.isel(shares.argmax(...))  # type: ignore[arg-type]
 
 
 def _runs(

@@ -6,7 +6,7 @@ point of the group `subjattn.measures` (docs/extending.md adds one).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,9 @@ class Shape:
     n_heads: int
 
 
+PerFact = Callable[[xr.Dataset], xr.DataArray]
+
+
 @dataclass(frozen=True)
 class Quantity:
     """A number that contrasts, claims, tables and figures name.
@@ -53,20 +56,20 @@ class Quantity:
         definition: in words; the array's own, where it says more, stands in its attributes.
         per_fact: from the measure's dataset to one value a fact, `(fact,)` or `(fact, part)`. NaN says that the
             quantity is not defined for the fact; attributes `unit` and `definition`, which may go by the settings,
-            stand before the record's.
-        pooled: instead, one number over all facts (a ratio, a share) that is no mean over facts; NaN where it is
-            not defined.
+            stand before the record's. A claim of some cells gives it a dataset of these alone.
+        over: makes it a share: the mean of `per_fact` over the mean of this, which is no mean of shares. It is not
+            defined where what it is a share of may be 0.
+        bounds: between which a value lies, if anything bounds it.
+        cells: dimensions whose cells a claim may name, and whether it is the `mean` of several or of `one`.
     """
 
     name: str
     unit: str
     definition: str
-    per_fact: Callable[[xr.Dataset], xr.DataArray] | None = None
-    pooled: Callable[[xr.Dataset], float] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.per_fact is None) == (self.pooled is None):
-            raise BadInput(f"quantity {self.name!r} is either one value per fact or pooled over facts")
+    per_fact: PerFact
+    over: PerFact | None = None
+    bounds: tuple[float, float] | None = None
+    cells: Mapping[str, Literal["mean", "one"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,20 +176,27 @@ def mean_over(variable: str, *dims: str) -> Callable[[xr.Dataset], xr.DataArray]
     return value
 
 
-def values_of(measure: Measure, dataset: xr.Dataset) -> list[tuple[str, str, str, float]]:
-    """Rows `(fact, quantity, part, value)` of the measure's quantities per fact."""
+VALUE_COLUMNS = ["fact_id", "quantity", "part", "value", "over"]
+
+
+def values_of(measure: Measure, dataset: xr.Dataset) -> list[tuple[str, str, str, float, float]]:
+    """Rows `VALUE_COLUMNS` of the measure's quantities; `over` is NaN for those that are no share."""
     rows = []
     for quantity in measure.quantities:
-        if quantity.per_fact is None:
-            continue
-        array = quantity.per_fact(dataset)
-        if array.dims not in (("fact",), ("fact", "part")):
-            raise BadInput(f"quantity {quantity.name!r} gave dimensions {array.dims}, not (fact,) or (fact, part)")
+        array = _checked(quantity, quantity.per_fact(dataset))
+        over = xr.full_like(array, np.nan, float) if quantity.over is None else quantity.over(dataset)
+        over = over.broadcast_like(array).transpose(*array.dims)
         parts = [str(part) for part in array["part"].values] if "part" in array.dims else [""]
-        numbers = np.asarray(array.values, float).reshape(len(array), len(parts))
+        numbers, overs = (np.asarray(one.values, float).reshape(len(array), len(parts)) for one in (array, over))
         rows += [
-            (str(fact), quantity.name, part, float(value))
-            for fact, own in zip(array["fact"].values, numbers, strict=True)
-            for part, value in zip(parts, own, strict=True)
+            (str(fact), quantity.name, part, float(value), float(of))
+            for fact, own, others in zip(array["fact"].values, numbers, overs, strict=True)
+            for part, value, of in zip(parts, own, others, strict=True)
         ]
     return rows
+
+
+def _checked(quantity: Quantity, array: xr.DataArray) -> xr.DataArray:
+    if array.dims not in (("fact",), ("fact", "part")):
+        raise BadInput(f"quantity {quantity.name!r} gave dimensions {array.dims}, not (fact,) or (fact, part)")
+    return array

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from subjattn.engine.interventions import Component
 from subjattn.measures.pairs import keep_pairs
-from subjattn.measures.patching import Direction, largest_recovery, patch_grid
+from subjattn.measures.patching import Direction, destroyed, patch_grid, trivial_cells
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
 
 
@@ -35,9 +35,13 @@ def _run(asked: Asked, settings: PatchingSettings) -> xr.Dataset:
     return keep_pairs(array, settings.floor).assign_coords(known=("fact", known)).to_dataset()
 
 
-def _largest(dataset: xr.Dataset) -> float:
+def _at_last_token(dataset: xr.Dataset) -> xr.DataArray:
+    """Effect at the subject's last token (another role if that alone is there), mean over cells that are open."""
     effect = dataset["patch_effect"]
-    return float(largest_recovery(effect)) if bool(effect.notnull().any()) else float("nan")
+    effect = effect.where(~trivial_cells(effect))
+    role = effect["role"].values[0] if effect.sizes["role"] == 1 else "subject_last"
+    here = effect.sel(role=role, drop=True).mean([dim for dim in ("layer", "head") if dim in effect.dims])
+    return here if effect.attrs.get("direction") != "noising" else -here
 
 
 def _cost(shape: Shape, settings: PatchingSettings) -> float:
@@ -51,10 +55,13 @@ MEASURE = Measure(
     paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
     quantities=(
         Quantity(
-            "largest_recovery",
+            "subject_recovery",
             "share of the destroyed difference",
-            "largest share that one cell brings back (noising: takes away), cells decided by construction left out",
-            pooled=_largest,
+            "what one clean state at the subject's last token brings back (noising: takes away) of what the swap "
+            "destroys, mean over layers that are not decided by construction; a claim names others",
+            per_fact=_at_last_token,
+            over=lambda dataset: destroyed(dataset["patch_effect"]),
+            cells={"layer": "mean", "head": "mean", "role": "one"},
         ),
     ),
     run=_run,

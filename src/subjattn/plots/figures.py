@@ -18,10 +18,17 @@ from subjattn.registry import discover, named
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a figure is given: a measure's variables, `(arm, fact, …)`, None where there is none; and two arms."""
+    """What a figure is given.
+
+    Attributes:
+        array: a measure's variables by name, `(arm, fact, …)`; None where there is none.
+        difference: two arms.
+        significant: cells of a variable in which these two differ, with what that speaks of in attributes.
+    """
 
     array: Callable[[str], xr.DataArray | None]
     difference: tuple[str, str] | None = None
+    significant: Callable[[str], xr.DataArray | None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ def figure_of(name: str) -> Figure:
 
 def _attention(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("attention_to_subject")
-    return None if array is None else plot_attention(array, drawn.difference)
+    if array is None:
+        return None
+    return plot_attention(array, drawn.difference, drawn.significant("attention_to_subject"))
 
 
 def _knockout(drawn: Drawn) -> go.Figure | None:
@@ -77,7 +86,8 @@ FIGURE = (
     Figure(
         "attention",
         "Attention to the subject, by layer and head",
-        "From the prediction position, mean over facts. One scale for all arms.",
+        "From the prediction position, mean over facts. One scale for all arms. In the last panel cells that do not "
+        "differ for certain are faded (Benjamini–Yekutieli at 5 %).",
         _attention,
     ),
     Figure(

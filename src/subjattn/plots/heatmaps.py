@@ -33,13 +33,16 @@ ROLE_LABELS = {
 }
 
 
-def plot_attention(attention: xr.DataArray, difference: tuple[str, str] | None = None) -> go.Figure:
+def plot_attention(
+    attention: xr.DataArray, difference: tuple[str, str] | None = None, significant: xr.DataArray | None = None
+) -> go.Figure:
     """A measure by layer and head, mean over facts, such as attention to the subject; a panel per arm.
 
     Args:
         attention: `(fact, layer, head)`, with or without `arm`: from `subject_attention`, or one route of
             `knockout(by="head")`, or `patch_grid("z", at="prediction")`.
         difference: two arms; a last panel shows the first minus the second.
+        significant: `(layer, head)`, from `significant`: the other cells of the last panel are faded.
 
     Raises:
         BadInput: other dimensions, no such arm, or an array without a number.
@@ -62,11 +65,25 @@ def plot_attention(attention: xr.DataArray, difference: tuple[str, str] | None =
         delta = panels[difference[0]] - panels[difference[1]]
         figure.add_trace(go.Heatmap(z=delta, coloraxis="coloraxis2", hovertemplate=hover), 1, len(titles))
         figure.update_layout(coloraxis2=_diverging(delta, "change", 1))
-    figure.update_xaxes(title_text="head", dtick=_tick(attention.sizes["head"]))
+        if significant is not None:
+            _fade(figure, significant, len(titles))
+    figure.update_xaxes(dtick=_tick(attention.sizes["head"]))
+    figure.for_each_xaxis(lambda axis: axis.update(title_text=axis.title.text or "head"))
     figure.update_yaxes(dtick=_tick(attention.sizes["layer"]))
     figure.update_yaxes(title_text="layer", col=1)
     panel = 190 if len(titles) < 6 else 130
-    return _styled(figure, height=430, width=panel * len(titles) + 200)
+    return _styled(figure, height=430 + 40 * (significant is not None), width=panel * len(titles) + 200)
+
+
+def _fade(figure: go.Figure, significant: xr.DataArray, column: int) -> None:
+    """Veil cells that are not significant, and say beneath what the others speak of."""
+    stands = significant.transpose("layer", "head").values
+    veil = [[0, "rgba(255,255,255,0.72)"], [1, "rgba(255,255,255,0.72)"]]
+    figure.add_trace(
+        go.Heatmap(z=np.where(stands, np.nan, 1.0), colorscale=veil, showscale=False, hoverinfo="skip"), 1, column
+    )
+    speaks = significant.attrs.get("speaks_of", "")
+    figure.update_xaxes(title_text=f"head<br>{int(stands.sum())} of {stands.size} cells stand<br>{speaks}", col=column)
 
 
 def plot_tokens(tokens: xr.DataArray) -> go.Figure:

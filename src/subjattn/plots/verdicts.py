@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -23,36 +23,18 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> go.Figure:
     """Estimate and interval of every claim and style, turned so that the claimed direction is right.
 
     Args:
-        claims: as in `summary.json`. The band holds effects too small to matter.
+        claims: as in `summary.json`. The band holds effects too small to matter. The thin line is the interval
+            adjusted for the family of claims; small marks are replicates.
     """
     figure = go.Figure()
     labels = []
     for claim in reversed(claims):
-        turn = 1 if claim["direction"] == "increase" else -1
-        unit = turn * claim["smallest_effect"]
         for style, found in reversed(claim["styles"].items()):
             if found["estimate"] is None:
                 continue
-            label = html.escape(f"{claim['id']} · {style}")
-            labels.append(label)
-            low, high = sorted((found["ci_low"] / unit, found["ci_high"] / unit))
-            middle = found["estimate"] / unit
-            figure.add_trace(
-                go.Scatter(
-                    x=[middle],
-                    y=[label],
-                    error_x={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [high - middle],
-                        "arrayminus": [middle - low],
-                    },
-                    marker={"color": COLOURS[found["verdict"]], "size": 10},
-                    hovertemplate=f"{found['verdict']}: {found['estimate']:.4g} "
-                    f"[{found['ci_low']:.4g}, {found['ci_high']:.4g}]<extra></extra>",
-                    showlegend=False,
-                )
-            )
+            labels.append(html.escape(f"{claim['id']} · {style}"))
+            for trace in _traces(claim, found, labels[-1]):
+                figure.add_trace(trace)
     for verdict, colour in COLOURS.items():
         figure.add_trace(
             go.Scatter(x=[None], y=[None], mode="markers", name=verdict, marker={"color": colour, "size": 10})
@@ -75,3 +57,43 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> go.Figure:
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
     )
     return figure
+
+
+def _traces(claim: dict[str, Any], found: dict[str, Any], label: str) -> Iterator[go.Scatter]:
+    """Replicates as small marks, then the adjusted interval as a thin line and the plain one as a thick line."""
+    unit = claim["smallest_effect"] * (1 if claim["direction"] == "increase" else -1)
+
+    def turned(value: float) -> float:
+        return float((value - claim["against"]) / unit)
+
+    colour, middle = COLOURS[found["verdict"]], turned(found["estimate"])
+    plain, adjusted = ((found[f"{of}ci_low"], found[f"{of}ci_high"]) for of in ("", "adjusted_"))
+    hover = f"{found['verdict']}: {found['estimate']:.4g} [{plain[0]:.4g}, {plain[1]:.4g}]<extra></extra>"
+    if own := found.get("replicates"):
+        yield go.Scatter(
+            x=[turned(value) for value in own.values()],
+            y=[label] * len(own),
+            mode="markers",
+            marker={"color": colour, "size": 9, "symbol": "line-ns-open", "opacity": 0.7},
+            text=list(own),
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+        )
+    for ends, width in ((adjusted, 1), (plain, 3)):
+        low, high = sorted(map(turned, ends))
+        yield go.Scatter(
+            x=[low, high],
+            y=[label, label],
+            mode="lines",
+            line={"color": colour, "width": width},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    yield go.Scatter(
+        x=[middle],
+        y=[label],
+        mode="markers",
+        marker={"color": colour, "size": 10},
+        hovertemplate=hover,
+        showlegend=False,
+    )

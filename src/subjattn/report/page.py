@@ -13,13 +13,15 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from subjattn.measures.record import Measure, Quantity, measure_of
+from subjattn.measures.record import Measure, measure_of
 from subjattn.plots.figures import Drawn, figure_of
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import Style
 from subjattn.run.folder import replacing
 from subjattn.study import files
+from subjattn.study.deciding import needed_in_words
 from subjattn.study.files import Run, open_run
+from subjattn.study.registration import registered_in
 
 
 TOP_ANSWERS = 8
@@ -39,7 +41,7 @@ def write(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "short": _short}
+    environment.filters |= {"signed": _signed, "short": _short, "shares": _shares, "needed": needed_in_words}
     page = environment.get_template("page.html.jinja").render(_content(run))
     target = folder / files.REPORT
     with replacing(target) as path:
@@ -55,7 +57,8 @@ def _content(run: Run) -> dict[str, Any]:
         "study": run.study,
         "styles": [_style(run, measured, style) for style in run.styles],
         "columns": _columns(summary),
-        "pooled": [quantity for _, quantity in _quantities(measured) if quantity.pooled is not None],
+        "scopes": _scopes(summary),
+        "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
         "composition": _composition(run),
         "quantities": summary["quantities"],
@@ -64,8 +67,10 @@ def _content(run: Run) -> dict[str, Any]:
     }
 
 
-def _quantities(measured: list[Measure]) -> Iterator[tuple[Measure, Quantity]]:
-    return ((measure, quantity) for measure in measured for quantity in measure.quantities)
+def _scopes(summary: dict[str, Any]) -> list[str]:
+    """What the intervals of a summary speak of."""
+    rows = [*summary["contrasts"], *(found for claim in summary["claims"] for found in claim["styles"].values())]
+    return list(dict.fromkeys(row["scope"] for row in rows if row.get("scope")))
 
 
 def _style(run: Run, measured: list[Measure], style: str) -> dict[str, Any]:
@@ -93,8 +98,14 @@ def _figures(run: Run, measured: list[Measure], style: str, difference: list[str
         def array(variable: str, name: str = measure.name) -> Any:
             return run.array(name, variable, style) if run.has(name, variable, style) else None
 
+        def stands(variable: str, name: str = measure.name) -> Any:
+            if difference is None or not run.has(name, variable, style):
+                return None
+            return run.significant(name, variable, style, *difference)
+
+        pair = None if difference is None else (difference[0], difference[1])
         try:
-            drawn = figure.draw(Drawn(array, None if difference is None else (difference[0], difference[1])))
+            drawn = figure.draw(Drawn(array, pair, stands))
         except Exception as error:  # one figure must not cost the report
             yield {"title": figure.title, "note": f"Not drawn: {type(error).__name__}: {error}", "html": ""}
             continue
@@ -150,14 +161,18 @@ def _composition(run: Run) -> dict[str, Any]:
     test = facts[facts["test"]]
     trained = {arm: spec["train"] for arm, spec in study["arms"].items() if spec["train"]}
     answers = test["answer"].value_counts().index[:TOP_ANSWERS].tolist()
-    groups = [{"title": "test facts", **_made_of(test, answers), "base_accuracy": None, "base_n": 0}]
+    groups = [
+        {"title": "test facts", **_made_of(test, answers), "own_answers": None, "base_accuracy": None, "base_n": 0}
+    ]
     for arm, spec in trained.items():
         own = facts[facts[f"train_{spec}"]]
         before = run.before_training(spec)
+        taught = run.taught(spec).set_index("fact_id")["answer"].reindex(own["fact_id"])
         groups.append(
             {
                 "title": arm,
                 **_made_of(own, answers),
+                "own_answers": float((taught.to_numpy() == own["answer"].to_numpy()).mean()),
                 "base_accuracy": None if before is None else float(before["correct"].mean()),
                 "base_n": 0 if before is None else len(before),
             }
@@ -180,6 +195,12 @@ def _made_of(facts: pd.DataFrame, answers: list[str]) -> dict[str, Any]:
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}"
+
+
+def _shares(shares: dict[str, float]) -> str:
+    """What the variance of an estimate is due to, the largest part first."""
+    parts = sorted(shares.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
 
 
 def _short(value: float | None) -> str:

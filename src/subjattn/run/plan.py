@@ -21,8 +21,10 @@ from subjattn.errors import BadInput
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCHEMA = 3
-"""Of plans and stage records; 1 and 2 were those of 0.2 and 0.3. Raised when their meaning changes."""
+SCHEMA = 4
+"""Of plans and stage records. Raised when their meaning changes."""
+_WROTE = {3: "0.4"}
+"""Earlier schemas by the version that wrote them; 1 and 2 named none."""
 
 
 class Context(Protocol):
@@ -140,4 +142,5 @@ def wrong_schema(what: str, schema: Any) -> str:
     """Why a file of another schema is not read, in one line."""
     if isinstance(schema, int) and schema > SCHEMA:
         return f"{what} was written by a newer subjattn (schema {schema}, this one reads {SCHEMA}): update subjattn"
-    return f"{what} was written by subjattn 0.3 or older, which this version does not read: run the study anew"
+    wrote = _WROTE.get(schema, "0.3 or older")
+    return f"{what} was written by subjattn {wrote}, which this version does not read: run the study anew"

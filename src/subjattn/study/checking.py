@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts import SOURCES, load_facts, own, path_of
+from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
 from subjattn.prompts import subject_lengths
 from subjattn.study.config import Arm, FactsConfig, StudyConfig
 from subjattn.study.plan import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
-from subjattn.study.stages.split import made
+from subjattn.study.stages.split import made, training_facts
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -105,7 +107,10 @@ def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> st
             return ", not split yet (the model's tokenizer has to measure the names first)"
         lengths = subject_lengths(facts, tokenizer, next(iter(config.styles.values())))
         facts = facts.assign(n_tokens=lengths)
-    made(facts, split_settings(config), None)
+    settings = split_settings(config)
+    table = made(facts, settings, None)
+    for spec, number in product(settings["specs"], range(settings["draws"])):
+        taught(training_facts(table, spec, number), spec, config.seed, number)
     return ", split as asked"
 
 

@@ -147,6 +147,7 @@ class Replicates(_Section):
 
     draws: PositiveInt = 1
     seeds: PositiveInt = 1
+    first_only: list[str] = Field([], description="measures of the first replicate alone: figures need no more")
 
     @property
     def all(self) -> list[tuple[int, int]]:
@@ -198,19 +199,11 @@ class StudyConfig(_Section):
             )
         if self.trained:
             _check_training(self)
-        elif self.replicates != Replicates():
+        elif len(self.replicates.all) > 1:
             raise ValueError("replicates are trained anew each, and no arm is trained here")
-        named = [*self.contrasts, *(claim.arms for claim in self.claims)]
-        for arm in (arm for pair in named for arm in pair):
-            if arm not in self.arms:
-                raise ValueError(f"arm {arm!r} is compared but not defined; the arms are {', '.join(self.arms)}")
-        for claim in self.claims:
-            _, quantity = quantity_of(claim.measure.partition(".")[0], self.measured)
-            if quantity.pooled is not None:
-                raise ValueError(f"claim {claim.id!r}: {claim.measure!r} is pooled; claims take one value per fact")
-        ids = [claim.id for claim in self.claims]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"two claims have the id {next(i for i in ids if ids.count(i) > 1)!r}")
+        if unknown := [name for name in self.replicates.first_only if name not in self.measures]:
+            raise ValueError(f"replicates.first_only: no measure {unknown[0]!r} in the study")
+        check_claims(self)
         return self
 
     @property
@@ -228,6 +221,26 @@ class StudyConfig(_Section):
         """The arm that others are compared with by default."""
         return next(iter(self.arms))
 
+    def check_arm(self, arm: str) -> None:
+        if arm not in self.arms:
+            raise ValueError(f"arm {arm!r} is compared but not defined; the arms are {', '.join(self.arms)}")
+
+    @property
+    def untrained(self) -> str:
+        """The arm that says which facts are known and chooses cells: the first not trained here, else the first."""
+        return next((name for name, arm in self.arms.items() if not arm.train), self.reference)
+
+    @property
+    def n_replicates(self) -> int:
+        """Units that intervals count: draws, or the seeds of one draw."""
+        return self.replicates.draws if self.replicates.draws > 1 else self.replicates.seeds
+
+    def replicates_of(self, arm: str, measure: str = "") -> list[tuple[int, int] | None]:
+        """The replicates of an arm (in which a measure is made); one without a number where it is not trained here."""
+        if not self.arms[arm].train:
+            return [None]
+        return [*self.replicates.all[: 1 if measure in self.replicates.first_only else None]]
+
     @property
     def training_styles(self) -> dict[str, Style]:
         """Styles that arms are trained in: those named, or the first that shows no facts and lets answer at once."""
@@ -238,6 +251,54 @@ class StudyConfig(_Section):
     def trained(self) -> dict[str, str]:
         """Split of each arm that is trained here."""
         return {name: arm.train for name, arm in self.arms.items() if arm.train}
+
+
+def check_claims(study: StudyConfig) -> None:
+    """Refuse contrasts and claims of what the study does not have, or that it could never decide."""
+    for arm in (arm for pair in study.contrasts for arm in pair):
+        study.check_arm(arm)
+    for claim in study.claims:
+        where = f"claim {claim.id!r}"
+        for _, measure, arms, style, _cells in claim.sides:
+            quantity_of(measure.partition(".")[0], study.measured)
+            for arm in arms:
+                study.check_arm(arm)
+            for name in (style, claim.style):
+                if name is not None and name not in study.styles:
+                    raise ValueError(f"{where}: no style {name!r}; the styles are {', '.join(study.styles)}")
+        measured = [quantity_of(side[1].partition(".")[0], study.measured)[0].name for side in claim.sides]
+        if len({name in study.replicates.first_only for name in measured}) > 1:
+            raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
+        involved = {arm for side in claim.sides for arm in side[2]}
+        trained = involved & set(study.trained)
+        if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
+            raise ValueError(
+                f"{where} is about a way of training, which takes an arm trained here and replicates: {{draws: 3}} or "
+                "more"
+            )
+        if claim.select is not None:
+            _check_select(study, claim, involved)
+    ids = [claim.id for claim in study.claims]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"two claims have the id {next(i for i in ids if ids.count(i) > 1)!r}")
+    if len(primary := [claim.id for claim in study.claims if claim.primary]) > 1:
+        raise ValueError(f"claims {primary[0]!r} and {primary[1]!r} are both primary: at most one is")
+
+
+def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
+    on = claim.select.on if claim.select else None
+    where = f"claim {claim.id!r} chooses cells"
+    if len(claim.arms) < 2 or (claim.minus and (claim.minus.measure or claim.minus.where)):
+        raise ValueError(f"{where}, which it can for a difference of two arms in one measure: name the cells instead")
+    if isinstance(on, int) and (given := arms - set(study.trained)):
+        raise ValueError(f"{where} on draws, of which arm {min(given)!r} has none: it would be tested where it chose")
+    if isinstance(on, int) and on >= study.replicates.draws:
+        raise ValueError(f"claim {claim.id!r} chooses cells on {on} draws and leaves none of {study.replicates.draws}")
+    if on == "reference" and study.untrained in arms:
+        raise ValueError(
+            f"claim {claim.id!r} chooses cells on arm {study.untrained!r} and compares with it: where it is largest by "
+            "chance, it falls by chance; choose on draws, or name the cells"
+        )
 
 
 def _check_training(study: StudyConfig) -> None:

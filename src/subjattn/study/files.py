@@ -9,6 +9,7 @@
 | arms/ARM/drawD-seedS/ | a trained arm's replicate: adapter, measures/STYLE/MEASURE (and prompts/STYLE of its own) |
 | arms/ARM/ | the same without a replicate, for an arm that is not trained here |
 | summary.json, manifest.json, values.parquet, plan.json, study.yaml, report.html | results |
+| registered.json | what the study claimed before anything was measured |
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.evidence.intervals import MIN_REPLICATES, difference, in_words
+from subjattn.facts.splits import facts_of
 from subjattn.run.folder import RECORD, Folder
 from subjattn.run.plan import SCHEMA, Plan, wrong_schema
 
@@ -35,13 +38,14 @@ if TYPE_CHECKING:
 
 POOL, RELATIONS, SPLIT = "facts/pool", "facts/relations", "facts/split"
 FACTS, TEST, SHOWN = f"{SPLIT}:facts.parquet", f"{SPLIT}:test.parquet", f"{SPLIT}:shown.parquet"
-SUMMARY, MANIFEST, VALUES, PLAN, STUDY, REPORT = (
+SUMMARY, MANIFEST, VALUES, PLAN, STUDY, REPORT, REGISTERED = (
     "summary.json",
     "manifest.json",
     "values.parquet",
     "plan.json",
     "study.yaml",
     "report.html",
+    "registered.json",
 )
 Replicate = tuple[int, int]
 """A draw of the training facts and a seed of the training."""
@@ -128,12 +132,13 @@ class Run:
     def styles(self) -> list[str]:
         return list(self.study["styles"])
 
-    def replicates(self, arm: str) -> Sequence[Replicate | None]:
-        """The replicates of an arm; `[None]` where it is not trained here."""
+    def replicates(self, arm: str, measure: str = "") -> Sequence[Replicate | None]:
+        """The replicates of an arm (in which a measure was made); `[None]` where it is not trained here."""
         if not self.study["arms"][self._named("arm", arm, self.arms)]["train"]:
             return [None]
         many = self.study["replicates"]
-        return [(draw, seed) for draw in range(many["draws"]) for seed in range(many["seeds"])]
+        every = [(draw, seed) for draw in range(many["draws"]) for seed in range(many["seeds"])]
+        return every[: 1 if measure in many["first_only"] else None]
 
     @cached_property
     def values(self) -> pd.DataFrame:
@@ -166,11 +171,15 @@ class Run:
         )
 
     def before_training(self, spec: str, draw: int = 0) -> pd.DataFrame | None:
-        """What the untrained model answers to facts that arms of this specification learn."""
-        name = before(spec, draw)
+        """What the untrained model answers to the facts of arms of this specification, judged by their own answers."""
+        name = before(facts_of(spec), draw)
         if name not in {stage.name for stage in self.plan}:
             return None
         return self._parquet(self._file(f"{name}:predictions.parquet"))
+
+    def taught(self, spec: str, draw: int = 0) -> pd.DataFrame:
+        """The facts of arms of this specification with the answers that they are trained on."""
+        return self._parquet(self._file(training_facts(spec, draw)))
 
     def prompts(self, style: str, arm: str | None = None, replicate: Replicate | None = None) -> PromptSet:
         """What was asked in a style; of one arm where it reasons by itself."""
@@ -215,7 +224,7 @@ class Run:
         """
         arms = []
         for arm in self.arms:
-            found = [self.measure(measure, arm, style, replicate) for replicate in self.replicates(arm)]
+            found = [self.measure(measure, arm, style, replicate) for replicate in self.replicates(arm, measure)]
             arrays = [self._inside(dataset[variable]) for dataset in found]
             floors = [array.attrs.pop("noise_floor") for array in arrays if "noise_floor" in array.attrs]
             array = arrays[0]
@@ -223,6 +232,45 @@ class Run:
                 array = _mean(_joined(arrays, "replicate")).assign_attrs(array.attrs)
             arms.append(array.assign_coords(noise_floor=max(floors)) if floors else array)
         return _joined(arms, pd.Index(self.arms, name="arm"))
+
+    def difference(self, measure: str, variable: str, style: str, a: str, b: str) -> xr.DataArray:
+        """A variable of a measure in arm `a` minus arm `b`, replicate by replicate: `(fact, draw, seed, …)`."""
+        return difference(*(self.by_replicate(measure, variable, style, arm) for arm in (a, b)))
+
+    def significant(self, measure: str, variable: str, style: str, a: str, b: str) -> xr.DataArray:
+        """Cells in which two arms differ: over facts and replicates where there are any, else over facts alone.
+
+        Attribute `speaks_of` says which. See `subjattn.significant`.
+        """
+        from subjattn.evidence.maps import significant
+
+        values = self.difference(measure, variable, style, a, b)
+        if values.sizes.get("draw", 1) * values.sizes.get("seed", 1) == 1:
+            return significant(values, scope="models").assign_attrs(speaks_of="these two models: facts alone")
+        found = significant(values)
+        few = found.attrs["n_replicates"] < MIN_REPLICATES
+        words = in_words(True, "draws" if values.sizes["draw"] > 1 else "seeds", 2)
+        return found.assign_attrs(speaks_of="two replicates: none can stand" if few else words)
+
+    def by_replicate(self, measure: str, variable: str, style: str, arm: str) -> xr.DataArray:
+        """A variable of a measure in every replicate of an arm: `(draw, seed, fact, …)`, as `interval` takes it.
+
+        Coordinates `relation` and `answer` of the facts stand beside it, for intervals and maps to know clusters by.
+        """
+        replicates = self.replicates(arm, measure)
+        arrays = [self._inside(self.measure(measure, arm, style, one)[variable]) for one in replicates]
+        array = arrays[0]
+        if replicates != [None]:
+            n_seeds = len({replicate[1] for replicate in replicates if replicate})
+            draws = [
+                _joined(arrays[i : i + n_seeds], pd.RangeIndex(n_seeds, name="seed"))
+                for i in range(0, len(arrays), n_seeds)
+            ]
+            array = _joined(draws, pd.RangeIndex(len(draws), name="draw"))
+        if "fact" not in array.dims:
+            return array
+        about = self.facts.set_index("fact_id").reindex(array["fact"].values)
+        return array.assign_coords({name: ("fact", about[name].to_numpy(object)) for name in ("relation", "answer")})
 
     def _inside(self, array: xr.DataArray) -> xr.DataArray:
         dim = next(str(dim) for dim in array.dims if str(dim) in ("fact", "few_fact"))

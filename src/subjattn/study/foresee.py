@@ -16,6 +16,7 @@ from subjattn.study.files import check_version
 from subjattn.study.manifest import mixtures
 from subjattn.study.places import OVERHEAD, Place
 from subjattn.study.plan import plan_study, weight_bytes
+from subjattn.study.registration import registration_status
 
 
 TOKENS = 12
@@ -48,6 +49,7 @@ def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[
         "memory": f"{(max((stage.memory for stage in left), default=0.0) + OVERHEAD) / 1e9:.1f} GB",
         "place": str(place),
         "mixtures": mixtures(plan, folder),
+        "registration": registration_status(config, out),
     }
 
 

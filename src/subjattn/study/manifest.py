@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from subjattn.evidence.contrasts import CONFIDENCE, RESAMPLES
+from subjattn.evidence.intervals import CONFIDENCE
 from subjattn.run.folder import Folder
 from subjattn.run.perform import VERSIONS
 from subjattn.run.plan import Plan
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
-from subjattn.study.values import replicates_of
 
 
 CIRCUMSTANCES = ("versions", "python", "platform", "device", "threads")
@@ -24,7 +23,7 @@ def manifest(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, Any]:
     first = next(iter(config.styles))
     arms = {}
     for arm in config.arms:
-        stage = files.measured(arm, replicates_of(config, arm)[0], first, "accuracy")
+        stage = files.measured(arm, config.replicates_of(arm)[0], first, "accuracy")
         arms[arm] = json.loads((folder.path(stage) / "provenance.json").read_text())
     return {
         "study": config.model_dump(mode="json"),
@@ -33,8 +32,7 @@ def manifest(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, Any]:
         "versions": {name: version(name) for name in VERSIONS},
         "intervals": {
             "confidence": CONFIDENCE,
-            "resamples": RESAMPLES,
-            "method": "paired percentile bootstrap over facts; pooled quantities: jackknife over facts",
+            "method": "facts and replicates crossed, both random (docs/statistics.md)",
         },
         "arms": arms,
         "mixtures": mixtures(plan, folder),

@@ -11,6 +11,7 @@ import numpy as np
 
 from subjattn.errors import BadInput
 from subjattn.facts import SOURCES, identity_of_source
+from subjattn.facts.splits import facts_of
 from subjattn.measures.accuracy import PREDICTING
 from subjattn.measures.record import Measure, Shape
 from subjattn.models import fingerprint, identity, model_shape, resolve_adapter, resolve_model
@@ -67,12 +68,11 @@ class _Builder:
         for style in self.config.styles:
             if not self._own_prompts(style):
                 yield self._shared_prompts(style)
-        reference = self._reference()
+        reference = self.config.untrained
         for arm, replicate in self._arms():
             yield from self._arm(arm, replicate, reference)
-        for spec in dict.fromkeys(self.config.trained.values()):
-            for draw in range(self.config.replicates.draws):
-                yield self._before(spec, draw)
+        for spec in dict.fromkeys(map(facts_of, self.config.trained.values())):
+            yield self._before(spec, 0)  # of the first draw, which the report describes
 
     def _model_names(self) -> list[str]:
         names = [self.config.model, *(arm.model for arm in self.config.arms.values() if arm.model)]
@@ -82,16 +82,10 @@ class _Builder:
 
     def _arms(self) -> Iterator[tuple[str, Replicate | None]]:
         """Arms with their replicates, the reference first."""
-        order = sorted(self.config.arms, key=lambda name: name != self._reference())
+        order = sorted(self.config.arms, key=lambda name: name != self.config.untrained)
         for name in order:
-            many: list[Replicate | None] = [*self.config.replicates.all] if self.config.arms[name].train else [None]
-            for replicate in many:
+            for replicate in self.config.replicates_of(name):
                 yield name, replicate
-
-    def _reference(self) -> str:
-        """The arm that says which facts are known: the first that is not trained here, else the first."""
-        untrained = [name for name, arm in self.config.arms.items() if not arm.train]
-        return untrained[0] if untrained else self.config.reference
 
     def _own_prompts(self, style: str) -> bool:
         return self.config.styles[style].chain_of_thought
@@ -186,6 +180,8 @@ class _Builder:
                 cost = self.shape.n_facts * THINKING
                 yield self._computing(prompts, "prompts", settings, inputs, cost, group, "reasoned")
             for measure in sorted(config.measured, key=lambda one: one.name != "accuracy"):
+                if replicate not in config.replicates_of(name, measure.name):
+                    continue
                 inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"

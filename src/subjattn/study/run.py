@@ -22,6 +22,7 @@ from subjattn.study.config import StudyConfig
 from subjattn.study.manifest import manifest
 from subjattn.study.places import Place, check_place, executors_of
 from subjattn.study.plan import plan_study
+from subjattn.study.registration import register, registered_in
 from subjattn.study.summary import Summary
 from subjattn.study.values import collect
 
@@ -62,6 +63,7 @@ def run_study(
         files.check_version(out)
         folder = Folder(out)
         stack.callback(folder.sweep)  # once the workers have ended, killed or not
+        register(config, folder)
         execute(plan.before_models, folder, progress)
         if not executors:
             executors = stack.enter_context(executors_of(Place.of(plan, folder, workers, on), progress))
@@ -73,9 +75,10 @@ def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, 
     """Sum up finished stages; the summary, and last the report, appear when all else is in place."""
     from subjattn.report.page import write
 
-    folder.retire()
     table = collect(config, folder)
-    summary = Summary(config, folder, table, pd.read_parquet(folder.path(files.TEST))).content()
+    tested = pd.read_parquet(folder.path(files.TEST))
+    summary = Summary(config, folder, table, tested, registered_in(folder.root)).content()
+    folder.retire()
     with replacing(folder.root / files.VALUES) as path:
         table.to_parquet(path, index=False)
     texts = {
@@ -84,7 +87,7 @@ def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, 
         files.STUDY: yaml.safe_dump(
             config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
         ),
-        files.SUMMARY: json.dumps(summary, indent=1),
+        files.SUMMARY: json.dumps(summary, indent=1, allow_nan=False),
     }
     for name, text in texts.items():
         with replacing(folder.root / name) as path:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
-from subjattn.evidence.contrasts import Interval, contrast
-from subjattn.evidence.pooled import pooled_contrast, pooled_interval
+from subjattn.evidence.claims import Claim, Judged, judge
+from subjattn.evidence.intervals import CONFIDENCE, MIN_REPLICATES, Interval
+from subjattn.evidence.power import Planned
 from subjattn.facts.splits import THIRDS
 from subjattn.measures.record import Measure, Quantity
 from subjattn.models import describe
 from subjattn.run.folder import Folder
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
-from subjattn.study.values import Values, datasets, replicates_of
+from subjattn.study.registration import Registered
+from subjattn.study.terms import Terms, Tested, or_reason
+from subjattn.study.values import Values
 
 
 NOT_DEFINED = "not defined"
 """What is said of quantities that have no value."""
 DIRECT_SHARE = 0.5
 """From this share of the total knock-out on, the subject is said to be read directly."""
+INTERVAL = (
+    *("estimate", "ci_low", "ci_high", "p_value", "df", "scope", "n_facts", "n_replicates", "variance_shares"),
+    *("adjusted_ci_low", "adjusted_ci_high"),
+)
+"""Of contrasts and claims; null where they are not defined."""
 OF_ARMS = ("accuracy", "answer_logprob")
 """Quantities shown by third of the ranking."""
 
@@ -36,19 +44,22 @@ class Summary:
     Attributes:
         config: the study.
         folder: its finished stages.
-        values: of all arms.
+        table: of the values of all arms.
         facts: those tested.
+        registered: which claims and contrasts were stated before anything was measured.
     """
 
     config: StudyConfig
     folder: Folder
     table: pd.DataFrame
     facts: pd.DataFrame
-    _held: dict[tuple[str, str, str], list[xr.Dataset]] = field(default_factory=dict)
+    registered: Registered
 
     def __post_init__(self) -> None:
         outside = self.table["out_of_distribution"].to_numpy(bool)
-        self.inside, self.outside = Values(self.table[~outside]), Values(self.table[outside])
+        self.inside, self.outside = (
+            Terms(self.config, self.folder, Values(self.table[rows]), self.facts) for rows in (~outside, outside)
+        )
 
     def content(self) -> dict[str, Any]:
         """What `summary.json` holds."""
@@ -57,33 +68,19 @@ class Summary:
             "study": config.name,
             "model": config.model,
             "described": describe(config.model),
-            "caveat": self.caveat(),
+            "replicates": self.config.replicates.model_dump(),
+            "registered": self.registered.digest,
+            "dropped": self.registered.dropped(config),
             "scorer": config.scorer,
             "quantities": self._described(),
-            "not_defined": self._not_defined(),
+            "not_defined": self._not_defined,
             "arms": {arm: self._arm(self.inside, arm) for arm in config.arms},
-            "contrasts": [*self._contrasts(), *self._pooled_contrasts()],
-            "claims": [self._claim(claim) for claim in config.claims],
+            "contrasts": list(self._contrasts()),
+            "claims": self._claims(),
         }
-        if len(self.outside.table):
+        if len(self.outside.values.table):
             content["out_of_distribution"] = {arm: self._arm(self.outside, arm) for arm in config.arms}
         return content
-
-    def caveat(self) -> str:
-        """What every interval here does not say."""
-        many = self.config.replicates
-        if not self.config.trained:
-            origin = "these models as they are"
-        elif many.draws * many.seeds == 1:
-            origin = "one seed"
-        else:
-            origin = f"mean of {many.draws} draws × {many.seeds} seeds"
-        inside = self.facts[~self.facts["out_of_distribution"]]
-        groups = inside.groupby(["relation", "answer"], dropna=False).ngroups
-        shared = (
-            f"; {len(inside)} facts share {groups} answers and count as independent" if groups < len(inside) else ""
-        )
-        return f"{origin}: interval over facts only{shared}"
 
     def _quantities(self) -> Iterator[tuple[Measure, Quantity]]:
         for measure in self.config.measured:
@@ -94,9 +91,10 @@ class Summary:
         """Unit, definition and paper of every quantity: the array's own, which go by settings, else the record's."""
         found = {}
         for measure, quantity in self._quantities():
-            styles = (self._datasets(self.config.reference, style, measure.name) for style in self.config.styles)
-            dataset = next((some[0] for some in styles if some), None)
-            own = quantity.per_fact(dataset).attrs if quantity.per_fact and dataset is not None else {}
+            arm = self.config.reference
+            styles = (self.inside.datasets(arm, style, measure.name) for style in self.config.styles)
+            dataset = next((found for some in styles for found in some.values()), None)
+            own = {} if dataset is None or quantity.over else quantity.per_fact(dataset).attrs
             found[quantity.name] = {
                 "unit": str(own.get("unit", quantity.unit)),
                 "definition": str(own.get("definition", quantity.definition)),
@@ -104,179 +102,155 @@ class Summary:
             }
         return found
 
+    @cached_property
     def _not_defined(self) -> dict[str, dict[str, str]]:
         """Why quantities have no value, by name and style; one style says it for all its arms."""
         found: dict[str, dict[str, str]] = {}
         for measure, quantity in self._quantities():
             for style in self.config.styles:
                 arm = self.config.reference
-                stage = files.measured(arm, replicates_of(self.config, arm)[0], style, measure.name)
+                stage = files.measured(arm, self.config.replicates_of(arm)[0], style, measure.name)
                 if reason := files.not_defined(self.folder.path(stage)):
                     found.setdefault(quantity.name, {})[style] = reason
         return found
 
-    def _arm(self, values: Values, arm: str) -> dict[str, Any]:
-        by_style = {style: self._arm_in_style(values, arm, style) for style in self.config.styles}
+    def _arm(self, terms: Terms, arm: str) -> dict[str, Any]:
+        by_style = {style: self._arm_in_style(terms, arm, style) for style in self.config.styles}
         return {**by_style[next(iter(by_style))], "styles": by_style}
 
-    def _arm_in_style(self, values: Values, arm: str, style: str) -> dict[str, Any]:
+    def _arm_in_style(self, terms: Terms, arm: str, style: str) -> dict[str, Any]:
         means: dict[str, float | None] = {}
+        intervals: dict[str, Any] = {}
         undefined: dict[str, int] = {}
         replicates: dict[str, dict[str, float]] = {}
         for _, quantity in self._quantities():
-            if quantity.per_fact is None:
-                continue
-            for part in values.parts(quantity.name) or [""]:
-                name, wide = _key(quantity.name, part), values.of(arm, style, quantity.name, part)
-                means[name] = None if wide is None else _mean(wide.mean(axis=1, skipna=False))
-                if wide is None:
+            for part in terms.values.parts(quantity.name) or [""] * (quantity.name in self._not_defined):
+                name = _key(quantity.name, part)
+                tested, _ = or_reason(terms.arm, name, arm, style)
+                means[name] = None if tested is None else tested.interval.estimate
+                intervals[name] = None if tested is None else list(tested.interval.ends())
+                if tested is None:
+                    means[name] = _plain_mean(terms.values.of(arm, style, quantity.name, part), quantity)
                     continue
-                if missing := int(wide.isna().any(axis=1).sum()):
-                    undefined[name] = missing
-                if wide.shape[1] > 1:
-                    for replicate in wide:
-                        replicates.setdefault(_replicate(replicate), {})[name] = float(wide[replicate].mean())
-        correct = values.mean_of(arm, style, "accuracy")
-        found: dict[str, Any] = {"n_test": 0 if correct is None else len(correct), **means}
-        found["by_popularity_third"] = self._by_third(values, arm, style)
-        if values is self.inside:
-            found["pooled"] = self._pooled(arm, style)
-            found["route"] = self._route(arm, style, means, found["pooled"])
+                if tested.interval.n_undefined:
+                    undefined[name] = tested.interval.n_undefined
+                for replicate, mean in tested.replicates.items():
+                    replicates.setdefault(replicate, {})[name] = mean
+        correct = terms.values.of(arm, style, "accuracy")
+        about: dict[str, Any] = {
+            "n_test": 0 if correct is None else correct.sizes["fact"],
+            **means,
+            "intervals": intervals,
+        }
+        about["by_popularity_third"] = self._by_third(terms, arm, style)
+        if terms is self.inside:
+            about["route"] = self._route(arm, style, means)
         if undefined:
-            found["n_undefined"] = undefined
+            about["n_undefined"] = undefined
         if replicates:
-            found["replicates"] = replicates
-        return found
+            about["replicates"] = replicates
+        return about
 
-    def _by_third(self, values: Values, arm: str, style: str) -> dict[str, Any]:
+    def _by_third(self, terms: Terms, arm: str, style: str) -> dict[str, Any]:
         third = self.facts.set_index("fact_id")["third"]
         found: dict[str, Any] = {}
         for name in THIRDS[::-1]:
             for quantity in OF_ARMS:
-                own = values.mean_of(arm, style, quantity)
-                if own is None or not (inside := (third.reindex(own.index) == name).to_numpy()).any():
+                own = terms.values.of(arm, style, quantity)
+                if own is None or not (inside := (third.reindex(own["fact"].values) == name).to_numpy()).any():
                     continue
                 found.setdefault(name, {"n": int(inside.sum())})[quantity] = _mean(own[inside])
         return found
 
-    def _pooled(self, arm: str, style: str) -> dict[str, Any]:
-        found = {}
-        for measure, quantity in self._quantities():
-            if quantity.pooled is not None and (own := self._datasets(arm, style, measure.name)):
-                found[quantity.name] = _as_dict(pooled_interval(own, quantity.pooled))
-        return found
-
-    def _route(self, arm: str, style: str, means: dict[str, Any], pooled: dict[str, Any]) -> dict[str, Any]:
+    def _route(self, arm: str, style: str, means: dict[str, Any]) -> dict[str, Any]:
         """How the subject reaches the answer: the direct edges' share of what all routes are worth."""
         if means.get("knockout_drop_total") is None:
             return {"reading": NOT_DEFINED, "direct_share": None}
-        share = (pooled.get("direct_share") or {}).get("estimate")
+        share = means.get("direct_share")
         if share is not None:
             return {"reading": "direct" if share >= DIRECT_SHARE else "relay", "direct_share": share}
-        same = all(bool(one["routes_coincide"].all()) for one in self._datasets(arm, style, "knockout"))
-        return {"reading": "routes coincide" if same else "hardly used", "direct_share": None}
-
-    def _datasets(self, arm: str, style: str, measure: str) -> list[xr.Dataset]:
-        """Arrays of one arm, kept while that arm is summed up."""
-        key = (arm, style, measure)
-        if key not in self._held:
-            if len(self._held) > len(self.config.measures) * 2:
-                self._held.clear()
-            self._held[key] = datasets(self.config, self.folder, arm, style, measure, self.facts)
-        return self._held[key]
+        same = all(bool(one["routes_coincide"].all()) for one in self.inside.datasets(arm, style, "knockout").values())
+        return {"reading": "routes coincide" if same else "no effect seen", "direct_share": None}
 
     def _contrasts(self) -> Iterator[dict[str, Any]]:
-        units = self._described()
+        units, rows = self._described(), []
         for style in self.config.styles:
             for a, b in self.config.contrasts:
                 for _, quantity in self._quantities():
-                    for part in self.inside.parts(quantity.name):
-                        found = self._interval(quantity, part, a, b, style)
-                        if found["estimate"] is not None:
-                            name = _key(quantity.name, part)
-                            yield {
-                                "measure": name,
-                                "unit": units[quantity.name]["unit"],
-                                "arm_a": a,
-                                "arm_b": b,
-                                "style": style,
-                            } | found
+                    for part in self.inside.values.parts(quantity.name):
+                        name = _key(quantity.name, part)
+                        row = {"measure": name, "unit": units[quantity.name]["unit"], "arm_a": a, "arm_b": b}
+                        rows.append((row | {"style": style}, *or_reason(self.inside.contrast, name, a, b, style)))
+        family = sum(tested is not None for _, tested, _ in rows)
+        for row, tested, reason in rows:
+            yield row | _interval(tested, family, reason) | {"registered": self.registered.contrast(row, self.config)}
 
-    def _pooled_contrasts(self) -> Iterator[dict[str, Any]]:
-        for style in self.config.styles:
-            for a, b in self.config.contrasts:
-                for measure, quantity in self._quantities():
-                    first, second = (self._datasets(arm, style, measure.name) for arm in (a, b))
-                    if quantity.pooled is None or not first or not second:
-                        continue
-                    if (found := pooled_contrast(first, second, quantity.pooled)) is not None:
-                        row = {"measure": quantity.name, "unit": quantity.unit, "arm_a": a, "arm_b": b, "style": style}
-                        yield row | _as_dict(found)
-
-    def _claim(self, claim: Any) -> dict[str, Any]:
-        by_style: dict[str, dict[str, Any]] = {}
-        name, _, part = claim.measure.partition(".")
-        _, quantity = next(pair for pair in self._quantities() if pair[1].name == name)
-        for style in self.config.styles:
-            found = self._interval(quantity, part, claim.arms[0], claim.arms[1], style)
-            if found["estimate"] is None:
-                verdict, reason = (
-                    NOT_DEFINED,
-                    self._not_defined().get(name, {}).get(style, "no fact has a value"),
-                )
-            else:
-                interval = Interval(*(found[name] for name in ("estimate", "ci_low", "ci_high", "n")))
-                verdict, reason = claim.judge(interval)
-            by_style[style] = {"verdict": verdict, "reason": reason, **found}
-        fields = claim.model_dump(mode="json")
-        return {**fields, **by_style[next(iter(by_style))], "caveat": self.caveat(), "styles": by_style}
-
-    def _interval(self, quantity: Quantity, part: str, a: str, b: str, style: str) -> dict[str, Any]:
-        """The mean paired difference over facts that have a value in both arms, and in each replicate."""
-        wide = [self.inside.of(arm, style, quantity.name, part) for arm in (a, b)]
-        first, second = (None if one is None else one.mean(axis=1, skipna=False) for one in wide)
-        if first is None or second is None or wide[0] is None or wide[1] is None:
-            return _as_dict(None)
-        second = second.reindex(first.index)
-        defined = first.notna() & second.notna()
-        if not defined.any():
-            return _as_dict(None)
-        arrays = [
-            xr.DataArray(one[defined].to_numpy(), {"fact": first.index[defined].to_numpy()}, ("fact",))
-            for one in (first, second)
+    def _claims(self) -> list[dict[str, Any]]:
+        """Every claim in each style it is about; those with a value are judged together."""
+        asked = [(claim, style) for claim in self.config.claims for style in self._styles_of(claim)]
+        found = [or_reason(self.inside.claim, claim, style) for claim, style in asked]
+        pairs = [(claim, tested.interval) for (claim, _), (tested, _) in zip(asked, found, strict=True) if tested]
+        alone = [
+            claim.primary and style == self._styles_of(claim)[0]
+            for (claim, style), (tested, _) in zip(asked, found, strict=True)
+            if tested
         ]
-        found = _as_dict(contrast(*arrays, seed=self.config.seed))
-        if not defined.all():
-            found["n_undefined"] = int((~defined).sum())
-        if max(one.shape[1] for one in wide if one is not None) > 1:
-            found["replicates"] = _per_replicate(*(one[defined] for one in wide if one is not None))
-        return found
+        dropped = sum(len(self.registered.claims[name]["order"]) for name in self.registered.dropped(self.config))
+        judged, styles = (
+            iter(judge(pairs, alone, dropped)),
+            {claim.id: dict[str, Any]() for claim in self.config.claims},
+        )
+        for (claim, style), (tested, reason) in zip(asked, found, strict=True):
+            styles[claim.id][style] = _claim_row(claim, tested, next(judged) if tested else None, reason)
+        return [
+            {
+                **claim.model_dump(mode="json", exclude={"scope"}),
+                **next(iter(styles[claim.id].values())),
+                "about": claim.formula,
+                "registered": self.registered.claim(claim, self.config),
+                "styles": styles[claim.id],
+            }
+            for claim in self.config.claims
+        ]
+
+    def _styles_of(self, claim: Claim) -> list[str]:
+        return [claim.style] if claim.style else list(self.config.styles)
 
 
-def _per_replicate(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
-    """Mean difference in each replicate; an arm that has none counts the same in all."""
-    names = [name for name in (*a.columns, *b.columns) if name != (-1, -1)]
-    return {
-        _replicate(name): float((a[name if name in a else (-1, -1)] - b[name if name in b else (-1, -1)]).mean())
-        for name in dict.fromkeys(names)
-    }
+def _interval(tested: Tested | None, family: int, reason: str) -> dict[str, Any]:
+    """An interval as plain data, and every replicate's own value beside it; or why there is none."""
+    if tested is None:
+        return dict.fromkeys(INTERVAL) | {"reason": reason}
+    low, high = tested.interval.ends(1 - (1 - CONFIDENCE) / max(1, family))
+    row = tested.interval.to_dict() | {"adjusted_ci_low": low, "adjusted_ci_high": high, "family": family}
+    return row | ({"replicates": tested.replicates} if tested.replicates else {})
 
 
-def _replicate(name: Any) -> str:
-    draw, seed = name
-    return f"draw{draw}-seed{seed}"
+def _claim_row(claim: Claim, tested: Tested | None, judged: Judged | None, reason: str) -> dict[str, Any]:
+    if tested is None or judged is None:
+        return {"verdict": NOT_DEFINED, **_interval(None, 1, reason)}
+    row = _interval(tested, judged.family, "") | judged.to_dict()
+    if judged.verdict == "undecided":
+        row["needed"] = needed(claim, tested.interval, judged.family)
+    return row
+
+
+def needed(claim: Claim, found: Interval, family: int) -> dict[str, Any]:
+    """How many facts and replicates would decide a claim, if its effect and variances are those seen."""
+    planned = Planned(
+        found.variances, claim.turned(found.estimate), claim.smallest_effect, family=family, drawn=found.drawn
+    )
+    return planned.needed(max(found.n_replicates, MIN_REPLICATES) if found.drawn else found.n_replicates)
 
 
 def _key(quantity: str, part: str) -> str:
     return f"{quantity}.{part}" if part else quantity
 
 
-def _mean(values: pd.Series) -> float | None:
-    return float(values.mean()) if values.notna().any() else None
+def _plain_mean(values: xr.DataArray | None, quantity: Quantity) -> float | None:
+    """The mean of what has no interval, such as values that are all the same; None for shares."""
+    return None if values is None or quantity.over is not None else _mean(values)
 
 
-def _as_dict(interval: Interval | None) -> dict[str, Any]:
-    """An interval as plain data; ends that are not known as None."""
-    if interval is None:
-        return dict.fromkeys(Interval.__dataclass_fields__)
-    return {name: of if np.isfinite(of) else None for name, of in vars(interval).items()}
+def _mean(values: xr.DataArray) -> float | None:
+    return float(values.mean()) if bool(values.notnull().any()) else None

@@ -1,12 +1,18 @@
-"""All quantities per fact of a run in one tidy table, which contrasts and claims pivot."""
+"""All quantities per fact of a run in one tidy table, and what contrasts and claims ask of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
+from subjattn.errors import BadInput
+from subjattn.evidence.claims import Where
+from subjattn.evidence.intervals import Scope
+from subjattn.evidence.ratios import ratio
+from subjattn.measures.record import Quantity
 from subjattn.run.folder import Folder
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
@@ -14,33 +20,34 @@ from subjattn.study.files import Replicate
 
 
 ABOUT = ("out_of_distribution", "relation", "answer", "third")
-COLUMNS = ("arm", "draw", "seed", "style", "fact", "quantity", "part", "value", *ABOUT)
-
-
-def replicates_of(config: StudyConfig, arm: str) -> Sequence[Replicate | None]:
-    """The replicates of an arm; one without a number where it is not trained here."""
-    return config.replicates.all if config.arms[arm].train else [None]
+COLUMNS = ("arm", "draw", "seed", "style", "fact", "quantity", "part", "value", "over", *ABOUT)
 
 
 def collect(config: StudyConfig, folder: Folder) -> pd.DataFrame:
     """The values that measure stages wrote, with the facts' columns `ABOUT` beside them.
 
     Returns:
-        Columns `COLUMNS`; `draw` and `seed` are missing where an arm is not trained here.
+        Columns `COLUMNS`; `draw` and `seed` are missing where an arm is not trained here. `over` is what a share is
+        a share of.
     """
     facts = pd.read_parquet(folder.path(files.TEST)).rename(columns={"fact_id": "fact"})
     tables = []
-    for arm in config.arms:
-        for replicate in replicates_of(config, arm):
-            for style in config.styles:
-                for measure in config.measures:
-                    path = folder.path(files.measured(arm, replicate, style, measure)) / "values.parquet"
-                    if path.is_file():
-                        draw, seed = replicate or (None, None)
-                        found = pd.read_parquet(path).rename(columns={"fact_id": "fact"})
-                        tables.append(found.assign(arm=arm, draw=draw, seed=seed, style=style))
+    for arm, replicate, style, measure in _made(config):
+        path = folder.path(files.measured(arm, replicate, style, measure)) / "values.parquet"
+        if path.is_file():
+            draw, seed = replicate or (None, None)
+            found = pd.read_parquet(path).rename(columns={"fact_id": "fact"})
+            tables.append(found.assign(arm=arm, draw=draw, seed=seed, style=style))
     table = pd.concat(tables, ignore_index=True).astype({"draw": "Int64", "seed": "Int64"})
     return table.merge(facts[["fact", *ABOUT]], on="fact", how="left", validate="many_to_one")[list(COLUMNS)]
+
+
+def _made(config: StudyConfig) -> Iterator[tuple[str, Replicate | None, str, str]]:
+    for arm in config.arms:
+        for style in config.styles:
+            for measure in config.measures:
+                for replicate in config.replicates_of(arm, measure):
+                    yield arm, replicate, style, measure
 
 
 class Values:
@@ -54,33 +61,100 @@ class Values:
         """The parts that a quantity has; one without a name where it has none."""
         return list(self.table["part"][self.table["quantity"] == quantity].unique())
 
-    def of(self, arm: str, style: str, quantity: str, part: str = "") -> pd.DataFrame | None:
-        """Values by fact (rows) and replicate (columns, `(draw, seed)`); None where there are none."""
-        group = self._groups.get((arm, style, quantity, part))
-        if group is None:
-            return None
-        numbered = group.assign(draw=group["draw"].fillna(-1).astype(int), seed=group["seed"].fillna(-1).astype(int))
-        wide = numbered.pivot(index="fact", columns=["draw", "seed"], values="value")
-        return wide.reindex(group["fact"].drop_duplicates())
+    def of(self, arm: str, style: str, quantity: str, part: str = "", column: str = "value") -> xr.DataArray | None:
+        """Values `(fact, draw, seed)`, `(fact)` where an arm is not trained here; None where there are none.
 
-    def mean_of(self, arm: str, style: str, quantity: str, part: str = "") -> pd.Series | None:
-        """One value per fact: mean over replicates, NaN where one of them is not defined."""
-        wide = self.of(arm, style, quantity, part)
-        return None if wide is None else wide.mean(axis=1, skipna=False)
+        Coordinates `relation` and `answer` of the facts stand beside them.
+        """
+        group = self._groups.get((arm, style, quantity, part))
+        return None if group is None else labelled(group, group[column])
+
+
+def labelled(facts: pd.DataFrame, values: pd.Series) -> xr.DataArray:
+    """Values with columns `fact`, `draw`, `seed`, `relation` and `answer` beside them, as an array."""
+    index = facts["fact"].drop_duplicates()
+    about = facts.drop_duplicates("fact")
+    coords: dict[str, tuple[str, np.ndarray]] = {
+        "fact": ("fact", index.to_numpy(object)),
+        "relation": ("fact", about["relation"].to_numpy(object)),
+        "answer": ("fact", about["answer"].to_numpy(object)),
+    }
+    if facts["draw"].isna().all():
+        return xr.DataArray(values.to_numpy(float), coords, ("fact",))
+    draws, seeds = (sorted(facts[name].unique().astype(int)) for name in ("draw", "seed"))
+    array = np.full((len(index), len(draws), len(seeds)), np.nan)
+    columns = (index, facts["fact"]), (draws, facts["draw"]), (seeds, facts["seed"])
+    places = [pd.Index(list(labels)).get_indexer(column) for labels, column in columns]
+    array[tuple(places)] = values.to_numpy(float)
+    return xr.DataArray(array, coords | {"draw": ("draw", draws), "seed": ("seed", seeds)}, ("fact", "draw", "seed"))
+
+
+def share(values: xr.DataArray, over: xr.DataArray | None, scope: Scope | None) -> xr.DataArray:
+    """Values whose mean is the quantity's: as they are, or those of a share. BadInput where it is not defined."""
+    if over is not None and float(over.mean()) < 0:
+        raise BadInput(f"what it is a share of is negative ({float(over.mean()):.3g})")
+    return values if over is None else ratio(values, over, scope=scope)
 
 
 def datasets(
     config: StudyConfig, folder: Folder, arm: str, style: str, measure: str, facts: pd.DataFrame
-) -> list[xr.Dataset]:
+) -> dict[Replicate | None, xr.Dataset]:
     """The arrays of a measure in every replicate of an arm, facts of relations held out left out.
 
     Empty where the measure is not defined.
     """
     outside = facts.set_index("fact_id")["out_of_distribution"]
-    found = []
-    for replicate in replicates_of(config, arm):
+    found = {}
+    for replicate in config.replicates_of(arm, measure):
         path = folder.path(files.measured(arm, replicate, style, measure)) / "array.nc"
         if path.is_file():
             dataset = xr.load_dataset(path, engine="h5netcdf")
-            found.append(dataset.isel(fact=~outside.reindex(dataset["fact"].values).to_numpy(bool)))
+            for dim in ("fact", "few_fact"):
+                if dim in dataset.dims:
+                    dataset = dataset.isel({dim: ~outside.reindex(dataset[dim].values).to_numpy(bool)})
+            found[replicate] = dataset
     return found
+
+
+def some_cells(dataset: xr.Dataset, quantity: Quantity, where: Where) -> xr.Dataset:
+    """A dataset of the cells that a claim names: `{layer: 15-20, head: [1, 4], role: subject_last}`.
+
+    Raises:
+        BadInput: no such dimension or label, or one that the quantity is not made of.
+    """
+    for dim, asked in where.items():
+        if dim not in quantity.cells or dim not in dataset.dims:
+            known = ", ".join(name for name in quantity.cells if name in dataset.dims)
+            raise BadInput(f"where: {quantity.name} has no cells by {dim!r}; it has {known or 'none'}")
+        labels = dataset[dim].values.tolist() if dim in dataset.coords else list(range(dataset.sizes[dim]))
+        each = asked if isinstance(asked, list) else [asked]
+        chosen = list(dict.fromkeys(place for one in each for place in _places(one, labels, dim)))
+        if quantity.cells[dim] == "one" and len(chosen) > 1:
+            raise BadInput(f"where: {quantity.name} is of one {dim}, not of {len(chosen)}: name one")
+        dataset = dataset.isel({dim: chosen})
+    return dataset
+
+
+def _places(asked: str | int, labels: list[object], dim: str) -> list[int]:
+    first, dash, last = str(asked).partition("-")
+    if asked not in labels and dash and first.isdigit() and last.isdigit():
+        found = [i for i, label in enumerate(labels) if isinstance(label, int) and int(first) <= label <= int(last)]
+        if not found or int(last) not in labels:
+            raise BadInput(f"where: {dim} {asked} is not among {labels[0]} to {labels[-1]}")
+        return found
+    if asked not in labels:
+        raise BadInput(f"where: no {dim} {asked!r}; there are {', '.join(map(str, labels[:40]))}")
+    return [labels.index(asked)]
+
+
+Cells = list[Mapping[str, int]]
+"""Cells that a rule chose, by their places."""
+
+
+def in_cells(dataset: xr.Dataset, quantity: Quantity, cells: Cells | None) -> list[xr.DataArray]:
+    """What a quantity is (and what it is a share of) per fact: of all cells of a dataset, or mean over some."""
+    reductions = [quantity.per_fact, *([quantity.over] if quantity.over else [])]
+    if cells is None:
+        return [reduce(dataset) for reduce in reductions]
+    parts = [dataset.isel({dim: [place] for dim, place in cell.items()}) for cell in cells]
+    return [sum(reduce(part) for part in parts) / len(parts) for reduce in reductions]  # type: ignore[misc]

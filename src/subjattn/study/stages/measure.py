@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from subjattn.measures.record import Asked, Measure, measure_of, values_of
+from subjattn.measures.record import VALUE_COLUMNS, Asked, Measure, measure_of, values_of
 from subjattn.prompts import PromptSet
 from subjattn.run.plan import Context
-from subjattn.study.stages.loading import loaded
+from subjattn.study.stages.loading import loaded, provenance
 from subjattn.study.stages.tables import load_prompts
 
 
@@ -40,9 +40,8 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     )
     dataset = measure.run(asked, measure.parse(settings["settings"]))
     _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
-    columns = ["fact_id", "quantity", "part", "value"]
-    pd.DataFrame(values_of(measure, dataset), columns=columns).to_parquet(out / "values.parquet", index=False)
-    (out / "provenance.json").write_text(json.dumps(model.provenance(), indent=1))
+    pd.DataFrame(values_of(measure, dataset), columns=VALUE_COLUMNS).to_parquet(out / "values.parquet", index=False)
+    (out / "provenance.json").write_text(json.dumps(provenance(), indent=1))
 
 
 def _storable(dataset: xr.Dataset) -> xr.Dataset:
