@@ -233,6 +233,18 @@ def test_labels_of_clusters_go_with_their_facts() -> None:
     assert interval(array(values), cluster=pd.Series(labels)).ends() == interval(array(values), cluster=labels).ends()
 
 
+def test_clusters_are_those_of_the_facts_that_count() -> None:
+    """Planted: the measure is defined for the facts of one answer alone, or of so few answers that they are given."""
+    answers = np.repeat([f"a{i}" for i in range(10)], 6)
+    values = crossed(0, facts=60)
+    for n in (1, 3):
+        kept = answers < f"a{n}"
+        found = interval(array(np.where(kept[:, None], values, np.nan), answer=answers))
+        assert found.ends() == pytest.approx(interval(array(values[kept], answer=answers[kept])).ends())
+        assert np.isfinite(found.ends()).all() and found.n_facts == 6 * n
+        assert ("3 answers of unequal weight are taken as given" in found.notes) == (n == 3)
+
+
 # --- few changes, gaps, refusals --------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,9 @@ ADVISED = 10
 Cluster = str | Sequence[str] | np.ndarray | xr.DataArray | pd.Series | None
 
 
-def clusters_of(array: xr.DataArray, cluster: Cluster = None) -> tuple[dict[str, np.ndarray], list[str]]:
+def clusters_of(
+    array: xr.DataArray, cluster: Cluster = None, kept: np.ndarray | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The clusterings that count, as a number for each fact, and what is to be said of them.
 
     A clustering counts if some clusters hold several facts and there are several of them. Where those asked for by
@@ -32,6 +34,7 @@ def clusters_of(array: xr.DataArray, cluster: Cluster = None) -> tuple[dict[str,
         array: over `fact`.
         cluster: names of coordinates along `fact`, or an array of the facts' labels; none of them (`()`): facts count
             as independent; None: `relation` and `answer`, where the array has them.
+        kept: which facts count; none: all. Clusters are those of facts that count.
 
     Raises:
         BadInput: no such coordinate, or clusters asked for by name that are too few.
@@ -50,7 +53,7 @@ def clusters_of(array: xr.DataArray, cluster: Cluster = None) -> tuple[dict[str,
         names = {name: array[name].values for name in asked}
     found, notes = {}, []
     for name, labels in names.items():
-        codes = _codes(labels)
+        codes = _codes(labels if kept is None else labels[kept])
         n = int(codes.max()) + 1
         if not 1 < n < len(codes):
             continue

@@ -179,10 +179,8 @@ def interval(
             the values missing, or `training` without replicates.
     """
     array = _checked(values)
-    clusterings, notes = clusters_of(array, cluster)
     table, lost, undefined = _table(array)
     table = table[~undefined]
-    clusterings = {name: np.unique(codes[~undefined], return_inverse=True)[1] for name, codes in clusterings.items()}
     n, r = table.shape[0], table.shape[1] * table.shape[2]
     drawn = scope == "training" or (scope is None and r > 1)
     if n < 2:
@@ -194,6 +192,7 @@ def interval(
     bounds = bounds or _binary(table)
     if bounds is not None and not (bounds[0] <= np.nanmin(table) and np.nanmax(table) <= bounds[1]):
         raise BadInput(f"values from {np.nanmin(table):g} to {np.nanmax(table):g} lie outside of bounds {bounds}")
+    clusterings, notes = clusters_of(array, cluster, ~undefined)
     kind = None if r == 1 else "draws" if table.shape[1] > 1 else "seeds"
     fillings = filled(_replicates(table), bounds)
     if not drawn:
@@ -204,12 +203,7 @@ def interval(
             f"every one of the {n} facts has the value {table.flat[0]:g}, which says nothing of how much others would "
             "vary: give bounds, if the measure has any"
         )
-    notes += [f"{lost} of {lost + r} replicates are lost"] if lost else []
-    notes += [f"{int(np.isnan(table).sum())} values of {table.size} are missing"] if np.isnan(table).any() else []
-    notes += [f"{n} facts, where {MIN_FACTS} are needed for a verdict"] if n < MIN_FACTS else []
-    if drawn and fillings[0][0].shape[1] < MIN_REPLICATES:
-        notes.append(f"two {kind} are a screen: {MIN_REPLICATES} are needed for a verdict")
-    notes += warnings_of(fillings[0][0], cases, bounds)
+    notes += _counted(table, lost, kind if drawn else None) + warnings_of(fillings[0][0], cases, bounds)
     found = Interval(
         estimate=float(fillings[0][0].mean()),
         scope=in_words(drawn, kind, models),
@@ -310,6 +304,17 @@ def _binary(values: np.ndarray) -> tuple[float, float] | None:
     """The bounds 0 and 1 where all values are one of them and both occur."""
     known = values[~np.isnan(values)]
     return (0.0, 1.0) if set(np.unique(known)) == {0.0, 1.0} else None
+
+
+def _counted(table: np.ndarray, lost: int, drawn: str | None) -> list[str]:
+    """What is missing from a table `(fact, draw, seed)`, and what it is too small for."""
+    n, r, gaps = len(table), table.shape[1] * table.shape[2], int(np.isnan(table).sum())
+    notes = [f"{lost} of {lost + r} replicates are lost"] if lost else []
+    notes += [f"{gaps} values of {table.size} are missing"] if gaps else []
+    notes += [f"{n} facts, where {MIN_FACTS} are needed for a verdict"] if n < MIN_FACTS else []
+    if drawn and _replicates(table).shape[1] < MIN_REPLICATES:
+        notes.append(f"two {drawn} are a screen: {MIN_REPLICATES} are needed for a verdict")
+    return notes
 
 
 def warnings_of(

@@ -55,9 +55,8 @@ def significant(
     if "fact" not in values.dims or not cells:
         raise BadInput(f"a map takes (fact, draw, seed) and dimensions of cells, not {values.dims}")
     table = _stacked(values, cells)
-    clusterings, _ = clusters_of(values, cluster)
     known, made = ~np.isnan(table).all((0, 2)), ~np.isnan(table).all((0, 1))
-    table, codes = table[:, known][:, :, made], [of[known] for of in clusterings.values()]
+    table, clusterings = table[:, known][:, :, made], clusters_of(values, cluster, known)[0]
     if scope == "models":
         table = table.mean(2, keepdims=True)
     shape = [values.sizes[dim] for dim in cells]
@@ -65,7 +64,7 @@ def significant(
     if n_facts < 2 or (scope == "training" and n_replicates < MIN_REPLICATES):
         stands = np.zeros(shape, bool)
     else:
-        stands = _discoveries(p_values(table, codes), correction).reshape(shape)
+        stands = _discoveries(p_values(table, [*clusterings.values()]), correction).reshape(shape)
     coords = {name: of for name, of in values.coords.items() if set(of.dims) <= set(cells)}
     attrs = {"scope": scope, "correction": correction, "n_facts": n_facts, "n_replicates": n_replicates}
     return xr.DataArray(stands, coords, cells, "significant", attrs)
@@ -83,7 +82,7 @@ def p_values(table: np.ndarray, clusterings: Sequence[np.ndarray] = ()) -> np.nd
     if whole.any():
         values, means = table[whole], table[whole].mean((1, 2))
         every = [mean_squares(values)]
-        every += [mean_squares(*cluster_means(values, np.unique(of, return_inverse=True)[1])) for of in clusterings]
+        every += [mean_squares(*cluster_means(values, codes)) for codes in clusterings]
         if table.shape[2] > 1:
             every = [_moderated(squares, values.mean(1)) for squares in every]
         found[whole] = np.max([squares.p_value(means) for squares in every], axis=0)
