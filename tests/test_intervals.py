@@ -296,7 +296,12 @@ def test_gaps_are_filled_or_refused_and_counted() -> None:
     full = pd.DataFrame({"f": np.repeat(range(30), 4), "r": np.tile(range(4), 30)}).astype(str)
     every = pd.get_dummies(full, drop_first=True, dtype=float)
     fit = (np.column_stack([np.ones(120), every]) @ beta).reshape(30, 4)
-    assert found.estimate == pytest.approx(np.where(np.isnan(gappy), fit, gappy).mean()), "additive, by least squares"
+    whole = np.where(np.isnan(gappy), fit, gappy)
+    assert found.estimate == pytest.approx(whole.mean()), "additive, by least squares"
+    (ms_a, _), _, (ms_e, df_e) = anova(whole).values()
+    interaction = ms_e * df_e / (df_e - 3) / 120
+    expected = ms_a / 120 + interaction * 3 / 117
+    assert float(found.squares.facts) == pytest.approx(expected, rel=1e-6), "widened by what filling hides"
     gappy[:, 3] = np.nan
     lost = interval(array(gappy))
     assert lost.n_replicates == 3 and "1 of 4 replicates are lost" in lost.notes

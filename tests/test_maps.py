@@ -8,7 +8,7 @@ import xarray as xr
 from scipy import stats
 
 from subjattn.errors import BadInput
-from subjattn.evidence.maps import p_values, significant
+from subjattn.evidence.maps import _fields, p_values, significant
 from subjattn.evidence.squares import mean_squares
 
 
@@ -99,6 +99,15 @@ def test_clusters_of_facts_count_in_maps() -> None:
         shown["answer"] += bool(significant(named).any())
         shown["fact"] += bool(significant(named, cluster=()).any())
     assert shown["answer"] <= 4 and shown["fact"] >= 15
+
+
+def test_fields_are_counted_by_how_cells_move() -> None:
+    """Cells that move together are one field, whichever way; cells apart are many; six loads lie between."""
+    rng = np.random.default_rng(0)
+    apart, one = rng.normal(size=(400, 8)), np.outer(rng.normal(size=400), rng.normal(size=8))
+    six = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 8))
+    apart, one, six = (of - of.mean(1, keepdims=True) for of in (apart, one, six))
+    assert _fields(one) < 1.5 < 3 < _fields(six) < 30 < 150 < _fields(apart) <= 400
 
 
 def test_seeds_are_averaged_within_draws() -> None:
