@@ -63,6 +63,57 @@ def contrasts_table(summary: dict[str, Any], style: str) -> Table:
     return made
 
 
+SHOWN = 8
+"""Facts that are named on the terminal; the report has them all."""
+
+
+def changes(summary: dict[str, Any], title: str) -> list[Table]:
+    """What changed between two arms: a table a style, a row a quantity, with its verdict where it has one."""
+    return [_changed(summary, style, title) for style in next(iter(summary["arms"].values()))["styles"]]
+
+
+def _changed(summary: dict[str, Any], style: str, title: str) -> Table:
+    from subjattn.evidence.changes import difference
+
+    made = table(f"{title}, style “{style}”")
+    made.padding = (0, 1, 0, 0)
+    rows = [row for row in summary["contrasts"] if row["style"] == style and row["estimate"] is not None]
+    names = [rows[0]["arm_b"], rows[0]["arm_a"]] if rows else []
+    for heading in ("quantity", *names, "difference, 95 % interval", "n", "verdict"):
+        made.add_column(heading, justify="right" if heading in (*names, "n") else "left", no_wrap=True)
+    for row in rows:
+        arms = (summary["arms"][name]["styles"][style].get(row["measure"]) for name in names)
+        shown = ("–" if value is None else f"{value:.3f}" for value in arms)
+        verdict = (row["verdict"] or "–").removesuffix(" that matters")
+        made.add_row(Text(row["measure"]), *shown, Text(difference(row)), str(row["n_facts"]), verdict)
+    return made
+
+
+def conclusion(summary: dict[str, Any]) -> list[Any]:
+    """What `compare` ends with: differences and verdicts, facts that turned by name, and what all that speaks of."""
+    lines: list[Any] = changes(summary, "what changed")
+    for found in summary["flips"]:
+        lines.append(Text(f"\nanswers that turned, style “{found['style']}”, {found['n_facts']} facts", "bold"))
+        for name, way in (("lost", "right to wrong"), ("won", "wrong to right")):
+            named = [f"{turned['subject']} ({turned['arm_b']} → {turned['arm_a']})" for turned in found[name]]
+            more = f", … {len(named) - SHOWN} more in the report" if len(named) > SHOWN else ""
+            lines.append(Text(f"{way}, {len(named)}: {', '.join(named[:SHOWN]) or 'none'}{more}"))
+    rows = [row for row in summary["contrasts"] if row["verdict"]]
+    units = {row["measure"]: f"{row['measure']} {row['smallest_effect']:g}" for row in rows}
+    judged = f"; {rows[0]['family']} differences are judged together (Holm)" if rows else ""
+    lines.append(Text(f"\nsmallest differences that matter: {', '.join(units.values())} (--smallest){judged}."))
+    scopes = " or ".join(dict.fromkeys(row["scope"] for row in rows))
+    lines.append(Text(f"They speak of {scopes}, asked other facts; a tuning from another seed may do otherwise.\n"))
+    return lines
+
+
+def foreseen_line(found: dict[str, Any], n: int) -> str:
+    """What is to be done and what it takes, before it begins."""
+    if found["finished"] == len(found["stages"]):
+        return f"{found['out']}: all is finished"
+    return f"{n} facts: {found['passes']:,.0f} forward passes of a prompt, about {found['time']} ({found['place']})"
+
+
 def power_tables(rows: list[dict[str, Any]]) -> list[Table]:
     """A table a claim and style: the share of studies that decide it, by replicates and facts."""
     made = []

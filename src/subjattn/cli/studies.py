@@ -1,4 +1,4 @@
-"""Commands for studies: `run`, `plan`, `check`, `report`, and `compare` for a model tuned elsewhere."""
+"""Commands for studies: `run`, `plan`, `power`, `check`, `report`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ import typer
 from rich.console import Console
 
 from subjattn import tables
-from subjattn.cli.app import (
-    ColumnsOption,
-    DtypeOption,
-    FactsOption,
-    NumberOption,
-    SeedOption,
-    TemplateOption,
-    app,
-    columns_of,
-    styles_of,
-)
+from subjattn.cli.app import app
 from subjattn.errors import BadInput
 
 
@@ -137,56 +127,6 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
     from subjattn.report.page import write
 
     typer.echo(write(folder))
-
-
-@app.command()
-def compare(
-    base: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")],
-    out: Annotated[Path, typer.Option(help="Folder of results.")],
-    tuned: Annotated[str | None, typer.Option(help="The tuned model, a full checkpoint.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Or a PEFT adapter on the base model.")] = None,
-    facts: FactsOption = "cities",
-    columns: ColumnsOption = "",
-    n: NumberOption = 100,
-    template: TemplateOption = None,
-    trained_on: Annotated[
-        Path | None,
-        typer.Option(help="Facts that the model was tuned on (CSV, TSV, JSONL, parquet); their subjects are left out."),
-    ] = None,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "float32",
-) -> None:
-    """Compare a model before and after tuning that was done elsewhere: measures, contrasts, report.
-
-    Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
-    runs/pair`
-    """
-    from subjattn.facts import load_facts
-    from subjattn.study.config import MEASURED
-    from subjattn.study.read import parse_study
-
-    if (tuned is None) == (adapter is None):
-        raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
-    named = columns_of(columns)
-    table = load_facts(facts, n, seed, named or None)
-    scorer = "letters" if table["choices"].notna().any() else "answer_start"
-    raw = {
-        "name": "compare",
-        "model": base,
-        "dtype": dtype,
-        "seed": seed,
-        "facts": {
-            "source": facts,
-            "columns": named,
-            "n_test": n,
-            "trained_on": None if trained_on is None else str(trained_on),
-        },
-        "styles": styles_of(table, template),
-        "measures": {name: {"scorer": scorer} if name == "accuracy" else {} for name in MEASURED},
-        "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
-        "contrasts": [["tuned", "base"]],
-    }
-    _run(parse_study(raw, "compare"), out)
 
 
 def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None) -> None:

@@ -113,6 +113,11 @@ class Claim(_Part):
         verb = {"increase": "above", "decrease": "below"}[self.direction]
         return f"{about}, {verb} {self.against:g} by {self.smallest_effect:g} or more"
 
+    @property
+    def directions(self) -> tuple[str, str, str]:
+        """How reasons name the claimed direction, the other one, and what a sign means."""
+        return "in the claimed direction", "in the other direction", " (positive is the claimed direction)"
+
     def turned(self, value: float) -> float:
         """A value as an effect in the claimed direction."""
         return (value - self.against) * (1 if self.direction == "increase" else -1)
@@ -192,15 +197,15 @@ def _judged(claim: Claim, interval: Interval, p: float, family: int) -> Judged:
 
 def _verdict(claim: Claim, interval: Interval, p: float, family: int) -> tuple[Verdict, str]:
     smallest, effect = f"{claim.smallest_effect:g}", claim.turned(interval.estimate)
+    claimed, other, signs = claim.directions
     if interval.n_facts < MIN_FACTS:
         return "undecided", f"{interval.n_facts} facts: under {MIN_FACTS} an interval is too narrow to be believed"
     if interval.drawn and interval.n_replicates < MIN_REPLICATES:
         return "undecided", f"two {interval.kind} are a screen: {MIN_REPLICATES} decide"
     among = f", among {family} claims (Holm's p = {p:.2g})" if family > 1 else ""
     if p <= 1 - CONFIDENCE:
-        which = "claimed" if effect > 0 else "other"
         verdict: Verdict = "supported" if effect > 0 else "contradicted"
-        return verdict, f"an effect of at least {smallest} in the {which} direction{among}"
+        return verdict, f"an effect of at least {smallest} {claimed if effect > 0 else other}{among}"
     low, high = sorted(claim.turned(end) for end in interval.ends())
     if -claim.smallest_effect <= low and high <= claim.smallest_effect:
         return "no effect that matters", f"the whole interval lies within ±{smallest}"
@@ -208,4 +213,4 @@ def _verdict(claim: Claim, interval: Interval, p: float, family: int) -> tuple[V
         return "undecided", f"by itself its interval would decide{among} it does not"
     ends = [end for end in (-claim.smallest_effect, claim.smallest_effect) if low < end < high]
     across = " and ".join(f"{end:+g}" for end in ends)
-    return "undecided", f"the interval reaches across {across} (positive is the claimed direction)"
+    return "undecided", f"the interval reaches across {across}{signs}"

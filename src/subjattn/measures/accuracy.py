@@ -46,6 +46,7 @@ MEASURE = Measure(
             "the greedy answer is right, by the named scorer",
             per_fact=one_per_fact("accuracy"),
             bounds=(0, 1),
+            smallest_effect=0.05,
         ),
     ),
     run=_run,

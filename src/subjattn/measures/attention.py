@@ -156,6 +156,7 @@ MEASURE = Measure(
             "attention from the prediction position to the subject, mean over layers and heads",
             per_fact=mean_over("attention_to_subject", "layer", "head"),
             cells={"layer": "mean", "head": "mean"},
+            smallest_effect=0.005,
         ),
     ),
     run=_run,

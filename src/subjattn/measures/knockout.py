@@ -292,12 +292,14 @@ MEASURE = Measure(
             "nats",
             _definition("answer_logprob", _EDGES["direct"][0], "all layers"),
             per_fact=_route("direct"),
+            smallest_effect=0.1,
         ),
         Quantity(
             "knockout_drop_total",
             "nats",
             _definition("answer_logprob", _EDGES["total"][0], "all layers"),
             per_fact=_route("total"),
+            smallest_effect=0.1,
         ),
         Quantity(
             "direct_share",
@@ -305,6 +307,7 @@ MEASURE = Measure(
             "mean direct drop over mean total drop, over facts in which the two block other edges",
             per_fact=_where_routes_differ("direct"),
             over=_where_routes_differ("total"),
+            smallest_effect=0.1,
         ),
         Quantity(
             "knockout_drop_in_parts",

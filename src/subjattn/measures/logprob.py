@@ -24,6 +24,7 @@ MEASURE = Measure(
             LOGPROB_ATTRS["unit"],
             LOGPROB_ATTRS["definition"],
             per_fact=one_per_fact("answer_logprob"),
+            smallest_effect=0.1,
         ),
     ),
     run=_run,

@@ -61,6 +61,8 @@ class Quantity:
             defined where what it is a share of may be 0.
         bounds: between which a value lies, if anything bounds it.
         cells: dimensions whose cells a claim may name, and whether it is the `mean` of several or of `one`.
+        smallest_effect: the difference that matters where nobody says another, in its unit; None: none is known,
+            and differences are not judged.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Quantity:
     over: PerFact | None = None
     bounds: tuple[float, float] | None = None
     cells: Mapping[str, Literal["mean", "one"]] = field(default_factory=dict)
+    smallest_effect: float | None = None
 
 
 @dataclass(frozen=True)

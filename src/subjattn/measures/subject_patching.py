@@ -62,6 +62,7 @@ MEASURE = Measure(
             per_fact=_at_last_token,
             over=lambda dataset: destroyed(dataset["patch_effect"]),
             cells={"layer": "mean", "head": "mean", "role": "one"},
+            smallest_effect=0.1,
         ),
     ),
     run=_run,

@@ -6,6 +6,7 @@ is refused where it would silently leave the base model as it was. What comes fr
 recorded at one commit.
 """
 
+from subjattn.models.adapter import check_adapter
 from subjattn.models.load import LoadedModel, best_device, load_model, load_tokenizer, model_shape
 from subjattn.models.names import fingerprint, identity, resolve_adapter, resolve_model
 from subjattn.models.packaged import PACKAGED, packaged_model
@@ -17,6 +18,7 @@ __all__ = [
     "PACKAGED",
     "LoadedModel",
     "best_device",
+    "check_adapter",
     "describe",
     "fingerprint",
     "identity",

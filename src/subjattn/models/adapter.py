@@ -10,12 +10,13 @@ import torch
 
 from subjattn.errors import AdapterMismatch
 from subjattn.facts.hub import parted
-from subjattn.models.names import identity, resolve_adapter
+from subjattn.models.names import identity, located, resolve_adapter
 from subjattn.models.packaged import PACKAGED, packaged_model
 from subjattn.models.reading import quiet, reading
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -30,30 +31,19 @@ def with_adapter(
     Raises:
         AdapterMismatch: keys without a partner, shapes that differ, or an adapter that changes nothing.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     folder = resolve_adapter(adapter)
     ids = torch.tensor([tokenizer("The capital of France is").input_ids])
     with reading(f"adapter {adapter!r}", AdapterMismatch), torch.inference_mode():
+        config = _adapter_config(adapter)
         before = model(ids).logits
-        config = PeftConfig.from_pretrained(folder)
-        if config.is_prompt_learning:
-            raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
         tuned = PeftModel(model, config)
-        loaded = tuned.load_adapter(folder, "default")
-        own = adapter_keys(tuned)
-        unmatched = [*(key for key in loaded.missing_keys if key in own), *loaded.unexpected_keys]
-        if unmatched:
-            raise AdapterMismatch(
-                f"adapter {adapter!r} does not match this model's modules (another base model?): "
-                f"{len(unmatched)} keys without a partner, such as {', '.join(unmatched[:3])}"
-            )
+        _refuse_misfit(tuned, base, adapter)
+        tuned.load_adapter(folder, "default")
         after = tuned.eval()(ids).logits
     if torch.equal(before, after):
-        raise AdapterMismatch(
-            f"adapter {adapter!r} changes nothing in this model (an untrained adapter, or one of another model): "
-            "a comparison would be of the base model with itself"
-        )
+        raise _changes_nothing(adapter)
     named = config.base_model_name_or_path
     if named and not _same_model(named, base):
         warnings.warn(
@@ -63,6 +53,75 @@ def with_adapter(
             stacklevel=3,
         )
     return tuned.get_base_model()  # type: ignore[return-value]
+
+
+def check_adapter(base: str, adapter: str) -> None:
+    """Refuse an adapter that does not fit a model or changes nothing in it, before any weights are loaded.
+
+    Raises:
+        AdapterMismatch: modules without a partner, other shapes, or nothing but zeros.
+        BadInput: model or adapter cannot be found.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, commit = located(base)
+    with reading(f"adapter {adapter!r}", AdapterMismatch):
+        config = _adapter_config(adapter)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=commit))
+            tuned = PeftModel(model, config)
+        _refuse_misfit(tuned, base, adapter)
+
+
+def _adapter_config(adapter: str) -> Any:
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(resolve_adapter(adapter))
+    if config.is_prompt_learning:
+        raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
+    return config
+
+
+def _refuse_misfit(tuned: PeftModel, base: str, adapter: str) -> None:
+    """Compare the keys and shapes of an adapter's file with those that this model would save."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    named = adapter_base(tuned)
+    origin = f"; it was trained on {named!r}" if named and not _same_model(named, base) else ""
+    saved = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}  # embeddings may be saved too
+    with safe_open(Path(resolve_adapter(adapter)) / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted |= {name: others[name] for name in shapes.keys() - wanted.keys() if name in others}
+        if unmatched := sorted(wanted.keys() ^ shapes.keys()):
+            raise AdapterMismatch(
+                f"adapter {adapter!r} does not match this model's modules (another base model?): "
+                f"{len(unmatched)} keys without a partner, such as {', '.join(unmatched[:3])}{origin}"
+            )
+        if differing := [name for name in sorted(wanted) if wanted[name] != shapes[name]]:
+            name = differing[0]
+            sizes = [" × ".join(map(str, of[name])) for of in (shapes, wanted)]
+            raise AdapterMismatch(
+                f"adapter {adapter!r} has other shapes than model {base!r}: {name.removeprefix('base_model.model.')} "
+                f"is {sizes[0]} in it and would be {sizes[1]} here ({len(differing)} such){origin}"
+            )
+        if not any(bool(file.get_tensor(name).any()) for name in shapes if not _multiplied(name)):
+            raise _changes_nothing(adapter)
+
+
+def _multiplied(name: str) -> bool:
+    """Whether a tensor of an adapter counts only as a factor of another: LoRA's A, random from the start."""
+    return ".lora_A." in name or ".lora_embedding_A" in name
+
+
+def _changes_nothing(adapter: str) -> AdapterMismatch:
+    return AdapterMismatch(
+        f"adapter {adapter!r} changes nothing in this model (an untrained adapter, or one of another model): "
+        "a comparison would be of the base model with itself"
+    )
 
 
 def adapter_keys(model: Any) -> set[str]:

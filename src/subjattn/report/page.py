@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from subjattn.evidence.changes import difference
 from subjattn.measures.record import Measure, measure_of
 from subjattn.plots.figures import Drawn, figure_of
 from subjattn.plots.verdicts import plot_claims
@@ -42,6 +43,7 @@ def write(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": _signed, "short": _short, "shares": _shares, "needed": needed_in_words}
+    environment.filters["difference"] = difference
     page = environment.get_template("page.html.jinja").render(_content(run))
     target = folder / files.REPORT
     with replacing(target) as path:
@@ -58,6 +60,7 @@ def _content(run: Run) -> dict[str, Any]:
         "styles": [_style(run, measured, style) for style in run.styles],
         "columns": _columns(summary),
         "scopes": _scopes(summary),
+        "changed": [row for row in summary["contrasts"] if row.get("verdict")],
         "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
         "composition": _composition(run),

@@ -9,6 +9,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     StringConstraints,
@@ -168,10 +169,18 @@ class StudyConfig(_Section):
     arms: dict[Name, Arm] = Field(min_length=1, description="the first is the reference of the others")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     replicates: Replicates = Replicates()
+    where: Literal["all", "correct"] = Field(
+        "all",
+        description="facts that measures but accuracy are made of: correct, those that the first arm not "
+        "trained here answers rightly, style by style",
+    )
     measures: dict[str, SerializeAsAny[BaseModel]] = Field(
         default_factory=lambda: {name: measure_of(name).parse({}) for name in MEASURED}
     )
     contrasts: list[tuple[str, str]] = Field([], description="each the first arm minus the second")
+    smallest_effects: dict[str, PositiveFloat] = Field(
+        {}, description="of quantities, in place of the measures' own: the least difference that matters"
+    )
     claims: list[Claim] = []
 
     @field_validator("measures", mode="before")
@@ -257,6 +266,8 @@ def check_claims(study: StudyConfig) -> None:
     """Refuse contrasts and claims of what the study does not have, or that it could never decide."""
     for arm in (arm for pair in study.contrasts for arm in pair):
         study.check_arm(arm)
+    for quantity in study.smallest_effects:
+        quantity_of(quantity, study.measured)
     for claim in study.claims:
         where = f"claim {claim.id!r}"
         for _, measure, arms, style, _cells in claim.sides:

@@ -15,8 +15,8 @@ from subjattn.run.folder import Folder
 from subjattn.run.plan import Plan
 
 
-WORTH_SHARING = 5e11
-"""Forward passes × bytes of weights from which starting workers pays: under about half a minute's work on one core."""
+WORTH_SHARING = 2e11
+"""Forward passes × bytes of weights from which starting workers pays: under about ten seconds' work on one core."""
 OVERHEAD = 1.5e9
 """Bytes of a worker beside the weights: libraries, and the working memory of the engine."""
 

@@ -14,7 +14,7 @@ from subjattn.facts import SOURCES, identity_of_source
 from subjattn.facts.splits import facts_of
 from subjattn.measures.accuracy import PREDICTING
 from subjattn.measures.record import Measure, Shape
-from subjattn.models import fingerprint, identity, model_shape, resolve_adapter, resolve_model
+from subjattn.models import check_adapter, fingerprint, identity, model_shape, resolve_adapter, resolve_model
 from subjattn.prompts import Style
 from subjattn.run.plan import Plan, Stage
 from subjattn.study import files
@@ -58,6 +58,9 @@ class _Builder:
                     f"study's model {n_layers} of {n_heads}: only models of one architecture can be compared head by "
                     "head"
                 )
+        for arm in config.arms.values():
+            if arm.adapter:
+                check_adapter(arm.model or config.model, arm.adapter)
         held_out = config.facts.split.held_out
         self.shape = Shape(config.facts.n_test + (held_out.n_test if held_out else 0), n_layers, n_heads)
         self.memory = {name: weight_bytes(name, config.dtype) for name in self.models}
@@ -185,7 +188,10 @@ class _Builder:
                 inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
-                yield self._measuring(name, replicate, style, measure, model | {"own_prompts": own}, inputs)
+                about = model | {"own_prompts": own}
+                if config.where != "all" and measure.name != "accuracy":
+                    about["where"] = config.where
+                yield self._measuring(name, replicate, style, measure, about, inputs)
                 is_first = replicate is None or replicate == (0, 0)
                 if measure.name == "accuracy" and name == reference and is_first:
                     yield self._choosing(style, prompts, files.measured(name, replicate, style, "accuracy"))

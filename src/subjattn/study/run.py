@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +35,8 @@ def run_study(
     workers: int | None = None,
     on: str | None = None,
     executors: Sequence[Executor] = (),
+    first: Sequence[str] = (),
+    show: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run a study into a folder and return its summary; what is finished there already is reused.
 
@@ -67,6 +69,10 @@ def run_study(
         execute(plan.before_models, folder, progress)
         if not executors:
             executors = stack.enter_context(executors_of(Place.of(plan, folder, workers, on), progress))
+        if first:
+            early = config.model_copy(update={"measures": {name: config.measures[name] for name in first}})
+            execute(plan_study(early), folder, progress, executors)
+            show(_summary(early, folder).content())
         execute(plan, folder, progress, executors)
         return write_results(config, plan, folder)
 
@@ -75,9 +81,8 @@ def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, 
     """Sum up finished stages; the summary, and last the report, appear when all else is in place."""
     from subjattn.report.page import write
 
-    table = collect(config, folder)
-    tested = pd.read_parquet(folder.path(files.TEST))
-    summary = Summary(config, folder, table, tested, registered_in(folder.root)).content()
+    found = _summary(config, folder)
+    table, summary = found.table, found.content()
     folder.retire()
     with replacing(folder.root / files.VALUES) as path:
         table.to_parquet(path, index=False)
@@ -94,6 +99,11 @@ def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, 
             path.write_text(text, encoding="utf-8")
     write(folder.root)
     return summary
+
+
+def _summary(config: StudyConfig, folder: Folder) -> Summary:
+    tested = pd.read_parquet(folder.path(files.TEST))
+    return Summary(config, folder, collect(config, folder), tested, registered_in(folder.root))
 
 
 assert {files.SUMMARY, files.REPORT} == set(RESULTS)

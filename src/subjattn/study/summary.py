@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from subjattn.evidence.changes import judge_changes
 from subjattn.evidence.claims import Claim, Judged, judge
 from subjattn.evidence.intervals import CONFIDENCE, MIN_REPLICATES, Interval
 from subjattn.evidence.power import Planned
@@ -19,6 +20,7 @@ from subjattn.models import describe
 from subjattn.run.folder import Folder
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
+from subjattn.study.flips import flips
 from subjattn.study.registration import Registered
 from subjattn.study.terms import Terms, Tested, or_reason
 from subjattn.study.values import Values
@@ -76,6 +78,7 @@ class Summary:
             "not_defined": self._not_defined,
             "arms": {arm: self._arm(self.inside, arm) for arm in config.arms},
             "contrasts": list(self._contrasts()),
+            "flips": list(flips(config, self.inside)),
             "claims": self._claims(),
         }
         if len(self.outside.values.table):
@@ -182,8 +185,26 @@ class Summary:
                         row = {"measure": name, "unit": units[quantity.name]["unit"], "arm_a": a, "arm_b": b}
                         rows.append((row | {"style": style}, *or_reason(self.inside.contrast, name, a, b, style)))
         family = sum(tested is not None for _, tested, _ in rows)
-        for row, tested, reason in rows:
-            yield row | _interval(tested, family, reason) | {"registered": self.registered.contrast(row, self.config)}
+        least = {quantity.name: self._smallest(quantity) for _, quantity in self._quantities()}
+        judged = self._changes([(row, tested) for row, tested, _ in rows], least)
+        for i, (row, tested, reason) in enumerate(rows):
+            registered = {"registered": self.registered.contrast(row, self.config)}
+            yield row | _interval(tested, family, reason) | judged.get(i, {"verdict": None}) | registered
+
+    def _smallest(self, quantity: Quantity) -> float | None:
+        return self.config.smallest_effects.get(quantity.name, quantity.smallest_effect)
+
+    @staticmethod
+    def _changes(
+        rows: Sequence[tuple[Mapping[str, Any], Tested | None]], least: Mapping[str, float | None]
+    ) -> dict[int, dict[str, Any]]:
+        """Verdicts on contrasts with a value and a smallest effect, by number."""
+        found: dict[int, tuple[Interval, float]] = {}
+        for i, (row, tested) in enumerate(rows):
+            smallest = least[row["measure"].partition(".")[0]]
+            if tested is not None and smallest is not None:
+                found[i] = (tested.interval, smallest)
+        return {i: change.to_dict() for i, change in zip(found, judge_changes([*found.values()]), strict=True)}
 
     def _claims(self) -> list[dict[str, Any]]:
         """Every claim in each style it is about; those with a value are judged together."""

@@ -25,6 +25,8 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     """Write `array.nc`, `values.parquet` and `provenance.json`; or `not_defined.json`, which says why."""
     measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
     chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
+    if settings.get("where") == "correct" and chosen:
+        prompts, chosen = _known_alone(prompts, chosen)
     if reason := _not_defined(measure, prompts, settings, chosen):
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
@@ -44,6 +46,17 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     (out / "provenance.json").write_text(json.dumps(provenance(), indent=1))
 
 
+def _known_alone(prompts: PromptSet, chosen: Mapping[str, Any]) -> tuple[PromptSet, dict[str, Any]]:
+    """Prompts and choices of the facts alone that the reference model answers rightly."""
+    known = set(chosen["known"])
+    left = {
+        "known": chosen["known"],
+        "order": [fact for fact in chosen["order"] if fact in known],
+        "pairs": [pair for pair in chosen["pairs"] if known.issuperset(pair)],
+    }
+    return PromptSet(prompts.style, tuple(prompt for prompt in prompts if prompt.fact_id in known)), left
+
+
 def _storable(dataset: xr.Dataset) -> xr.Dataset:
     """The dataset with NUL characters in its texts made visible, which netCDF cannot hold."""
     for name, array in dataset.variables.items():
@@ -57,6 +70,8 @@ def _storable(dataset: xr.Dataset) -> xr.Dataset:
 def _not_defined(
     measure: Measure, prompts: PromptSet, settings: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> str | None:
+    if not prompts:
+        return "the reference model answers none of the facts rightly"
     if "subject" in measure.needs and any(prompt.span is None for prompt in prompts):
         return "the facts have no subject"
     if "same_prompts" in measure.needs and settings["own_prompts"]:

@@ -1,0 +1,126 @@
+"""`subjattn compare`: what changed in a model that was tuned elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from subjattn import tables
+from subjattn.cli.app import (
+    ColumnsOption,
+    DtypeOption,
+    FactsOption,
+    NumberOption,
+    SeedOption,
+    TemplateOption,
+    app,
+    columns_of,
+    styles_of,
+)
+from subjattn.errors import BadInput
+
+
+QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
+"""Measures made first, in both models, and shown."""
+USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
+DEEP: dict[str, dict[str, Any]] = {"knockout": {"by": "layer"}, "patching": {}, "token_attention": {}}
+"""What `--deep` adds, or makes anew with these settings."""
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of results.")],
+    tuned: Annotated[str | None, typer.Option(help="The tuned model, a full checkpoint.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Or a PEFT adapter on the base model.")] = None,
+    facts: FactsOption = "cities",
+    columns: ColumnsOption = "",
+    n: NumberOption = 100,
+    template: TemplateOption = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="Facts that the model was tuned on (CSV, TSV, JSONL, parquet); their subjects are left out."),
+    ] = None,
+    where: Annotated[
+        str, typer.Option(help="`correct`: all but accuracy over the facts that the base answers rightly.")
+    ] = "all",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also patch, knock out layer by layer, and show attention token by token.")
+    ] = False,
+    smallest: Annotated[
+        list[str] | None,
+        typer.Option(metavar="QUANTITY=VALUE", help="The least difference that matters, in its unit; repeatable."),
+    ] = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Compare a model before and after tuning that was done elsewhere: what changed, by how much, in which facts.
+
+    Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
+    runs/pair`
+    """
+    from subjattn.facts import load_facts
+    from subjattn.study.foresee import foresee
+    from subjattn.study.read import parse_study
+    from subjattn.study.run import run_study
+
+    if (tuned is None) == (adapter is None):
+        raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
+    if tuned is not None:
+        _refuse_same(base, tuned)
+    named = columns_of(columns)
+    table = load_facts(facts, n, seed, named or None)
+    scorer = "letters" if table["choices"].notna().any() else "answer_start"
+    measures = USUAL | (DEEP if deep else {})
+    raw = {
+        "name": "compare",
+        "model": base,
+        "dtype": dtype,
+        "seed": seed,
+        "facts": {
+            "source": facts,
+            "columns": named,
+            "n_test": n,
+            "trained_on": None if trained_on is None else str(trained_on),
+        },
+        "styles": styles_of(table, template),
+        "where": where,
+        "measures": measures | {"accuracy": {"scorer": scorer}},
+        "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
+        "contrasts": [["tuned", "base"]],
+        "smallest_effects": effects_of(smallest or []),
+    }
+    config, console = parse_study(raw, "compare"), Console()
+    foreseen = foresee(config, out)
+    console.print(Text(tables.foreseen_line(foreseen, n)), soft_wrap=True)
+
+    def show(summary: dict[str, Any]) -> None:
+        console.print(*tables.changes(summary, "so far"), sep="\n")
+
+    early = [] if foreseen["finished"] == len(foreseen["stages"]) else list(QUICK)
+    summary = run_study(config, out, first=early, show=show)
+    console.print(*tables.conclusion(summary), sep="\n")
+    typer.echo(out / "report.html")
+
+
+def effects_of(given: list[str]) -> dict[str, float]:
+    """Smallest effects such as `knockout_drop=0.5`."""
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise BadInput(f"--smallest: {text!r} is not QUANTITY=VALUE, such as knockout_drop=0.5") from None
+    return found
+
+
+def _refuse_same(base: str, tuned: str) -> None:
+    from subjattn.models import identity, resolve_model
+
+    if identity(resolve_model(base)) == identity(resolve_model(tuned)):
+        raise BadInput(f"--tuned {tuned!r} is the same model as --base {base!r}: there is nothing to compare")

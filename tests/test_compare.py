@@ -1,0 +1,194 @@
+"""`compare`: verdicts on what changed, facts that turned, and what it refuses before it measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import subjattn as sa
+from subjattn.cli import main
+from subjattn.evidence.changes import difference, judge_changes
+from subjattn.study.config import StudyConfig
+from subjattn.study.run import run_study
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["subjattn", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folders: dict[str, Path]) -> Path:
+    return tiny_folders["llama"]
+
+
+@pytest.fixture(scope="module")
+def facts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cities of which the tiny model is right about every other one: the answer is what it says."""
+    loaded = sa.load_model(str(model))
+    cities = sa.load_facts("cities", n=40)
+    said = sa.predict(loaded, sa.make_prompts(cities, loaded.tokenizer, "City: {subject}\nCountry:"))["prediction"]
+    answers = [text if i % 2 else "Atlantis" for i, text in enumerate(said)]
+    path = tmp_path_factory.mktemp("facts") / "mine.jsonl"
+    rows = [{"subject": subject, "answer": answer} for subject, answer in zip(cities["subject"], answers, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["answer"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(model: Path, adapter: Path, facts: Path) -> dict[str, Any]:
+    return {
+        "name": "pair",
+        "model": str(model),
+        "facts": {"source": str(facts), "n_test": 30},
+        "styles": {"list": "City: {subject}\nCountry:"},
+        "measures": {"accuracy": {}, "answer_logprob": {}, "knockout": {}, "patching": {}},
+        "arms": {"base": {}, "tuned": {"adapter": str(adapter)}},
+        "contrasts": [["tuned", "base"]],
+    }
+
+
+def around(mean: float, spread: float = 0.1, n: int = 60) -> sa.interval:
+    values = np.random.default_rng(0).normal(0, spread, n)
+    return sa.interval(xr.DataArray(values - values.mean() + mean, dims="fact"))
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "verdict", "reason"),
+    [
+        (0.5, 0.1, "rises", "an effect of at least 0.2 upward"),
+        (-0.5, 0.1, "falls", "an effect of at least 0.2 downward"),
+        (0.05, 0.1, "no change that matters", "the whole interval lies within ±0.2"),
+        (0.2, 0.1, "undecided", "the interval reaches across +0.2"),
+        (0.21, 0.01, "rises", "an effect of at least 0.2 upward"),
+        (0.0, 3.0, "undecided", "the interval reaches across -0.2 and +0.2"),
+    ],
+)
+def test_a_change_is_judged_against_the_smallest_that_matters(
+    mean: float, spread: float, verdict: str, reason: str
+) -> None:
+    (found,) = judge_changes([(around(mean, spread), 0.2)])
+    assert (found.verdict, found.reason) == (verdict, reason) and found.smallest_effect == 0.2
+
+
+def test_changes_judged_together_are_one_family() -> None:
+    """A difference that stands alone does not among fifty that are nothing."""
+    edge = next(one for one in (around(0.2 + 0.001 * i) for i in range(100)) if one.p_value(0.2) < 0.04)
+    assert judge_changes([(edge, 0.2)])[0].verdict == "rises"
+    among = judge_changes([(edge, 0.2), *[(around(0.0), 0.2)] * 49])
+    assert among[0].verdict == "undecided" and among[0].family == 50
+    assert {one.verdict for one in among[1:]} == {"no change that matters"}
+
+
+def test_facts_that_turned_are_those_whose_predictions_did(study: dict[str, Any], tmp_path: Path) -> None:
+    summary = run_study(StudyConfig.model_validate(study), tmp_path)
+    predictions = sa.open_run(tmp_path).predictions().pivot(index="fact_id", columns="arm", values="correct")
+    facts = sa.open_run(tmp_path).facts.set_index("fact_id")
+    (found,) = summary["flips"]
+    assert found["n_facts"] == 30
+    for name, before in (("lost", True), ("won", False)):
+        turned = predictions[(predictions["base"] == before) & (predictions["tuned"] != before)]
+        assert {row["fact_id"] for row in found[name]} == set(turned.index)
+        assert all(row["subject"] == facts["subject"][row["fact_id"]] for row in found[name])
+    assert found["lost"] or found["won"], "the fixture's adapter turns some"
+
+
+def test_only_facts_that_the_first_arm_knows(study: dict[str, Any], tmp_path: Path) -> None:
+    """All measures but accuracy are of the facts that base answers rightly; their values are those of the whole."""
+    whole = run_study(StudyConfig.model_validate(study), tmp_path / "all")
+    some = run_study(StudyConfig.model_validate(study | {"where": "correct"}), tmp_path / "known")
+    all_values, values = (sa.open_run(tmp_path / name).values for name in ("all", "known"))
+    correct = all_values.query("arm == 'base' and quantity == 'accuracy' and value == 1")["fact"]
+    assert 2 <= len(correct) < 30
+    assert set(values.query("quantity == 'answer_logprob'")["fact"]) == set(correct)
+    assert set(values.query("quantity == 'subject_recovery'")["fact"]) <= set(correct)
+    keys = ["arm", "style", "fact", "quantity", "part"]
+    both = values.merge(all_values, on=keys, suffixes=("", "_all")).query("quantity != 'subject_recovery'")
+    assert len(both) == len(values.query("quantity != 'subject_recovery'"))
+    np.testing.assert_allclose(both["value"], both["value_all"], atol=1e-5)
+    assert whole["arms"]["tuned"]["accuracy"] == some["arms"]["tuned"]["accuracy"]
+
+
+def test_where_nothing_is_known_nothing_is_measured(study: dict[str, Any], tmp_path: Path) -> None:
+    hard = study | {"where": "correct", "measures": {"accuracy": {"scorer": "exact_match"}, "answer_logprob": {}}}
+    summary = run_study(StudyConfig.model_validate(hard), tmp_path)
+    if summary["arms"]["base"]["accuracy"] == 0:
+        assert "none of the facts rightly" in summary["not_defined"]["answer_logprob"]["list"]
+    else:
+        assert summary["arms"]["base"]["answer_logprob"] is not None
+
+
+def test_quick_measures_are_shown_before_the_others_are_made(study: dict[str, Any], tmp_path: Path) -> None:
+    shown: list[dict[str, Any]] = []
+    made: list[bool] = []
+
+    def show(summary: dict[str, Any]) -> None:
+        shown.append(summary)
+        made.append(any(tmp_path.rglob("knockout/array.nc")))
+
+    summary = run_study(StudyConfig.model_validate(study), tmp_path, first=["accuracy", "answer_logprob"], show=show)
+    assert made == [False] and any(tmp_path.rglob("knockout/array.nc"))
+    early = {row["measure"]: row["estimate"] for row in shown[0]["contrasts"]}
+    late = {row["measure"]: row["estimate"] for row in summary["contrasts"]}
+    assert set(early) == {"accuracy", "answer_logprob"} and early.items() <= late.items()
+    assert {row["registered"] for row in summary["contrasts"]} == {True}
+
+
+def test_compare_concludes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    adapter: Path,
+    facts: Path,
+    tmp_path: Path,
+) -> None:
+    out, smallest = tmp_path / "pair", "answer_logprob=0.001"
+    asked = ("--base", model, "--adapter", adapter, "--facts", facts, "--n", 25, "--out", out, "--smallest", smallest)
+    asked += ("--template", "City: {subject}\nCountry:")
+    assert compare(monkeypatch, *asked) == 0
+    shown, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+    assert "forward passes of a prompt, about" in shown.splitlines()[0]
+    assert "patching" not in json.loads((out / "manifest.json").read_text())["study"]["measures"]
+    before, after = shown.split("what changed", 1)
+    assert "so far" in before and "knockout_drop" not in before
+    for row in summary["contrasts"]:
+        if row["estimate"] is not None:
+            assert difference(row) in after and row["verdict"].split()[0] in after
+    changed = next(row for row in summary["contrasts"] if row["measure"] == "answer_logprob")
+    assert changed["smallest_effect"] == 0.001 and "answer_logprob 0.001" in " ".join(after.split())
+    for found in summary["flips"]:
+        assert f"right to wrong, {len(found['lost'])}:" in after and f"wrong to right, {len(found['won'])}:" in after
+    assert "these two models, asked other facts" in " ".join(after.split())
+    page = (out / "report.html").read_text()
+    assert "What changed" in page and all(row["subject"] in page for row in summary["flips"][0]["lost"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tuned", "{model}"], "is the same model as --base"),
+        (["--adapter", "{adapter}", "--smallest", "knockout_drop"], "is not QUANTITY=VALUE"),
+        (["--adapter", "{adapter}", "--smallest", "nothing=1"], "nothing"),
+        (["--adapter", "{adapter}", "--where", "wrong"], "where: Input should be 'all' or 'correct'"),
+    ],
+)
+def test_compare_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    given = [text.format(model=model, adapter=adapter) for text in arguments]
+    assert compare(monkeypatch, "--base", model, "--n", 9, "--out", tmp_path / "pair", *given) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "pair").exists()
