@@ -31,6 +31,7 @@ from subjattn.models import (
     model_shape,
     packaged,
     packaged_model,
+    resolve_model,
 )
 
 
@@ -99,7 +100,7 @@ def test_pickled_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nosuch", "unknown model 'nosuch': use smollm2-135m, a hub id"),
+        ("nosuch", "unknown model 'nosuch': use smollm2-135m, gemma3-270m, a hub id"),
         ("/no/such/folder", "no such folder: '/no/such/folder'"),
         ("./nosuch", "no such folder"),
     ],
@@ -141,16 +142,60 @@ def test_what_a_gguf_says_of_itself_is_read_once(monkeypatch: pytest.MonkeyPatch
     one, same, other = (tmp_path / name for name in ("one.gguf", "same.gguf", "other.gguf"))
     for file, text in ((one, "Q4_1"), (same, "Q4_1"), (other, "F16")):
         file.write_text(text)
-    found = []
-    for file in (one, same, other, one):
-        packaged.gguf_quantisation.cache_clear()
-        found.append(packaged.gguf_quantisation(file))
-    assert found == ["Q4_1", "Q4_1", "F16", "Q4_1"] and read == ["one.gguf", "other.gguf"]
+
+    def found(*files: Path) -> list[str]:
+        packaged._known.clear()
+        return [packaged._quantisation([file]) for file in files]
+
+    assert found(one, same, other, one) == ["Q4_1", "Q4_1", "F16", "Q4_1"] and read == ["one.gguf", "other.gguf"]
+    assert found(one) == ["Q4_1"] and len(read) == 2
     for note in (tmp_path / "subjattn" / "quantisations").iterdir():
         note.write_text("{")
-    packaged.gguf_quantisation.cache_clear()
-    assert packaged.gguf_quantisation(one) == "Q4_1" and read[2:] == ["one.gguf"]
-    packaged.gguf_quantisation.cache_clear()
+    assert found(one) == ["Q4_1"] and read[2:] == ["one.gguf"]
+    packaged._known.clear()
+
+
+def test_a_model_in_parts_is_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The packaged model cut in three is the same model, once its terms are accepted."""
+    (whole,) = packaged.PACKAGES["smollm2-135m"].parts()
+    content = whole.read_bytes()
+    cut = [content[: 1 << 20], content[1 << 20 : 50 << 20], content[50 << 20 :]]
+    for i, piece in enumerate(cut):
+        (tmp_path / f"m.gguf.part{i}").write_bytes(piece)
+    expected = load_file(packaged_model() / "model.safetensors")
+    parts = sorted(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packaged.Packaged, "parts", lambda _: parts)
+    gemma = packaged.PACKAGES["gemma3-270m"]
+    with pytest.raises(BadInput) as caught:
+        resolve_model("gemma3-270m")
+    assert str(caught.value) == (
+        "gemma3-270m comes under the Gemma terms (https://ai.google.dev/gemma/terms): read them, and accept "
+        "them by 'subjattn models --accept gemma3-270m'"
+    )
+    gemma.accept()
+    found = load_file(Path(resolve_model("gemma3-270m")) / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert identity("gemma3-270m").startswith("gemma3-270m-")
+    assert [path.name for path in (tmp_path / "cache" / "subjattn").iterdir() if path.suffix == ".gguf"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gpt2", ", on the hub it may be 'openai-community/gpt2'"),
+        ("Llama-2-7b-hf", ", on the hub it may be 'meta-llama/Llama-2-7b-hf'"),
+        ("smollm2-135", ", did you mean 'smollm2-135m'?"),
+        ("nosuch", ""),
+    ],
+)
+def test_a_short_name_gets_its_hub_id(name: str, hint: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        resolve_model(name)
+    assert str(caught.value) == (
+        f"unknown model {name!r}{hint}: use smollm2-135m, gemma3-270m, a hub id such as 'org/name', or an existing "
+        "folder"
+    )
 
 
 def test_fingerprint_notices_a_changed_folder(tmp_path: Path) -> None:

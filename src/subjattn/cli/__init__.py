@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import compare, facts, measure, measuring, studies
+from subjattn.cli import compare, facts, measure, measuring, models, studies
 from subjattn.cli.app import app
 from subjattn.errors import StagesFailed, SubjattnError
 
@@ -45,4 +45,4 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["app", "compare", "facts", "main", "measure", "measuring", "studies"]
+__all__ = ["app", "compare", "facts", "main", "measure", "measuring", "models", "studies"]

@@ -29,13 +29,30 @@ if TYPE_CHECKING:
 
 
 def hf_model(model: Model) -> PreTrainedModel:
-    """The Hugging Face model inside; a peft wrapper is opened, its adapter stays live."""
-    inner = model.model if isinstance(model, LoadedModel) else model
+    """The Hugging Face model inside; a peft wrapper is opened, its adapter stays live, and nnsight's too.
+
+    Raises:
+        BadInput: no model at all.
+        UnsupportedModel: a model of TransformerLens, one of nnsight without weights, or an adapter of prompt tokens.
+    """
+    inner: Any = model.model if isinstance(model, LoadedModel) else model
+    library = type(inner).__module__.partition(".")[0]
+    if library == "transformer_lens":
+        raise UnsupportedModel(
+            f"a {type(inner).__name__} does not attend as the model does (a TransformerBridge rewrites it in place): "
+            "give the Hugging Face model, loaded anew by AutoModelForCausalLM.from_pretrained(…) or sa.load_model(…)"
+        )
+    if library == "nnsight":
+        inner = inner._module
+        if any(parameter.is_meta for parameter in inner.parameters()):
+            raise UnsupportedModel("this nnsight model has no weights yet: make it with dispatch=True")
+    if not hasattr(inner, "config"):
+        raise BadInput(f"the model is {type(model).__name__} {str(model)[:40]!r}: load one by sa.load_model(…)")
     if not hasattr(inner, "get_base_model"):
-        return inner
-    if inner.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        return inner  # type: ignore[no-any-return]
+    if inner.active_peft_config.is_prompt_learning:
         raise UnsupportedModel("an adapter that adds prompt tokens moves every position: use a LoRA-like one")
-    return inner.get_base_model()  # type: ignore[no-any-return, operator]
+    return inner.get_base_model()  # type: ignore[no-any-return]
 
 
 def tokenizer_of(model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
@@ -60,8 +77,25 @@ def labelled(
     return xr.DataArray(values, coords, ("fact", *dims), name, attrs)
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse what is no prompts, such as text or facts."""
+    from subjattn.prompts import Prompt
+
+    each = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(each, Sequence):
+        raise BadInput(f"prompts are a PromptSet or a list, not one {type(prompts).__name__}: {MADE_BY}")
+    if text := next((one for one in each if isinstance(one, str)), None):
+        raise BadInput(f"a prompt is text ({text[:40]!r}), whose subject is not known: {MADE_BY}")
+    if wrong := [type(one).__name__ for one in each if not isinstance(one, Prompt)]:
+        raise BadInput(f"a prompt is of type {wrong[0]}: {MADE_BY}")
+
+
+MADE_BY = "make them by sa.make_prompts(facts, model.tokenizer, 'The capital of {subject} is')"
+
+
 def check_askable(prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts whose prediction position belongs to the subject itself, or no prompts at all."""
+    """Refuse what is no prompts, and prompts whose prediction position belongs to the subject itself."""
+    check_prompts(prompts)
     if not prompts:
         raise BadInput("there are no prompts to measure")
     for prompt in prompts:

@@ -16,7 +16,7 @@ from subjattn.engine.answers import answer_logits
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.errors import BadInput
-from subjattn.measures import hf_model, labelled, tokenizer_of
+from subjattn.measures import check_prompts, hf_model, labelled, tokenizer_of
 from subjattn.measures.metrics import measure_rows
 from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.prompts import Prompt
@@ -36,6 +36,7 @@ LOGPROB_ATTRS = {
 
 def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     """Summed log-probability of each prompt's first accepted answer, in nats: an array `(fact,)`."""
+    check_prompts(prompts)
     rows = [Row(prompt) for prompt in prompts]
     found = measure_rows(answer_logits(hf_model(model), prompts), rows, ["answer_logprob"])
     return labelled("answer_logprob", found.values["answer_logprob"], prompts, **LOGPROB_ATTRS)
@@ -65,6 +66,7 @@ def predict(
         BadInput: an unknown scorer, letters for prompts without choices, or a plain model without a tokenizer.
     """
     hf = hf_model(model)
+    check_prompts(prompts)
     check_model(hf)
     if scorer == "letters":
         texts = [ascii_uppercase[i] for i in choice_logprobs(model, prompts).argmax("choice").values]

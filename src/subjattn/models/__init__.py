@@ -9,13 +9,14 @@ recorded at one commit.
 from subjattn.models.adapter import check_adapter
 from subjattn.models.load import LoadedModel, best_device, load_model, load_tokenizer, model_shape
 from subjattn.models.names import fingerprint, identity, resolve_adapter, resolve_model
-from subjattn.models.packaged import PACKAGED, packaged_model
+from subjattn.models.packaged import PACKAGED, PACKAGES, packaged_model
 from subjattn.models.provenance import describe
 from subjattn.models.reading import quiet
 
 
 __all__ = [
     "PACKAGED",
+    "PACKAGES",
     "LoadedModel",
     "best_device",
     "check_adapter",

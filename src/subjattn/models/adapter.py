@@ -11,7 +11,7 @@ import torch
 from subjattn.errors import AdapterMismatch
 from subjattn.facts.hub import parted
 from subjattn.models.names import identity, located, resolve_adapter
-from subjattn.models.packaged import PACKAGED, packaged_model
+from subjattn.models.packaged import PACKAGES, packaged_model
 from subjattn.models.reading import quiet, reading
 
 
@@ -147,7 +147,7 @@ def _same_model(named: str, base: str) -> bool:
     """Whether two names stand for the same model: the same text, place, repository or content."""
     if named == base or parted(named)[0] == parted(base)[0]:
         return True
-    folders = [packaged_model() if name == PACKAGED else Path(name) for name in (named, base)]
+    folders = [packaged_model(name) if name in PACKAGES else Path(name) for name in (named, base)]
     if not all(folder.is_dir() for folder in folders):
         return False
     return folders[0].resolve() == folders[1].resolve() or identity(str(folders[0])) == identity(str(folders[1]))

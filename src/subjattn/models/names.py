@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
 from subjattn.digest import content_digest
 from subjattn.errors import BadInput
 from subjattn.facts.hub import commit_of, parted
-from subjattn.models.packaged import PACKAGED, packaged_model
+from subjattn.models.packaged import PACKAGES, packaged_model
 
 
 def resolve_model(name: str) -> str:
     """A folder or hub id (with `@revision` where given); BadInput where the name can be neither."""
-    if name == PACKAGED:
-        return str(packaged_model())
+    if name in PACKAGES:
+        return str(packaged_model(name))
     path = Path(name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
@@ -26,8 +27,36 @@ def resolve_model(name: str) -> str:
     if path.is_absolute() or name.startswith(("./", "../", "~")) or repository.count("/") > 1:
         raise BadInput(f"no such folder: {name!r}")
     if "/" not in repository:
-        raise BadInput(f"unknown model {name!r}: use {PACKAGED}, a hub id such as 'org/name', or an existing folder")
+        raise BadInput(
+            f"unknown model {name!r}{_nearest(name)}: use {', '.join(PACKAGES)}, a hub id such as 'org/name', or an "
+            "existing folder"
+        )
     return name
+
+
+_MAKERS = {
+    "gpt2": "openai-community",
+    "distilgpt2": "distilbert",
+    "pythia": "EleutherAI",
+    "gpt-neo": "EleutherAI",
+    "llama": "meta-llama",
+    "gemma": "google",
+    "mistral": "mistralai",
+    "qwen": "Qwen",
+    "phi": "microsoft",
+    "olmo": "allenai",
+    "smollm": "HuggingFaceTB",
+    "opt-": "facebook",
+}
+"""Whose models begin with these letters on the hub."""
+
+
+def _nearest(name: str) -> str:
+    """What a short name may mean."""
+    if close := difflib.get_close_matches(name.lower(), PACKAGES, n=1, cutoff=0.7):
+        return f", did you mean {close[0]!r}?"
+    maker = next((maker for start, maker in _MAKERS.items() if name.lower().startswith(start)), None)
+    return f", on the hub it may be '{maker}/{name}'" if maker else ""
 
 
 def located(name: str) -> tuple[str, str | None]:
@@ -75,8 +104,8 @@ def identity(name: str) -> str:
     Raises:
         BadInput: a hub id whose commit can be found out neither from the hub nor in the local cache.
     """
-    if name == PACKAGED:
-        return packaged_model().name
+    if name in PACKAGES:
+        return packaged_model(name).name
     if Path(name).exists():
         return content_digest(name)
     repository, revision = parted(name)

@@ -12,7 +12,7 @@ import torch
 from subjattn.errors import SubjattnError
 from subjattn.models.adapter import adapter_base, adapter_keys
 from subjattn.models.names import identity, located
-from subjattn.models.packaged import PACKAGED, packaged_origin
+from subjattn.models.packaged import PACKAGES
 from subjattn.models.reading import reading
 
 
@@ -34,14 +34,14 @@ def describe(name: str) -> str:
         BadInput: a name that is none of them, or a model without a configuration.
     """
     full, quantisation, source = origin(name)
-    how = f", dequantised from {quantisation}" if name == PACKAGED else f", {quantisation}" if quantisation else ""
+    how = f", dequantised from {quantisation}" if name in PACKAGES else f", {quantisation}" if quantisation else ""
     return f"{full}{how} ({source})"
 
 
 def origin(name: str) -> tuple[str, str | None, str]:
     """Full name, quantisation of the stored weights (None where there is none) and source of a model."""
-    if name == PACKAGED:
-        return packaged_origin()
+    if name in PACKAGES:
+        return PACKAGES[name].origin()
     from transformers import AutoConfig
 
     place, commit = located(name)
