@@ -6,6 +6,7 @@ Bad input ends with status 2 and one line on standard error; stages that failed 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -23,21 +24,32 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the command line; known errors become one line and status 2."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        status = _run()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _run() -> Any:
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        return app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except StagesFailed as error:
         for name, reason in error.reasons.items():
             _fail(f"{name}: {reason}")
-        status = _fail(f"{len(error.reasons)} failed; a second run makes what is left", 1)
+        return _fail(f"{len(error.reasons)} failed; a second run makes what is left", 1)
     except SubjattnError as error:
-        status = _fail(str(error))
+        return _fail(str(error))
     except _UsageError as error:
-        status = _fail(f"{error.format_message().rstrip('.')} (see --help)")
+        return _fail(f"{error.format_message().rstrip('.')} (see --help)")
     except OSError as error:
-        status = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
-        status = _fail("interrupted; finished stages are kept", 130)
-    sys.exit(status if isinstance(status, int) else 0)
+        return _fail("interrupted; finished stages are kept", 130)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ARG001
+    """One line, without the place in our code that it comes from."""
+    Console(stderr=True).print(Text(f"warning: {' '.join(str(message).split())}"), soft_wrap=True)
 
 
 def _fail(message: str, status: int = 2) -> int:

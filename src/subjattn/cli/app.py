@@ -13,7 +13,6 @@ from subjattn.errors import BadInput
 
 app = typer.Typer(
     help="How a language model uses a subject's name when it recalls a fact, and what fine-tuning does to that.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

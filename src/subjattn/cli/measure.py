@@ -49,7 +49,7 @@ class _Measures(TyperGroup):
         return get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="markdown")
 
 
-measure_app = typer.Typer(cls=_Measures, invoke_without_command=True, add_completion=False)
+measure_app = typer.Typer(cls=_Measures, invoke_without_command=True)
 app.add_typer(measure_app, name="measure")
 
 

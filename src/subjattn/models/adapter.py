@@ -44,14 +44,7 @@ def with_adapter(
         after = tuned.eval()(ids).logits
     if torch.equal(before, after):
         raise _changes_nothing(adapter)
-    named = config.base_model_name_or_path
-    if named and not _same_model(named, base):
-        warnings.warn(
-            f"adapter {adapter!r} was trained on {named!r} and is loaded on {base!r}: its shapes fit, but if that is "
-            "another model its numbers mean nothing",
-            UserWarning,
-            stacklevel=3,
-        )
+    _warn_of_base(config, base, adapter)
     return tuned.get_base_model()  # type: ignore[return-value]
 
 
@@ -61,6 +54,9 @@ def check_adapter(base: str, adapter: str) -> None:
     Raises:
         AdapterMismatch: modules without a partner, other shapes, or nothing but zeros.
         BadInput: model or adapter cannot be found.
+
+    Warns:
+        UserWarning: the adapter's own configuration names another base than `base`.
     """
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,6 +68,18 @@ def check_adapter(base: str, adapter: str) -> None:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=commit))
             tuned = PeftModel(model, config)
         _refuse_misfit(tuned, base, adapter)
+    _warn_of_base(config, base, adapter)
+
+
+def _warn_of_base(config: Any, base: str, adapter: str) -> None:
+    named = config.base_model_name_or_path
+    if named and not _same_model(named, base):
+        warnings.warn(
+            f"adapter {adapter!r} was trained on {named!r} and is loaded on {base!r}: its shapes fit, but if that is "
+            "another model its numbers mean nothing",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _adapter_config(adapter: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedMod
     key = (settings["model"], *settings.get("identity", ()), adapter, written, settings["dtype"])
     if key not in _held:
         release()
-        _held[key] = load_model(settings["model"], adapter=adapter, dtype=settings["dtype"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)  # said when it was planned
+            _held[key] = load_model(settings["model"], adapter=adapter, dtype=settings["dtype"])
     return _held[key]
 
 

@@ -1,0 +1,101 @@
+"""Pages of documentation as programs: their blocks are run in order, and what they print is what the page shows.
+
+A `sh` or `python` block that a `text` block follows prints what that shows: words as they stand, numbers within
+rounding, times of day and durations whatever they are; a line of `…` stands for any lines. `python pages.py --write
+PAGE FOLDER` runs a page in a folder and writes what came out into its `text` blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+_BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+_NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?")
+_CLOCK = re.compile(r"\b\d+:\d\d(?::\d\d)?\b")
+_SPACES = re.compile(r"[ ─━]+")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return _BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def run(language: str, text: str, folder: Path) -> str:
+    """What a block prints, run in a folder; RuntimeError with its errors where it fails."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+        "COLUMNS": "100",
+    }
+    command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}\n{text}\n{done.stdout}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def pairs(page: Path) -> list[tuple[str, str, str | None]]:
+    """Blocks that are run, each with what it should print where the page shows it."""
+    found, every = [], blocks(page)
+    for (language, text), after in zip(every, [*every[1:], ("", "")], strict=True):
+        if language in ("sh", "python"):
+            found.append((language, text, after[1] if after[0] == "text" else None))
+    return found
+
+
+def differences(shown: str, printed: str) -> list[str]:
+    """Lines that a page shows and that were not printed in this order; empty where all were."""
+    left = iter(printed.splitlines())
+    missing = []
+    lines = [line for line in shown.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if line.strip() == "…":
+            continue
+        loose = i > 0 and lines[i - 1].strip() == "…"
+        for other in left:
+            if not other.strip():
+                continue
+            if same(line, other):
+                break
+            if not loose:
+                missing.append(f"{line!r} is shown, {other!r} printed")
+                break
+        else:
+            missing.append(f"{line!r} is shown and not printed")
+    return missing
+
+
+def same(shown: str, printed: str) -> bool:
+    """Whether two lines have the same words, and numbers that differ by rounding at most."""
+    texts = [_CLOCK.sub("·", line) for line in (shown, printed)]
+    words = [_SPACES.sub(" ", _NUMBER.sub("#", text)).strip() for text in texts]
+    numbers = [[float(one.replace("−", "-")) for one in _NUMBER.findall(text)] for text in texts]
+    return words[0] == words[1] and all(abs(a - b) <= max(0.011, 0.02 * abs(a)) for a, b in zip(*numbers, strict=True))
+
+
+def write(page: Path, folder: Path) -> None:
+    """Run a page's blocks and write what they print into the `text` blocks behind them."""
+    text = page.read_text(encoding="utf-8")
+    for language, code, shown in pairs(page):
+        printed = run(language, code, folder)
+        if shown is not None and "…\n" not in shown:
+            text = text.replace(f"```{language}\n{code}```", "\0", 1)
+            before, after = text.split("\0", 1)
+            after = after.replace(f"```text\n{shown}```", "```text\n" + trimmed(printed) + "```", 1)
+            text = f"{before}```{language}\n{code}```{after}"
+    page.write_text(text, encoding="utf-8")
+
+
+def trimmed(printed: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in printed.strip("\n").splitlines())
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == "--write"
+    write(Path(sys.argv[2]).resolve(), Path(sys.argv[3]).resolve())
