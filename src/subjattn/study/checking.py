@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, load_facts, own, path_of
+from subjattn.facts import SOURCES, load_facts, path_of
+from subjattn.facts.files import SUFFIXES
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
 from subjattn.prompts import subject_lengths
@@ -117,5 +118,5 @@ def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> st
 def at_hand(facts: FactsConfig) -> bool:
     """Whether the facts can be read without a network."""
     path = path_of(facts.source)
-    own_file = Path(path).suffix.lower() in own.SUFFIXES
+    own_file = Path(path).suffix.lower() in SUFFIXES
     return facts.source == "cities" or (Path(path).exists() if path != facts.source else own_file)
