@@ -1,5 +1,7 @@
 """Common mistakes, each answered in one line: where it is, why it cannot be, what to do. Messages word for word."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import sys
@@ -102,3 +104,100 @@ def test_facts(
     monkeypatch.chdir(tmp_path)
     Path("facts.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     assert errors(monkeypatch, capsys, 2, "facts", "facts.csv") == [f"error: {message}"]
+
+
+STUDY = """\
+name: mine
+facts:
+  source: facts.csv
+  n_test: 6
+styles:
+  list: "The capital of {subject} is"
+arms:
+  base: {}
+"""
+SPLIT = "facts.split: none of the 30 facts"
+STUDIES = [
+    ("n_test: 6", "n_test: 0", ["study.yaml:4: facts.n_test: Input should be greater than 0, not '0'"]),
+    ("n_test: 6", "ntest: 6", ["study.yaml:4: facts.ntest: no such field; did you mean 'n_test'?"]),
+    ("styles:", "style:", ["study.yaml:5: style: no such field, and 'styles' is missing: did you mean that?"]),
+    (
+        "styles:",
+        "n_styles: 1\nmodels:",
+        [
+            "study.yaml:5: n_styles: no such field, and 'styles' is missing: did you mean that?",
+            "study.yaml:6: models: no such field; did you mean 'model'?",
+        ],
+    ),
+    ("name: mine\n", "", ["study.yaml: name: it is needed, and missing"]),
+    ("base: {}", "base: {train: knwon}", None),
+    (
+        "base: {}",
+        "base: {}\n  base: {train: known}",
+        ["study.yaml:9: arms.base: stands on line 8 already: keep one of them"],
+    ),
+    (
+        "base: {}",
+        "base: {",
+        ["study.yaml:9: is not readable YAML: expected the node content, but found '<stream end>'"],
+    ),
+    (
+        "{subject} is",
+        "{subjct} is",
+        [
+            "study.yaml:6: styles.list: template 'The capital of {subjct} is' must contain {subject} exactly once, or {question} (and {choices}), and no other field"
+        ],
+    ),
+    (
+        "{subject} is",
+        "{subject} is ",
+        [
+            "study.yaml:6: styles.list: template 'The capital of {subject} is ' ends in white space: leave it out, the answer brings its own space"
+        ],
+    ),
+    ("n_test: 6", "n_test: 60", ["study.yaml:4: facts.n_test: n=60 is not between 1 and the 30 facts there are"]),
+    (
+        "base: {}",
+        "base: {}\n  tuned: {adapter: nosuch}",
+        ["study.yaml:9: arms.tuned.adapter: no such adapter folder: 'nosuch'"],
+    ),
+    (
+        "base: {}",
+        "base: {train: known}",
+        [
+            "study.yaml:2: facts.split.by: none of the 30 facts has a popularity: rank by another column, such as answer_logprob"
+        ],
+    ),
+    (
+        "base: {}",
+        "base: {}\ncontrasts:\n  - [tuned, base]",
+        ["study.yaml:10: contrasts.0: arm 'tuned' is compared but not defined; the arms are base"],
+    ),
+    (
+        "  source: facts.csv",
+        "  source: facts.csv\n  columns: {subject: city}",
+        ["facts.csv:1: no column 'city' among subject, answer: name the columns, --columns subject=COLUMN"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "messages"), STUDIES, ids=[new[:30] for _, new, _ in STUDIES])
+def test_studies(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    old: str,
+    new: str,
+    messages: list[str] | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("facts.csv").write_text("subject,answer\n" + "".join(f"Land{i},Town{i}\n" for i in range(30)))
+    assert old in STUDY
+    Path("study.yaml").write_text(STUDY.replace(old, new))
+    found = errors(monkeypatch, capsys, 2, "check", "study.yaml")
+    if messages is None:
+        assert len(found) == 1 and found[0].startswith(
+            "error: study.yaml:8: arms.base: arm 'knwon' is no arm: use known"
+        )
+    else:
+        assert found == [f"error: {message}" for message in messages]

@@ -14,21 +14,28 @@ from rich.text import Text
 
 from subjattn.cli import facts, measure, measuring, studies
 from subjattn.cli.app import app
-from subjattn.errors import StagesFailed, SubjattnError
+from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
 
 # Typer carries a click of its own; this is its UsageError, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
+_INTERRUPTED = 130
+_RESUMED = (["run"], ["compare"], ["knowledge"])
+"""Commands that go on where they were stopped."""
 
 
 def main() -> None:
     """Run the command line; known errors become one line and status 2."""
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == _INTERRUPTED:  # typer makes this of Ctrl-C
+            raise KeyboardInterrupt
     except StagesFailed as error:
         for name, reason in error.reasons.items():
             _fail(f"{name}: {reason}")
         status = _fail(f"{len(error.reasons)} failed; a second run makes what is left", 1)
+    except WrongFields as error:
+        status = max(map(_fail, error.messages))
     except SubjattnError as error:
         status = _fail(str(error))
     except _UsageError as error:
@@ -36,7 +43,8 @@ def main() -> None:
     except OSError as error:
         status = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
-        status = _fail("interrupted; finished stages are kept", 130)
+        goes_on = ": what is finished is kept, and the same command goes on from there"
+        status = _fail(f"interrupted{goes_on if sys.argv[1:2] in _RESUMED else ''}", _INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -175,7 +175,7 @@ def load_facts(
 def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """`n` facts at random; the draw depends on fact ids and not on the order of rows."""
     if not 1 <= n <= len(facts):
-        raise BadInput(f"n={n} is not between 1 and the {len(facts)} facts there are")
+        raise BadInput(f"n={n} is not between 1 and the {len(facts)} facts there are", field="n")
     rng = np.random.default_rng(seed)
     ordered = facts.sort_values("fact_id", ignore_index=True)
     return ordered.iloc[np.sort(rng.choice(len(ordered), n, replace=False))].reset_index(drop=True)
