@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import facts, measure, measuring, studies
+from subjattn.cli import facts, init, measure, measuring, studies
 from subjattn.cli.app import app
 from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
@@ -53,4 +53,4 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["app", "facts", "main", "measure", "measuring", "studies"]
+__all__ = ["app", "facts", "init", "main", "measure", "measuring", "studies"]
