@@ -13,6 +13,7 @@ def test_public_names_are_pinned() -> None:
     assert subjattn.__all__ == [
         "Style",
         "ablate",
+        "answer_in_subject",
         "answer_logprob",
         "contrast",
         "interval",
@@ -41,6 +42,7 @@ def test_public_names_are_pinned() -> None:
         "subject_attention",
         "swap_subjects",
         "token_attention",
+        "where",
     ]
     assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)
     assert all(getattr(subjattn, name).__doc__ for name in subjattn.__all__)

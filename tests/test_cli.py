@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from conftest import CITIES, SMALL
 
 from subjattn import cli
@@ -34,14 +36,14 @@ def model(tiny_folders: dict[str, Path]) -> Path:
 def test_facts_marks_the_subject(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "facts", "cities", "--n", 3) == 0
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^City:\[ .*\]\\nCountry:  → ", shown, re.MULTILINE)) == 3
+    assert len(re.findall(r"^City:\[ .*\]⏎Country:  → ", shown, re.MULTILINE)) == 3
 
 
 @pytest.mark.parametrize("what", list(measures()))
 def test_measure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, what: str
 ) -> None:
-    target = tmp_path / "new" / "out.json"
+    target = tmp_path / "out.json"
     assert run(monkeypatch, "measure", what, "--model", model, "--n", 40, "--json", target) == 0
     content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content["styles"]) == ["list", "sentence"]
@@ -110,6 +112,62 @@ def test_measure_with_own_facts_and_template(monkeypatch: pytest.MonkeyPatch, tm
     content = json.loads(target.read_text())["styles"]["style1"]
     assert content["template"] == "{subject} was born in"
     assert run(monkeypatch, "measure", "knockout", *arguments) == 2, "no built-in prompt for these"
+
+
+def test_measure_shows_intervals_and_only_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    """Means, intervals and n are `sa.interval`'s; facts that give their answer away can be left out."""
+    import subjattn as sa
+
+    own, target = tmp_path / "own.csv", tmp_path / "out.json"
+    names = [f"{name} {i}" for i in range(12) for name in ("Oslo", "Lima")]
+    rows = [f"{name},{name[0]}x,seat" for name in names]
+    own.write_text("\n".join(["subject,answer,relation", *rows, "A b,b,seat"]))
+    template = "City: {subject}\\nCountry:"
+    arguments = ["--model", model, "--facts", own, "--template", template, "--json", target]
+    assert run(monkeypatch, "measure", "knockout", *arguments, "--leave-out-given") == 0
+    shown = capsys.readouterr()
+    assert "asked as style1: City: " in shown.out and "⏎Country: → " in shown.out
+    assert shown.err.splitlines() == [
+        "note: 1 of 25 facts have their answer in the name and are left out",
+        "note: there are 24 facts, fewer than 50: all are taken",
+    ]
+    loaded = sa.load_model(str(model))
+    prompts = sa.make_prompts(sa.load_facts(own), loaded.tokenizer, "City: {subject}\nCountry:")[:24]
+    drops = sa.knockout(loaded, prompts)
+    found = json.loads(target.read_text())["styles"]["style1"]
+    for name, route in (("knockout_drop", "direct"), ("knockout_drop_total", "total")):
+        of = sa.interval(drops.sel(route=route))
+        expected = (of.estimate, *of.ends(), 24)
+        assert [found[key][name] for key in ("mean", "low", "high", "n")] == pytest.approx(expected, rel=1e-4)
+        assert f"style1: {name} {of.estimate:.4g} [{of.ends()[0]:.4g}, {of.ends()[1]:.4g}], n 24" in shown.out
+    share = [found[key]["direct_share"] for key in ("mean", "low", "high", "n")]
+    assert share == [None, None, None, 24] and "direct_share not defined, n 24; no interval: what it is a" in shown.out
+    assert run(monkeypatch, "measure", "accuracy", *arguments, "--where", "correct") == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1] == "note: 1 of 25 facts have their answer in the name (A b → b): see --leave-out-given"
+    assert shown[-1].startswith(
+        "error: where 'correct': none of 25 facts is left: answered rightly (answer_start); ask"
+    )
+
+
+def test_a_share_is_shown_with_the_interval_of_its_ratio() -> None:
+    """A ratio of means, not a mean of ratios; a quantity without an interval says why."""
+    import subjattn as sa
+    from subjattn.cli.measure import _mean, _shown
+
+    rng = np.random.default_rng(0)
+    over = xr.DataArray(rng.normal(5, 1, 30), dims="fact", coords={"fact": [f"f{i}" for i in range(30)]})
+    values = over * 0.4 + rng.normal(0, 0.3, 30)
+    found = _mean(measure_of("knockout").quantities[2], values, over)
+    of = sa.interval(sa.ratio(values, over))
+    assert found["mean"] == pytest.approx(values.mean().item() / over.mean().item())
+    assert (found["low"], found["high"], found["n"]) == (*of.ends(), 30)
+    alone = _mean(measure_of("accuracy").quantities[0], values[:1] * 0 + 1, None)
+    assert _shown(alone) == "1, n 1; no interval: 1 of 1 facts have a value: an interval takes at least two"
+    same = _mean(measure_of("accuracy").quantities[0], values * 0 + 1, None)
+    assert same["high"] == 1 and same["low"] < 1, "all right among thirty is no proof of always"
 
 
 def test_measured_numbers_are_the_apis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
@@ -205,7 +263,10 @@ def test_run_from_the_command_line(
         ("report {tmp}", "holds no finished study"),
         ("facts nope", "unknown facts 'nope'"),
         ("facts cities --n 0", "--n"),
-        ("facts cities --n 999999", "n=999999 is not between 1 and the"),
+        (
+            "facts cities --rejected {tmp}/no/left.csv",
+            "/no': make it first",
+        ),
         ("measure accuracy --model nosuch", "unknown model"),
         ("measure accuracy --n 1 --json {tmp}", "is a folder: name a file in it"),
         ("run {study} --set seed=2024-13-45", "not YAML"),
@@ -255,7 +316,7 @@ def test_a_stage_that_fails_is_named_and_loses_nothing(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(monkeypatch, "run", CITIES, "--out", out, "--set", f"model={model}", "--set", "facts.n_test=99999") == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines[0].startswith("error: facts/split: n_test=99999 is not between 1 and the")
+    assert lines[0].startswith("error: facts/split: facts.n_test: n_test=99999 is not between 1 and the")
     assert lines[1:] == ["error: 1 failed; a second run makes what is left"]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -312,11 +373,11 @@ def test_facts_lists_what_was_left_out(
 ) -> None:
     own = tmp_path / "own.csv"
     own.write_text("name,land\nKenya,Nairobi\nKENYA,Nairobi\nPeru,Lima\nChad,A\nChad,B\n")
-    arguments = ["--columns", "subject=name,answer=land", "--rejected", str(tmp_path / "r" / "left.csv"), "--n", "1"]
+    arguments = ["--columns", "subject=name,answer=land", "--rejected", str(tmp_path / "left.csv"), "--n", "1"]
     assert run(monkeypatch, "facts", str(own), *arguments, "--template", "The capital of {subject} is") == 0
     assert "2 facts in" in capsys.readouterr().out
-    left = pd.read_csv(tmp_path / "r" / "left.csv")
-    assert left["row"].tolist() == ["own-1", "own-3", "own-4"]
+    left = pd.read_csv(tmp_path / "left.csv")
+    assert left["row"].tolist() == [3, 5, 6]
     assert left["reason"].str.contains("merged").tolist() == [True, False, False]
 
 

@@ -52,14 +52,17 @@ def test_own_file(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("name,answer\nA,B\n", "needs the columns 'subject' and 'answer'"),
+        (
+            "name,answer\nA,B\n",
+            "own.csv:1: no column 'subject' among name, answer: name the columns",
+        ),
         ("subject,answer\n", "no facts"),
-        ("subject,answer\n ,B\n", "row 0: there is no subject"),
-        ("subject,answer\nA,\n", "row 0: there is an empty answer"),
+        ("subject,answer\n ,B\n", "own.csv:2: there is no subject"),
+        ("subject,answer\nA,\n", "own.csv:2: there is an empty answer"),
         ("subject,answer\nA,...\n", "is punctuation alone"),
-        ('subject,answer,popularity\nA,B,"1,000"\n', "row 0: popularity '1,000' is not a number"),
+        ('subject,answer,popularity\nA,B,"1,000"\n', "own.csv:2: popularity '1,000' is not a number"),
         ("fact_id,subject,answer\nx,A,B\nx,C,D\n", "'x' occurs more than once"),
-        ('subject,answer\n"A,B\n', "cannot be read as a table"),
+        ('subject,answer\n"A,B\n', "own.csv:2: cannot be read as a row of a table"),
         (b"subject,answer\n\xff\xfe,B\n", "is not UTF-8 text"),
     ],
 )

@@ -161,9 +161,12 @@ def test_any_json_gives_an_error_or_checked_facts(tmp_path: Path, content: Any, 
     ("content", "message"),
     [
         (b"id\tsubj\n1\tKenya\n", "lacks the columns prop, obj, s_pop, question, possible_answers; it has id, subj"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"\xff\xfe\x00", "is UTF-16 text"),
         (b"", "lacks the columns"),
-        ("\t".join(POPQA_COLUMNS).encode() + b'\n1\t"Kenya\n', "cannot be read as a table: unexpected end of data"),
+        (
+            "\t".join(POPQA_COLUMNS).encode() + b'\n1\t"Kenya\n',
+            "popQA.tsv:2: cannot be read as a row of a table",
+        ),
         ("\t".join(POPQA_COLUMNS).encode(), "holds no fact that can be asked"),
         ("\t".join(POPQA_COLUMNS).encode() + b"\n1\tKenya\n", "such as row 0: 2 cells instead of 7"),
     ],
@@ -270,14 +273,17 @@ def test_own_columns(tmp_path: Path) -> None:
     assert facts["answers"].tolist() == [["Nairobi"], ["Lima", "La Lima"]]
     assert facts["question"].tolist() == ["Capital of {subject}?", "{subject}'s capital:"]
     assert facts["popularity"][0] == 3 and np.isnan(facts["popularity"][1])
-    with pytest.raises(BadInput, match="lacks 'nome'; it has name, land, views, asked"):
+    with pytest.raises(
+        BadInput,
+        match="mine.csv:1: no column 'nome' among name, land, views, asked: name",
+    ):
         load_facts(str(path), columns={"subject": "nome", "answer": "land"})
     with pytest.raises(BadInput, match="'subj', which is none of"):
         load_facts(str(path), columns={"subj": "name"})
-    with pytest.raises(BadInput, match="columns are for a file of your own"):
+    with pytest.raises(BadInput, match="columns are for a table of your own"):
         load_facts("cities", columns=columns)
     path.write_text("name,land,asked\nKenya,Nairobi,Capital of Peru?\n")
-    with pytest.raises(BadInput, match="row 0: the subject 'Kenya' is absent from its question"):
+    with pytest.raises(BadInput, match="mine.csv:2: the subject 'Kenya' is absent from its question"):
         load_facts(str(path), columns={"subject": "name", "answer": "land", "question": "asked"})
 
 
@@ -289,10 +295,10 @@ def test_popularity_from_another_table(tmp_path: Path, caplog: pytest.LogCapture
     assert joined["popularity"].iloc[0] == 7
     assert joined["popularity"].iloc[1:].isna().all(), "two values, none, not named"
     for content, message in [
-        ("page,views\nKenya,many\n", "row 0: popularity 'many' is not a number"),
-        ("page,views\nKenya,-5\n", "row 0: popularity '-5' is no count"),
+        ("page,views\nKenya,many\n", "views.csv:2: popularity 'many' is not a number"),
+        ("page,views\nKenya,-5\n", "views.csv:2: popularity '-5' is no count"),
         ("page,views\nOslo,1\n", "names none of the 4 subjects"),
-        ("page,seen\nOslo,1\n", "has no column 'views'; it has page, seen"),
+        ("page,seen\nOslo,1\n", "views.csv:1: no column 'views' among page, seen"),
     ]:
         table.write_text(content)
         with pytest.raises(BadInput, match=message):
@@ -365,10 +371,10 @@ def test_own_files_of_odd_types(tmp_path: Path) -> None:
     assert facts["answers"].tolist() == [["1949", "1948"], ["1815"]]
     assert facts["fact_id"].tolist() == ["7", "own-1"]
     for line, message in [
-        ('{"subject": 1.5, "answer": "a"}', "row 0: the subject 1.5 is a number"),
-        ('{"subject": "a", "answer": 1.5}', "row 0: the answer 1.5 is a number"),
-        ("null", "row 0 is no mapping of columns"),
-        ("[1", "cannot be read as JSONL"),
+        ('{"subject": 1.5, "answer": "a"}', "own.JSONL:1: the subject 1.5 is a number"),
+        ('{"subject": "a", "answer": 1.5}', "own.JSONL:1: the answer 1.5 is a number"),
+        ("null", "own.JSONL:1: is no object"),
+        ("[1", "own.JSONL:1: cannot be read as JSON"),
     ]:
         path.write_text(line)
         with pytest.raises(BadInput, match=message):

@@ -400,7 +400,7 @@ def test_no_arm(spec: str) -> None:
         ({"drop": "n_tokens"}, "facts lack the column 'n_tokens'"),
         ({"drop": "category", "arms": ["HighlyKnown"]}, "facts lack the column 'category'"),
         ({"assign": {"category": "Known"}, "by": "category"}, "category 'Known' is none of HighlyKnown"),
-        ({"assign": {"popularity": np.nan}}, "none of the 200 facts has a popularity in a group of three"),
+        ({"assign": {"popularity": np.nan}}, "none of the 200 facts has a popularity: rank by another column"),
         ({"assign": {"category": None}, "by": "category"}, "none of the 200 facts has a category: rank by"),
         ({"assign": {"answers": [["A", "b"]] * 200}, "controlled": True}, "controlled: no fact is left to test"),
     ],

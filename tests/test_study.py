@@ -516,7 +516,7 @@ def test_the_plan_is_plain_data(small: StudyConfig) -> None:
         ("model.x=1", "'model' has no fields"),
         ("measures.knockout.byy=layer", r"measures\.knockout\.byy: no such field; did you mean 'by'\?"),
         ("measures.knockout.by=row", r"measures\.knockout\.by: Input should be 'layer', 'window' or 'head'"),
-        ("measures.knokout={}", r"measures: there is no measure 'knokout', did you mean 'knockout'\?"),
+        ("measures.knokout={}", r"measures\.knokout: there is no measure 'knokout', did you mean 'knockout'\?"),
         ("training.epocs=2", r"training\.epocs: no such field; did you mean 'epochs'\?"),
         ("training.settings={rank: 4}", r"training\.settings: no such field"),
         ("training.method=full", "training: there is no training method 'full'"),

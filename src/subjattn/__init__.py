@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
+    from subjattn.facts.given import answer_in_subject as answer_in_subject
     from subjattn.knowledge.slick import slick as slick
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
+    from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
     from subjattn.plots.heatmaps import plot_attention as plot_attention
     from subjattn.plots.heatmaps import plot_patching as plot_patching
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Style": "prompts",
     "ablate": "prompts",
+    "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
     "contrast": "evidence.intervals",
     "interval": "evidence.intervals",
@@ -82,6 +85,7 @@ _HOMES = {
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",
+    "where": "measures.where",
 }
 
 __all__ = sorted(_HOMES)

@@ -2,6 +2,7 @@
 
 SubjattnError
 ├── BadInput            an argument, a file or a field of a study that cannot be right
+│   └── WrongFields     several fields of a study at once, a line each
 ├── SpanNotFound        a subject or answer that does not map onto tokens
 ├── UnsupportedModel    a model on which the numbers could not be exact
 ├── AdapterMismatch     an adapter that does not fit its base model, or changes nothing
@@ -12,13 +13,30 @@ Each message is one line: what was asked, why it cannot be, what to do.
 The command line prints it and exits with status 2, or 1 where stages failed.
 """
 
+from collections.abc import Sequence
+
 
 class SubjattnError(Exception):
     """Base of every error of this package."""
 
 
 class BadInput(SubjattnError, ValueError):
-    """An argument, a file or a field of a study that cannot be right."""
+    """An argument, a file or a field of a study that cannot be right; `field` is its name, where it has one."""
+
+    def __init__(self, message: str = "", *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class WrongFields(BadInput):
+    """Several fields of a study that cannot be right, each in a line of its own."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = tuple(messages)
+
+    def __reduce__(self) -> tuple[type, tuple[Sequence[str]]]:
+        return type(self), (self.messages,)
 
 
 class SpanNotFound(SubjattnError, ValueError):

@@ -13,13 +13,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import compare, facts, measure, measuring, models, studies
+from subjattn.cli import compare, facts, init, measure, measuring, models, studies
 from subjattn.cli.app import app
-from subjattn.errors import StagesFailed, SubjattnError
+from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
 
 # Typer carries a click of its own; this is its UsageError, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
+_INTERRUPTED = 130
+_RESUMED = (["run"], ["compare"], ["knowledge"])
+"""Commands that go on where they were stopped."""
 
 
 def main() -> None:
@@ -32,11 +35,16 @@ def main() -> None:
 
 def _run() -> Any:
     try:
-        return app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == _INTERRUPTED:  # typer makes this of Ctrl-C
+            raise KeyboardInterrupt
+        return status
     except StagesFailed as error:
         for name, reason in error.reasons.items():
             _fail(f"{name}: {reason}")
         return _fail(f"{len(error.reasons)} failed; a second run makes what is left", 1)
+    except WrongFields as error:
+        return max(map(_fail, error.messages))
     except SubjattnError as error:
         return _fail(str(error))
     except _UsageError as error:
@@ -44,7 +52,8 @@ def _run() -> Any:
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; finished stages are kept", 130)
+        goes_on = ": what is finished is kept, and the same command goes on from there"
+        return _fail(f"interrupted{goes_on if sys.argv[1:2] in _RESUMED else ''}", _INTERRUPTED)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ARG001
@@ -57,4 +66,4 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["app", "compare", "facts", "main", "measure", "measuring", "models", "studies"]
+__all__ = ["app", "compare", "facts", "init", "main", "measure", "measuring", "models", "studies"]

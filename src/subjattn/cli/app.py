@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,14 +48,29 @@ ColumnsOption = Annotated[
     str,
     typer.Option("--columns", help="Of a file of your own: its column names, as `subject=name,answer=country`."),
 ]
+LeaveOutOption = Annotated[
+    bool,
+    typer.Option("--leave-out-given", help="Leave out facts whose name holds the answer (Guinea-Bissau → Bissau)."),
+]
 NumberOption = Annotated[int, typer.Option("--n", min=1, help="How many facts, drawn at random.")]
 TemplateOption = Annotated[
     list[str] | None,
     typer.Option(
         "--template",
-        help="A prompt with `{subject}`, such as 'The capital of {subject} is', or the name of a built-in one, "
-        "such as `late`; repeatable.",
+        help="A prompt with `{subject}`, such as 'The capital of {subject} is' (`\\n` is a line break), or the name "
+        "of a built-in one, such as `late`; repeatable.",
     ),
+]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Only facts that the model knows: `correct`, answered rightly in the style; `known` or a SliCK category, "
+        "such as `HighlyKnown`, by `--knowledge`.",
+    ),
+]
+KnowledgeOption = Annotated[
+    Path | None, typer.Option("--knowledge", help="Labels for `--where`: knowledge.parquet of `subjattn knowledge`.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 MemoryOption = Annotated[
@@ -62,11 +79,14 @@ MemoryOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
-def check_output(path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise BadInput(f"--json {str(path)!r} is a folder: name a file in it")
+def check_output(path: Path | None, option: str = "--json") -> None:
+    """Refuse a file that could not be written, before anything runs; no folder is made."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise BadInput(f"{option} {str(path)!r} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise BadInput(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
@@ -87,4 +107,55 @@ def styles_of(table: Any, templates: list[str] | None) -> dict[str, str]:
     """The user's templates, or those the facts bring."""
     from subjattn.prompts import default_styles
 
-    return {f"style{i}": text for i, text in enumerate(templates, 1)} if templates else default_styles(table)
+    if not templates:
+        return default_styles(table)
+    return {f"style{i}": decoded(text) for i, text in enumerate(templates, 1)}
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def decoded(template: str) -> str:
+    r"""A template as a shell gives it, with `\n` and `\t` as line break and tab, and `\\` as one backslash."""
+    return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[0]), template)
+
+
+def show_styles(styles: Mapping[str, Any], table: Any) -> None:
+    """Each style as the model sees it, the first fact filled in; notes where it cannot fit all facts."""
+    from subjattn.prompts import example, notice_relations
+
+    for name, style in styles.items():
+        typer.echo(f"asked as {name}: {example(style, table)}")
+        notice_relations(style, table)
+
+
+def some_of(table: Any, n: int | None, usual: int, seed: int, leave_out_given: bool = False) -> Any:
+    """Facts that a command takes: `--n`, or all up to its usual number, drawn at random; notes what a user should know.
+
+    Args:
+        table: all facts.
+        n: how many; None: the usual number.
+        usual: of the command.
+        seed: of the draw.
+        leave_out_given: leave out facts whose name holds the answer, before the draw.
+    """
+    from subjattn.facts import draw
+    from subjattn.facts.given import answer_in_subject, without_given
+
+    if leave_out_given:
+        found, table = len(table), without_given(table)
+        note(f"{found - len(table)} of {found} facts have their answer in the name and are left out")
+    wanted = usual if n is None else n
+    if wanted > len(table):
+        note(f"there are {len(table)} facts, fewer than {wanted}: all are taken")
+    chosen = draw(table, min(wanted, len(table)), seed)
+    given = chosen[answer_in_subject(chosen)]
+    if len(given):
+        such = f"{given['subject'].iloc[0]} → {given['answers'].iloc[0][0]}"
+        note(f"{len(given)} of {len(chosen)} facts have their answer in the name ({such}): see --leave-out-given")
+    return chosen
+
+
+def note(text: str) -> None:
+    """A line on standard error that a user should know of, and that stops nothing."""
+    typer.echo(f"note: {text}", err=True)

@@ -14,11 +14,15 @@ from subjattn.cli.app import (
     ColumnsOption,
     DtypeOption,
     FactsOption,
-    NumberOption,
+    LeaveOutOption,
     SeedOption,
     TemplateOption,
     app,
+    check_output,
     columns_of,
+    decoded,
+    show_styles,
+    some_of,
     styles_of,
 )
 from subjattn.errors import BadInput
@@ -27,7 +31,9 @@ from subjattn.errors import BadInput
 @app.command()
 def facts(
     name: Annotated[str, typer.Argument(help="`cities`, `popqa`, `popqa:PATH`, …, or a file of your own.")],
-    n: NumberOption = 5,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many facts, drawn at random; else all, up to 5.")
+    ] = None,
     columns: ColumnsOption = "",
     template: TemplateOption = None,
     model: Annotated[str, typer.Option(help="Whose tokenizer to show.")] = "smollm2-135m",
@@ -35,35 +41,39 @@ def facts(
     rejected: Annotated[
         Path | None, typer.Option(help="Write the rows that were left out to this CSV: file, row, reason.")
     ] = None,
+    leave_out_given: LeaveOutOption = False,
 ) -> None:
     """Preview facts as prompts, the subject's tokens marked, and say what was left out.
 
     Example: `subjattn facts cities --n 5`
     """
-    from subjattn.facts import draw, read_facts
+    from subjattn.facts import read_facts
     from subjattn.models import load_tokenizer
-    from subjattn.prompts import make_prompts
+    from subjattn.prompts import make_prompts, pieces
 
+    check_output(rejected, "--rejected")
     every, left_out = read_facts(name, columns_of(columns) or None)
-    table = draw(every, n, seed)
+    styles = styles_of(every, template)
+    table = some_of(every, n, 5, seed, leave_out_given)
     tokenizer, console = load_tokenizer(model), Console()
     if rejected is not None:
-        rejected.parent.mkdir(parents=True, exist_ok=True)
         left_out.to_csv(rejected, index=False)
     relations = every["relation"].nunique()
     of = f"{len(every)} facts in {name}, {relations} relation{'s' if relations > 1 else ''}"
     where = f", listed in {rejected}" if rejected else " (--rejected FILE lists them)" if len(left_out) else ""
     console.print(Text(f"{of}; {len(left_out)} rows left out{where}"), soft_wrap=True)
-    console.print(Text(f"{len(table)} of them, tokens of {model}, subject marked, answer after →"))
-    for style, text in styles_of(table, template).items():
-        console.print(Text(f"\n{style}", style="bold"))
+    marks = "subject marked, ×2 behind a character of two tokens, answer after →"
+    console.print(Text(f"{len(table)} of them, tokens of {model}, {marks}"), soft_wrap=True)
+    for style, text in styles.items():
+        typer.echo()
+        show_styles({style: text}, table)
         for prompt in make_prompts(table, tokenizer, text):
             line = Text()
-            for position, token in enumerate(prompt.tokens[: prompt.prediction + 1]):
-                inside = prompt.span is not None and position in prompt.subject_positions
-                shown = repr(token)[1:-1]
-                line.append(f"[{shown}]" if inside else shown, "bold reverse" if inside else "")
-            line.append(f"  →{''.join(prompt.tokens[prompt.prediction + 1 :])}", "green")
+            for piece in pieces(prompt, tokenizer):
+                if piece.start == prompt.prediction + 1:
+                    line.append("  →")
+                shown = f"[{piece.text}]" if piece.inside else piece.text
+                line.append(shown, "bold reverse" if piece.inside else "green" if "→" in line else "")
             console.print(line, soft_wrap=True)
 
 
@@ -90,18 +100,20 @@ def knowledge(
 
     Example: `subjattn knowledge --model smollm2-135m --facts cities --n 200 --out runs/knowledge`
     """
-    from subjattn.facts import draw, load_facts
+    from subjattn.facts import load_facts
     from subjattn.knowledge.run import know
     from subjattn.knowledge.slick import Budget
     from subjattn.models import load_model
+    from subjattn.prompts import Style
 
     asked: dict[str, Any] = {"n_prompts": prompts, "shots": shots, "n_samples": samples, "temperature": temperature}
     try:
-        budget = Budget(**asked, scorer=scorer, template=template, seed=seed)  # type: ignore[arg-type]
+        budget = Budget(**asked, scorer=scorer, template=decoded(template), seed=seed)  # type: ignore[arg-type]
     except ValueError as error:
         raise BadInput(f"--{str(error).splitlines()[1]}: {str(error).splitlines()[2].strip()}") from None
     pool = load_facts(facts, columns=columns_of(columns) or None)
-    chosen = pool if n is None else draw(pool, n, seed)
+    chosen = pool if n is None else some_of(pool, n, n, seed)
+    show_styles({"question": Style(template=budget.template, shots=budget.shots)}, chosen)
     found = know(load_model(model, adapter=adapter, dtype=dtype), chosen, pool, out, budget)
     console = Console()
     for table in tables.knowledge_tables(found):

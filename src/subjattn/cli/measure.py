@@ -18,18 +18,25 @@ from subjattn.cli.app import (
     ColumnsOption,
     DtypeOption,
     FactsOption,
+    KnowledgeOption,
+    LeaveOutOption,
     MemoryOption,
-    NumberOption,
     SeedOption,
     TemplateOption,
+    WhereOption,
     app,
     check_output,
     columns_of,
+    show_styles,
+    some_of,
     styles_of,
     write_json,
 )
+from subjattn.errors import BadInput
 
 
+USUAL = 50
+"""Facts that are measured where there are as many and nothing else is said."""
 Backend = Literal["engine", "hooks", "transformer-lens", "nnsight"]
 
 
@@ -122,8 +129,13 @@ def _shared(
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
     facts: FactsOption = "cities",
     columns: ColumnsOption = "",
-    n: NumberOption = 50,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many facts, drawn at random; else all, up to 50.")
+    ] = None,
     template: TemplateOption = None,
+    where: WhereOption = None,
+    knowledge: KnowledgeOption = None,
+    leave_out_given: LeaveOutOption = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers per fact to this file.")] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
@@ -140,8 +152,11 @@ def _run(
     adapter: str | None,
     facts: str,
     columns: str,
-    n: int,
+    n: int | None,
     template: list[str] | None,
+    where: str | None,
+    knowledge: Path | None,
+    leave_out_given: bool,
     json_: Path | None,
     seed: int,
     dtype: str,
@@ -154,43 +169,73 @@ def _run(
     from subjattn.prompts import make_prompts
 
     check_output(json_)
-    table = load_facts(facts, n, seed, columns_of(columns) or None)
-    styles, loaded = styles_of(table, template), None
+    every = load_facts(facts, columns=columns_of(columns) or None)
+    styles, loaded = styles_of(every, template), None
+    table = some_of(every, n, USUAL, seed, leave_out_given)
+    show_styles(styles, table)
     results = {}
+    computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():
         loaded = loaded or load_model(model, adapter=adapter, dtype=dtype)
         prompts = make_prompts(table, loaded.tokenizer, text)
-        dataset = measured(
-            found.name, loaded, prompts, settings, seed=seed, backend=backend, memory_budget=memory_budget
-        )
-        means = _means(found, dataset)
-        typer.echo(f"{style}: " + (", ".join(f"{name} {_shown(of)}" for name, of in means.items()) or "measured"))
-        results[style] = {"template": text, "mean": means, "arrays": _plain(dataset)}
-    asked = {"model": model, "adapter": adapter, "dtype": dtype, "facts": facts, "columns": columns, "n": n}
-    asked |= {"seed": seed, "backend": backend, "memory_budget": memory_budget}
-    write_json(json_, {"measure": found.name, "settings": settings, **asked, "styles": results})
+        dataset = measured(found.name, loaded, prompts, settings, where=where, knowledge=knowledge, **computing)
+        means = _means(found, dataset, table.set_index("fact_id")["relation"])
+        for name, of in means.items():
+            typer.echo(f"{style}: {name} {_shown(of)}")
+        if not means:
+            typer.echo(f"{style}: measured")
+        numbers = {key: {name: of[key] for name, of in means.items()} for key in ("mean", "low", "high", "n")}
+        results[style] = {"template": text, **numbers, "arrays": _plain(dataset)}
+    asked: dict[str, Any] = {
+        "model": model,
+        "adapter": adapter,
+        "dtype": dtype,
+        "facts": facts,
+        "columns": columns,
+        "n": len(table),
+    }
+    asked |= {"where": where, "knowledge": knowledge and str(knowledge), "leave_out_given": leave_out_given}
+    write_json(json_, {"measure": found.name, "settings": settings, **asked, **computing, "styles": results})
 
 
-def _means(found: Any, dataset: Any) -> dict[str, float | None]:
-    """Means of the quantities over facts, ratios of means where they are shares; None where not defined."""
-    import math
-
-    means: dict[str, float | None] = {}
+def _means(found: Any, dataset: Any, relations: Any) -> dict[str, dict[str, Any]]:
+    """`mean`, `low`, `high`, `n` and `notes` of each quantity over facts; None where there is no mean or interval."""
+    means: dict[str, dict[str, Any]] = {}
     for quantity in found.quantities:
-        array = quantity.per_fact(dataset)
-        if not array.sizes["fact"]:
+        values = quantity.per_fact(dataset)
+        if not values.sizes["fact"]:
             continue
-        mean = array.mean("fact")
-        if quantity.over is not None:
-            mean = mean / quantity.over(dataset).where(array.notnull()).mean("fact")
-        named = {f"{quantity.name}.{part}": mean.sel(part=part) for part in array["part"].values} if mean.dims else None
-        for name, value in (named or {quantity.name: mean}).items():
-            means[name] = None if math.isnan(value) else float(value)
+        values = values.assign_coords(relation=("fact", relations.reindex(values["fact"].values).to_numpy(object)))
+        over = None if quantity.over is None else quantity.over(dataset)
+        if "part" not in values.dims:
+            means[quantity.name] = _mean(quantity, values, over)
+            continue
+        for part in values["part"].values:
+            own = over.sel(part=part) if over is not None and "part" in over.dims else over
+            means[f"{quantity.name}.{part}"] = _mean(quantity, values.sel(part=part), own)
     return means
 
 
-def _shown(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4g}"
+def _mean(quantity: Any, values: Any, over: Any) -> dict[str, Any]:
+    """Of one quantity, or of one part of it."""
+    from subjattn.evidence.intervals import interval
+    from subjattn.study.values import share
+
+    n = int(values.notnull().sum())
+    mean: dict[str, Any] = {"mean": float(values.mean()) if n and over is None else None, "low": None, "high": None}
+    try:
+        found = interval(share(values, over, "models"), bounds=None if over is not None else quantity.bounds)
+    except BadInput as error:
+        return mean | {"n": n, "notes": [f"no interval: {error}"]}
+    low, high = found.ends()
+    return {"mean": found.estimate, "low": low, "high": high, "n": found.n_facts, "notes": list(found.notes)}
+
+
+def _shown(of: dict[str, Any]) -> str:
+    """A mean with its interval and n, in text."""
+    mean = "not defined" if of["mean"] is None else f"{of['mean']:.4g}"
+    ends = "" if of["low"] is None else f" [{of['low']:.4g}, {of['high']:.4g}]"
+    return "; ".join([f"{mean}{ends}, n {of['n']}", *of["notes"]])
 
 
 def _plain(dataset: Any) -> dict[str, Any]:

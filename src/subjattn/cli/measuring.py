@@ -20,6 +20,7 @@ from subjattn.cli.app import (
     TemplateOption,
     app,
     check_output,
+    show_styles,
     styles_of,
     write_json,
 )
@@ -69,7 +70,8 @@ def verify(
 
     check_output(json_)
     table = load_facts(facts)
-    style = next(iter(styles_of(table, template).values()))
+    name, style = next(iter(styles_of(table, template).items()))
+    show_styles({name: style}, table)
     loaded = load_model(model, adapter=adapter, dtype=dtype)
     found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
     shown = tables.table(f"largest differences from the engine: {model}, {dtype}")

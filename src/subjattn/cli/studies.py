@@ -111,10 +111,12 @@ def check(study: StudyArgument, set_: SetOption = None) -> None:
     Example: `subjattn check experiments/popqa.yaml`
     """
     from subjattn.study.checking import check_study
-    from subjattn.study.read import load_study
+    from subjattn.study.read import load_study, located
 
     config = load_study(study, set_ or [])
-    for line in check_study(config):
+    with located(study, set_ or []):
+        lines = check_study(config)
+    for line in lines:
         typer.echo(line)
 
 

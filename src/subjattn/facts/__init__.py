@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from subjattn.digest import content_digest
 from subjattn.errors import BadInput
 from subjattn.facts import cities, counterfact, entityquestions, lre, mmlu, own, popqa, world
 from subjattn.facts.duplicates import unambiguous
+from subjattn.facts.files import FRAME, SUFFIXES
 from subjattn.facts.hub import commit_of, fetch, parted
 from subjattn.facts.popularity import join_popularity
 from subjattn.facts.table import Read
@@ -57,29 +59,32 @@ SOURCES: Mapping[str, Source] = {
 }
 
 
-def read_facts(name: str, columns: Mapping[str, str] | None = None, *, merge: bool = True) -> Read:
+def read_facts(
+    source: str | Path | pd.DataFrame, columns: Mapping[str, str] | None = None, *, merge: bool = True
+) -> Read:
     """All facts of a source, and every row of it that is not among them, with the reason.
 
     Args:
-        name: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub (`popqa@REVISION` for a branch,
-            tag or commit); any of SOURCES with a local copy in the published layout, as `popqa:PATH`; or a CSV,
-            TSV, JSONL or parquet file.
-        columns: of a user's own file: its names for `subject`, `answer`, `popularity`, `relation`, …
+        source: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub (`popqa@REVISION` for a branch,
+            tag or commit); any of SOURCES with a local copy in the published layout, as `popqa:PATH`; a CSV, TSV,
+            JSONL or parquet file; or a DataFrame, whose rows are named by their labels.
+        columns: of a table of one's own: its names for `subject`, `answer` (a list, or several parted by `|`),
+            `relation`, `question`, `popularity`, `fact_id`.
         merge: merge or drop facts that ask the same question (see `subjattn.facts.duplicates`).
 
     Returns:
         `facts`, and `rejected` with the columns `file`, `row`, `reason`.
 
     Raises:
-        BadInput: unknown source, or a file that cannot be read.
+        BadInput: unknown source, or a file that cannot be read; the message names the line.
     """
-    facts, rejected = _read(name, columns)
+    (facts, rejected), places = _read(source, columns)
     if merge:
-        facts, ambiguous = unambiguous(facts)
+        facts, ambiguous = unambiguous(facts, places)
         rejected = pd.concat([rejected, ambiguous], ignore_index=True)
     if facts.empty:
         reason = f", such as row {rejected['row'][0]}: {rejected['reason'][0]}" if len(rejected) else ""
-        raise BadInput(f"{name} holds no fact that can be asked{reason}")
+        raise BadInput(f"{_called(source)} holds no fact that can be asked{reason}")
     return Read(facts, rejected)
 
 
@@ -105,56 +110,72 @@ def identity_of_source(name: str) -> str:
     return content_digest(path_of(name))
 
 
-def _read(name: str, columns: Mapping[str, str] | None) -> Read:
+def _read(
+    source: str | Path | pd.DataFrame, columns: Mapping[str, str] | None
+) -> tuple[Read, Mapping[str, tuple[str, Any, str]]]:
+    """A source's facts, and where each stands, of a user's own table."""
+    if isinstance(source, pd.DataFrame):
+        return own.read(source, columns)
+    name = str(source)
     known, colon, path = name.partition(":")
     known, revision = parted(known) if not colon else (known, None)
     if columns and (name == "cities" or known in SOURCES):
-        raise BadInput(f"columns are for a file of your own; {known!r} has its published ones")
+        raise BadInput(f"columns are for a table of your own; {known!r} has its published ones")
     if name == "cities":
-        return cities.read()
+        return cities.read(), {}
     if known in SOURCES:
-        source = SOURCES[known]
+        published = SOURCES[known]
         if colon:
             if not Path(path).exists():
                 raise BadInput(f"no such file or folder: {path!r}")
-            return source.read(Path(path))
-        if source.hub is None:
+            return published.read(Path(path)), {}
+        if published.hub is None:
             raise BadInput(
-                f"{known!r} is on no hub in its published layout: get it from {source.home}, give {known}:PATH"
+                f"{known!r} is on no hub in its published layout: get it from {published.home}, give {known}:PATH"
             )
-        repository, file = source.hub
-        return source.read(fetch(f"{repository}@{revision}" if revision else repository, file))
-    if Path(name).suffix.lower() in own.SUFFIXES:
+        repository, file = published.hub
+        return published.read(fetch(f"{repository}@{revision}" if revision else repository, file)), {}
+    if Path(name).suffix.lower() in SUFFIXES:
         return own.read(Path(name), columns)
-    listed = ", ".join(["cities", *SOURCES, *(f"*{suffix}" for suffix in own.SUFFIXES)])
+    listed = ", ".join(["cities", *SOURCES, *(f"*{suffix}" for suffix in SUFFIXES)])
     raise BadInput(f"unknown facts {name!r}: use one of {listed}")
 
 
+def _called(source: str | Path | pd.DataFrame) -> str:
+    return FRAME if isinstance(source, pd.DataFrame) else str(source)
+
+
 def load_facts(
-    name: str, n: int | None = None, seed: int = 0, columns: Mapping[str, str] | None = None
+    source: str | Path | pd.DataFrame,
+    n: int | None = None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Facts of a source, one row each, those that ask the same question merged or dropped.
 
     Args:
-        name: see `read_facts`, which also lists the rows that were left out and why.
+        source: a name, a file or a DataFrame; see `read_facts`, which also lists the rows that were left out and why.
         n: draw this many facts at random; None for all.
         seed: of the draw, which depends on fact ids and not on the order of rows; without a column
-            `fact_id` a file's row numbers are its ids.
-        columns: of a user's own file: its names for `subject`, `answer`, `popularity`, `relation`, …
+            `fact_id` a file's row numbers (a DataFrame's labels) are its ids.
+        columns: of a table of one's own: its names for `subject`, `answer`, `popularity`, `relation`, …
+
+    Example:
+        >>> load_facts(pd.DataFrame({"subject": ["Bonn"], "land": ["Germany"]}), columns={"answer": "land"})
 
     Raises:
         BadInput: unknown source, unreadable file, or `n` larger than the data.
     """
-    facts, rejected = read_facts(name, columns)
-    if len(rejected) and name != "cities":
-        log.warning("%s: %d facts; %d rows left out, listed by read_facts", name, len(facts), len(rejected))
+    facts, rejected = read_facts(source, columns)
+    if len(rejected) and _called(source) != "cities":
+        log.warning("%s: %d facts; %d rows left out, listed by read_facts", _called(source), len(facts), len(rejected))
     return facts if n is None else draw(facts, n, seed)
 
 
 def draw(facts: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """`n` facts at random; the draw depends on fact ids and not on the order of rows."""
     if not 1 <= n <= len(facts):
-        raise BadInput(f"n={n} is not between 1 and the {len(facts)} facts there are")
+        raise BadInput(f"n={n} is not between 1 and the {len(facts)} facts there are", field="n")
     rng = np.random.default_rng(seed)
     ordered = facts.sort_values("fact_id", ignore_index=True)
     return ordered.iloc[np.sort(rng.choice(len(ordered), n, replace=False))].reset_index(drop=True)

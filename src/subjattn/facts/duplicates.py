@@ -7,13 +7,21 @@ the name belongs to several things (homonyms), the question has no single answer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from subjattn.facts.table import REJECTED_COLUMNS, Read, plain_name
 
 
-def unambiguous(facts: pd.DataFrame) -> Read:
-    """The facts with one meaning each, and those that went: columns `file` (the source), `row` (fact id), `reason`."""
+def unambiguous(facts: pd.DataFrame, places: Mapping[str, tuple[str, Any, str]] | None = None) -> Read:
+    """The facts with one meaning each, and those that went.
+
+    Args:
+        facts: a table of facts.
+        places: by fact id its file, its row, and that row in words; without, the source and the fact id.
+    """
     asked = [
         (relation, plain_name(subject) if isinstance(subject, str) else (question, *choices))
         for relation, subject, question, choices in zip(
@@ -24,19 +32,20 @@ def unambiguous(facts: pd.DataFrame) -> Read:
     for row, key in enumerate(asked):
         groups.setdefault(key, []).append(row)
     answers, ids = facts["answers"].tolist(), facts["fact_id"].tolist()
+    sources = facts["source"].tolist()
+    where = [(places or {}).get(of, (source, of, of)) for of, source in zip(ids, sources, strict=True)]
     popularity = facts["popularity"].to_numpy(float).copy()
     gone: dict[int, str] = {}
     for rows in (rows for rows in groups.values() if len(rows) > 1):
         first, *others = rows
         if len({frozenset(answer.casefold() for answer in answers[row]) for row in rows}) == 1:
             popularity[first] = pd.Series(popularity[rows]).max()
-            gone |= dict.fromkeys(others, f"the same fact as {ids[first]}: merged")
+            gone |= dict.fromkeys(others, f"the same fact as {where[first][2]}: merged")
         else:
             gone |= {
-                row: f"asked with another answer in {ids[others[0] if row == first else first]}: dropped"
+                row: f"asked with another answer in {where[others[0] if row == first else first][2]}: dropped"
                 for row in rows
             }
     kept = facts.assign(popularity=popularity).drop(index=facts.index[list(gone)]).reset_index(drop=True)
-    sources = facts["source"].tolist()
-    listed = [(sources[row], ids[row], reason) for row, reason in sorted(gone.items())]
+    listed = [(*where[row][:2], reason) for row, reason in sorted(gone.items())]
     return Read(kept, pd.DataFrame(listed, columns=REJECTED_COLUMNS))

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from subjattn.errors import BadInput
-from subjattn.facts.own import read_parquet
+from subjattn.facts.files import read_parquet
 from subjattn.facts.table import Read, Reader, escaped, read_csv
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts.own import read_table
+from subjattn.facts.files import read_table
 from subjattn.facts.table import Rejected, plain_name, popularity_of
 
 
@@ -29,16 +29,16 @@ def join_popularity(
     """
     table = read_table(Path(path))
     for name in (subject, popularity):
-        if name not in table:
-            raise BadInput(f"{path}: has no column {name!r}; it has {', '.join(map(str, table))[:200]}")
+        if name not in table.cells:
+            raise BadInput(f"{table.header}: no column {name!r} among {', '.join(map(str, table.cells))[:200]}")
     values = []
-    for row, value in enumerate(table[popularity].tolist()):
+    for place, value in zip(table.places, table.cells[popularity].tolist(), strict=True):
         try:
             values.append(popularity_of(value))
         except Rejected as reason:
-            raise BadInput(f"{path}: row {row}: {reason}") from None
+            raise BadInput(f"{table.at(place)}: {reason}") from None
     named = (
-        pd.DataFrame({"name": [plain_name(str(name)) for name in table[subject]], "value": values})
+        pd.DataFrame({"name": [plain_name(str(name)) for name in table.cells[subject]], "value": values})
         .dropna()
         .drop_duplicates()
     )

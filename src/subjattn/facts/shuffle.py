@@ -44,7 +44,8 @@ def taught(facts: pd.DataFrame, spec: str, seed: int, draw: int = 0) -> pd.DataF
         if len({answers[0] for answers in accepted}) == 1:
             raise BadInput(
                 f"arm {spec!r}: in relation {str(relation)!r} all {len(rows)} facts have the answer "
-                f"{some['answer'].iloc[0]!r}, so there is nothing to shuffle: leave out the relation or the arm"
+                f"{some['answer'].iloc[0]!r}, so there is nothing to shuffle: leave out the relation or the arm",
+                field="arms",
             )
         source[rows] = rows[_permuted(accepted, stream(f"{own} shuffled in {relation}", seed, draw))]
     return table.assign(**{name: table[name].to_numpy()[source] for name in ("answers", "answer")})

@@ -166,7 +166,8 @@ def split(
         if not (testable & ~outside).any():
             raise BadInput(
                 "controlled: no fact is left to test, each has a most frequent answer of its relation: add facts "
-                "with other answers"
+                "with other answers",
+                field="controlled",
             )
     cells = [name for name in match if name != "n_tokens" and by != "category"]
     levels = ("top", "bottom") if by == "category" else THIRDS
@@ -176,7 +177,8 @@ def split(
         if not 1 <= n_held_out <= len(unseen):
             raise BadInput(
                 f"n_held_out={n_held_out} is not between 1 and the {len(unseen)} facts of the relations held out "
-                f"({', '.join(held_out)}): ask for fewer or hold out more"
+                f"({', '.join(held_out)}): ask for fewer or hold out more",
+                field="n_held_out",
             )
         outsiders = stream("facts held out", seed).choice(unseen, n_held_out, replace=False)
         test = np.concatenate([test, outsiders])
@@ -200,21 +202,25 @@ def _check_columns(
 ) -> None:
     for argument, names, allowed in (("within", within, WITHIN), ("match", match, MATCH)):
         if wrong := [name for name in names if name not in allowed]:
-            raise BadInput(f"{argument}: {wrong[0]!r} is none of {', '.join(allowed)}")
+            raise BadInput(f"{argument}: {wrong[0]!r} is none of {', '.join(allowed)}", field=argument)
     needs_category = ["category" for arm in arms if arm.kind == "category"]
     for column in (by, *(name for name in match if name == "n_tokens"), *needs_category):
         if column not in facts:
-            raise BadInput(f"facts lack the column {column!r}; they have {', '.join(map(str, facts))}")
+            raise BadInput(
+                f"facts lack the column {column!r}; they have {', '.join(map(str, facts))}",
+                field="by" if column == by else "match" if column == "n_tokens" else "arms",
+            )
     if by == "category" or needs_category:
         labels = facts["category"].dropna()
         if len(wrong_labels := labels[~labels.isin(CATEGORIES)]):
             raise BadInput(f"category {wrong_labels.iloc[0]!r} is none of {', '.join(CATEGORIES)}")
     if by != "category" and not pd.api.types.is_numeric_dtype(facts[by]):
-        raise BadInput(f"by={by!r} is no column of numbers: rank by one, or by 'category'")
+        raise BadInput(f"by={by!r} is no column of numbers: rank by one, or by 'category'", field="by")
     if ranking := [arm.spec for arm in arms if by == "category" and arm.kind in ("top", "bottom")]:
         raise BadInput(
             f"arm {ranking[0]!r} needs facts in order, and by='category' gives none: use known, unknown, mixed-X% or "
-            "a category, or rank by a number"
+            "a category, or rank by a number",
+            field="arms",
         )
 
 
@@ -222,15 +228,20 @@ def _check_relations(facts: pd.DataFrame, arms: Sequence[ArmSpec], held_out: Seq
     if bool(held_out) != bool(n_held_out):
         raise BadInput(
             f"held_out={list(held_out)} and n_held_out={n_held_out}: name relations to hold out and how many of their "
-            "facts to test, or neither"
+            "facts to test, or neither",
+            field="held_out",
         )
     relations = sorted(map(str, facts["relation"].unique()))
     for argument, names in (("held_out", held_out), *((f"arm {arm.spec!r}", arm.relations) for arm in arms)):
         if unknown := [name for name in names if name not in relations]:
-            raise BadInput(f"{argument}: no relation {unknown[0]!r}; the relations are {', '.join(relations)}")
+            raise BadInput(
+                f"{argument}: no relation {unknown[0]!r}; the relations are {', '.join(relations)}",
+                field="held_out" if argument == "held_out" else "arms",
+            )
         if argument != "held_out" and (both := [name for name in names if name in held_out]):
             raise BadInput(
-                f"{argument}: relation {both[0]!r} is held out, so no arm trains on it: take out one of them"
+                f"{argument}: relation {both[0]!r} is held out, so no arm trains on it: take out one of them",
+                field="arms",
             )
 
 
@@ -242,8 +253,12 @@ def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.Data
     table[["_rank", "_size"]] = 0 if by == "category" else ranks(table, by, within)
     table = table[table["third"].notna()].reset_index(drop=True)
     if table.empty:
-        few = f" in a group of three with the same {' and '.join(within)}" if within and by != "category" else ""
-        raise BadInput(f"none of the {len(facts)} facts has a {by}{few}: rank by another column or within less")
+        few = f" in a group of three with the same {' and '.join(within)}" if facts[by].notna().any() else ""
+        raise BadInput(
+            f"none of the {len(facts)} facts has a {by}{few}: rank by another column"
+            f"{' or within less' if few else ', such as answer_logprob'}",
+            field="within" if few else "by",
+        )
     return table
 
 
@@ -272,7 +287,8 @@ def _draw_test(
         equally = f" with equal {', '.join(cells)} in" if cells else " equally from"
         raise BadInput(
             f"n_test={n_test} is not between 1 and the {len(levels) * len(slots)} facts that can be held out{equally} "
-            f"{' and '.join(levels)}: ask for fewer{' or match on less' if cells else ''}"
+            f"{' and '.join(levels)}: ask for fewer{' or match on less' if cells else ''}",
+            field="n_test",
         )
     per_cell = np.unique(rng.choice(slots, -(-n_test // len(levels)), replace=False), return_counts=True)
     groups = {key: group.index.to_numpy() for key, group in candidates.groupby([cell, "third"])}
@@ -310,13 +326,16 @@ def _draw_arms(
     if shares := [
         arm.spec for arm in arms if arm.kind == "random" and arm.share < 1 and (n_train is not None or match)
     ]:
-        raise BadInput(f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random")
+        raise BadInput(
+            f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random", field="arms"
+        )
     if not 1 <= n <= most:
         equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
         raise BadInput(
             f"n_train={'all' if n_train is None else n_train} is not between 1 and the {most} facts that each arm can "
             f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
-            f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out"
+            f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out",
+            field="n_train",
         )
     shared = _quotas(cell, slots, n, stream("quotas", *numbers)) if match else np.zeros(n, int)
     chosen = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import math
+import re
 import string
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ REJECTED_COLUMNS = ["file", "row", "reason"]
 LONGEST_NAME = 1000
 """Characters of a subject or an answer; more is a broken cell and no name."""
 LONGEST_QUESTION = 20_000
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 class Read(NamedTuple):
@@ -29,7 +32,10 @@ class Read(NamedTuple):
 
     facts: pd.DataFrame
     rejected: pd.DataFrame
-    """Columns `file`, `row` (counted from 0 within the file, a header apart) and `reason`."""
+    """Columns `file`, `row` and `reason`.
+
+    A row of a user's own file is its line, of a DataFrame its label; else it is counted from 0, a header apart.
+    """
 
 
 class Rejected(Exception):
@@ -192,13 +198,20 @@ def plain_name(name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's text; BadInput where it is missing or not UTF-8."""
+    """A file's text, without a byte-order mark; BadInput where it is missing or not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadInput(f"{path}: is UTF-16 text, as Excel's 'Unicode text' is: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        line = len(_LINE_END.findall(content[: error.start].decode("utf-8", "replace"))) + 1
+        raise BadInput(
+            f"{path}:{line}: is not UTF-8 text (byte 0x{content[error.start]:02x}): save it as UTF-8"
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -209,16 +222,30 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path} is not JSON: {error}") from None
 
 
-def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """A file's rows of cells, however large, blank lines left out; BadInput where quotes do not match."""
-    limit = csv.field_size_limit(sys.maxsize)
+def csv_rows(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """A text's rows of cells, however large, each with the line it begins on, counted from 1; blank lines left out.
+
+    Raises:
+        BadInput: quotes do not match; the message names the line where the row begins.
+    """
+    limit, line = csv.field_size_limit(sys.maxsize), 1
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-        return [row for row in rows if row]
+        for cells in rows:
+            if cells:
+                yield line, cells
+            line = rows.line_num + 1
     except csv.Error as error:
-        raise BadInput(f"{path} cannot be read as a table: {error}") from None
+        raise BadInput(
+            f"{path}:{line}: cannot be read as a row of a table ({error}): look for a quote that is open or not doubled"
+        ) from None
     finally:
         csv.field_size_limit(limit)
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
+    """A file's rows of cells, blank lines left out; BadInput where quotes do not match."""
+    return [cells for _, cells in csv_rows(path, read_text(path), delimiter)]
 
 
 def read_records(path: Path, reader: Reader, needed: Sequence[str], delimiter: str = ",") -> Iterator[tuple[int, dict]]:

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score  # type: ignore[import-untyped]
 
 from subjattn.errors import BadInput
-from subjattn.facts.own import read_parquet
+from subjattn.facts.files import read_parquet
 from subjattn.models import identity
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from subjattn.errors import BadInput
 from subjattn.measures.answers import predict
 from subjattn.measures.pairs import choose_pairs
 from subjattn.measures.record import Asked, measure_of
+from subjattn.measures.where import where as facts_where
 
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ def measure(
     prompts: PromptSet,
     settings: Mapping[str, Any] | None = None,
     *,
+    where: str | None = None,
+    knowledge: str | Path | None = None,
     seed: int = 0,
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -38,12 +42,15 @@ def measure(
         model: from `load_model`.
         prompts: facts asked in one style.
         settings: of the measure; `subjattn measure NAME --help` shows them.
+        where: only the facts that the model knows: `correct`, `known` or a SliCK category; see `subjattn.where`.
+        knowledge: the labels of `subjattn knowledge`, for all but `correct`.
         seed: of the draw of facts and pairs, for measures that do not take all.
         backend: what computes it.
         memory_budget: bytes of working memory beyond the weights.
 
     Returns:
-        The measure's arrays over `fact` and more; `measure_of(name).quantities` says what they mean.
+        The measure's arrays over `fact` and more; `measure_of(name).quantities` says what they mean. With `where`, the
+        attribute of that name says which facts they are of.
 
     Raises:
         BadInput: no such measure or setting, or the prompts do not give what it needs.
@@ -56,6 +63,11 @@ def measure(
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    asked_of = len(prompts)
+    if where is not None:
+        prompts = facts_where(prompts, where, model=model, scorer=getattr(chosen, "scorer", None), knowledge=knowledge)
+    elif knowledge is not None:
+        raise BadInput("knowledge labels facts: say which are wanted, where='HighlyKnown'")
     rng = np.random.default_rng(seed)
     order = [prompts[int(i)] for i in rng.permutation(len(prompts))]
     known: set[str] = set()
@@ -77,4 +89,5 @@ def measure(
         backend=backend,
         memory_budget=memory_budget,
     )
-    return found.run(asked, chosen)
+    dataset = found.run(asked, chosen)
+    return dataset if where is None else dataset.assign_attrs(where=f"{where}: {len(prompts)} of {asked_of} facts")

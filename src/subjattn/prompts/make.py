@@ -11,6 +11,7 @@ import pandas as pd
 from subjattn.errors import BadInput, SpanNotFound
 from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
 from subjattn.prompts.prompt import Prompt, PromptSet
+from subjattn.prompts.show import notice_relations
 from subjattn.prompts.spans import Encoded, check_tokenizer, encode, shares_edge, token_span
 from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_of, shown_to
 
@@ -62,6 +63,7 @@ def make_prompts(
     """
     style = Style.of(style)
     check_tokenizer(tokenizer)
+    notice_relations(style, facts)
     records: list[dict[str, Any]] = facts.to_dict("records")  # type: ignore[assignment]
     if style.chain_of_thought and reasoning is not None:
         missing = [fact["fact_id"] for fact in records if fact["fact_id"] not in reasoning]

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from subjattn.errors import BadInput
+from subjattn.facts.own import is_own
 from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
 
@@ -118,7 +119,9 @@ class Style(BaseModel):
 
 
 def default_styles(facts: pd.DataFrame) -> dict[str, str]:
-    """Two ways to ask these facts without being told: built-in ones, or the source's own question.
+    """How to ask these facts without being told: the questions of a user's own table, else two built-in ways.
+
+    Published facts whose relations have no built-in way in common are asked by their own questions too.
 
     Raises:
         BadInput: the facts bring neither.
@@ -126,12 +129,21 @@ def default_styles(facts: pd.DataFrame) -> dict[str, str]:
     if facts["choices"].notna().any() if "choices" in facts else False:
         return {"choices": "{question}\n{choices}\nAnswer:"}
     relations = sorted(facts["relation"].unique())
+    questions = "question" in facts and facts["question"].notna().all()
+    if questions and "source" in facts and is_own(facts):
+        return {"question": "{question}"}
     built_in = [TEMPLATES.get(relation, {}) for relation in relations]
     if common := [name for name in built_in[0] if all(name in styles for styles in built_in)][:2]:
         return {name: built_in[0][name] if len(built_in) == 1 else name for name in common}
-    if "question" in facts and facts["question"].notna().all():
+    if questions:
         return {"question": "{question}"}
-    raise BadInput("these facts have no built-in prompt: give one with --template 'The capital of {subject} is'")
+    unknown = ", ".join(repr(name) for name in relations if name not in TEMPLATES) or "all of them together"
+    known = ", ".join(sorted(name for name in TEMPLATES if not name[1:].isdigit()))
+    these = "these facts" if relations == ["unnamed"] else f"relation {unknown[:200]}"
+    raise BadInput(
+        f"no template is known for {these}: give one with --template 'The capital of {{subject}} is', or a column "
+        f"'question', or a column 'relation' with one of {known}"
+    )
 
 
 def template_fields(template: str) -> set[str]:

@@ -84,6 +84,7 @@ def perform(
                 ):
                     inputs = {role: folder.path(source) for role, source in stage.inputs.items()}
                     stage.resolve()({**stage.settings, **stage.where}, inputs, out, reporter)
+                    record |= {"settings": dict(stage.settings), "external": dict(stage.external)}
                     record |= _circumstances(stage) | {"seconds": round(time.monotonic() - started, 2)}
                 return Outcome(stage.name, time.monotonic() - started, notes=tuple(notes))
             except Exception as error:

@@ -8,14 +8,16 @@ from pathlib import Path
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, load_facts, own, path_of
+from subjattn.facts import SOURCES, load_facts, path_of
+from subjattn.facts.files import SUFFIXES
+from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
-from subjattn.prompts import subject_lengths
+from subjattn.prompts import Style, example, notice_relations, on_line, subject_lengths
 from subjattn.study.config import Arm, FactsConfig, StudyConfig
 from subjattn.study.plan import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
-from subjattn.study.stages.split import made, training_facts
+from subjattn.study.stages.split import made, naming_fields, training_facts
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -29,16 +31,17 @@ def check_study(config: StudyConfig) -> list[str]:
     asked = config.facts
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
+    found, pool = _found(config)
     lines = [
         f"{config.name}: {_described(config.model)}, {config.dtype}, seed {config.seed}",
-        f"facts: {asked.source}{_found(config)}; {train}{asked.n_test} to test, right by {config.scorer}",
-        *(f"style {name}: {style}".replace("\n", "⏎") for name, style in config.styles.items()),
+        f"facts: {asked.source}{found}; {train}{asked.n_test} to test, right by {config.scorer}",
+        *(_shown(name, style, pool) for name, style in config.styles.items()),
     ]
     for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
         if path:
             lines.append(f"facts.{name}: {path}{'' if Path(path).is_file() else ' (not there yet)'}")
     for name, arm in config.arms.items():
-        _check_there(arm)
+        _check_there(name, arm)
         model = f" of {arm.model}" if arm.model else ""
         trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
         lines.append(f"arm {name}: {trained}")
@@ -50,12 +53,24 @@ def check_study(config: StudyConfig) -> list[str]:
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
 
 
-def _check_there(arm: Arm) -> None:
+def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:
+    """A style as the model sees it, where the facts are at hand."""
+    if pool is None:
+        return on_line(f"style {name}: {style}")
+    notice_relations(style, pool)
+    return f"style {name}: {example(style, pool)}"
+
+
+def _check_there(name: str, arm: Arm) -> None:
     """Refuse models and adapters that are neither a folder nor a hub id."""
-    if arm.model:
-        resolve_model(arm.model)
-    if arm.adapter and (Path(arm.adapter).is_dir() or arm.adapter.count("/") != 1):
-        resolve_adapter(arm.adapter)
+    try:
+        if arm.model:
+            resolve_model(arm.model)
+        if arm.adapter and (Path(arm.adapter).is_dir() or arm.adapter.count("/") != 1):
+            resolve_adapter(arm.adapter)
+    except BadInput as error:
+        field = f"arms.{name}.{'adapter' if arm.adapter else 'model'}"
+        raise BadInput(f"{field}: {error}", field=field) from None
 
 
 def _described(model: str) -> str:
@@ -66,15 +81,15 @@ def _described(model: str) -> str:
         return f"{model} (not at hand)"
 
 
-def _found(config: StudyConfig) -> str:
-    """How many facts there are, where they are at hand; they are split, and each style is tried on some of them."""
+def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
+    """How many facts there are, and these, where they are at hand; they are split, and each style is tried on some."""
     asked = config.facts
     if not at_hand(asked):
         known = asked.source.partition(":")[0]
         if known not in SOURCES:
             load_facts(asked.source, columns=asked.columns or None)
         on_hub = asked.source == known and SOURCES[known].hub
-        return " (on the hub, not looked at)" if on_hub else " (not there yet)"
+        return " (on the hub, not looked at)" if on_hub else " (not there yet)", None
     present = {
         "knowledge": asked.knowledge and not Path(asked.knowledge).is_file(),
         "popularity": asked.popularity and not Path(asked.popularity.path).is_file(),
@@ -86,13 +101,20 @@ def _found(config: StudyConfig) -> str:
             try:
                 style.demonstration(fact) if style.shots else style.body(fact)  # type: ignore[arg-type]
             except BadInput as error:
-                raise BadInput(f"style {name!r}: {error}") from None
+                raise BadInput(f"style {name!r}: {error}", field=f"styles.{name}") from None
     check_scorer(facts, config.scorer == "letters")
     held_out = asked.split.held_out
     if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
-        raise BadInput(f"facts.split.held_out: no relation {missing[0]!r} among the facts")
+        raise BadInput(
+            f"facts.split.held_out: no relation {missing[0]!r} among the facts", field="facts.split.held_out.relations"
+        )
     split = _try_split(config, facts, any(present.values()))
-    return f", {len(facts)} in {facts['relation'].nunique()} relations{split}"
+    return f", {len(facts)} in {facts['relation'].nunique()} relations{_given(facts)}{split}", facts
+
+
+def _given(facts: pd.DataFrame) -> str:
+    given = int(answer_in_subject(facts).sum())
+    return f", {given} with their answer in the name (see facts.leave_out_given)" if given else ""
 
 
 def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> str:
@@ -110,12 +132,13 @@ def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> st
     settings = split_settings(config)
     table = made(facts, settings, None)
     for spec, number in product(settings["specs"], range(settings["draws"])):
-        taught(training_facts(table, spec, number), spec, config.seed, number)
+        with naming_fields():
+            taught(training_facts(table, spec, number), spec, config.seed, number)
     return ", split as asked"
 
 
 def at_hand(facts: FactsConfig) -> bool:
     """Whether the facts can be read without a network."""
     path = path_of(facts.source)
-    own_file = Path(path).suffix.lower() in own.SUFFIXES
+    own_file = Path(path).suffix.lower() in SUFFIXES
     return facts.source == "cities" or (Path(path).exists() if path != facts.source else own_file)

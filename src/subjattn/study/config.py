@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim
 from subjattn.facts.splits import parse_arm
 from subjattn.finetune.record import Method, method_of
@@ -82,6 +85,7 @@ class FactsConfig(_Section):
     source: str = Field("cities", description="a source, with a local copy as NAME:PATH, or a file of your own")
     columns: dict[str, str] = Field({}, description="of a file of your own: its names for subject, answer, …")
     relations: list[str] = Field([], description="only these relations")
+    leave_out_given: bool = Field(False, description="leave out facts whose name holds the answer")
     popularity: PopularityConfig | None = None
     knowledge: str | None = Field(None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id")
     trained_on: str | None = Field(None, description="facts that models brought along learnt: subjects to leave out")
@@ -194,24 +198,30 @@ class StudyConfig(_Section):
                 parsed[name] = settings if isinstance(settings, BaseModel) else measure_of(name).parse(settings or {})
             except ValidationError as error:
                 raise WrongField((name,), error) from None
+            except BadInput as error:
+                raise BadInput(str(error), field=str(name)) from None
         return parsed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.trained and (self.facts.split.held_out or self.facts.split.controlled):
-            raise ValueError(
-                "facts.split holds facts out of training ('held_out', 'controlled'), and no arm is trained"
+            raise BadInput(
+                "facts.split holds facts out of training ('held_out', 'controlled'), and no arm is trained",
+                field="facts.split",
             )
         if self.facts.split.by not in ("popularity", "answer_logprob") and self.facts.knowledge is None:
-            raise ValueError(
-                f"facts.split.by {self.facts.split.by!r} needs 'facts.knowledge', which `subjattn knowledge` writes"
+            raise BadInput(
+                f"facts.split.by {self.facts.split.by!r} needs 'facts.knowledge', which `subjattn knowledge` writes",
+                field="facts.split.by",
             )
         if self.trained:
             _check_training(self)
         elif len(self.replicates.all) > 1:
-            raise ValueError("replicates are trained anew each, and no arm is trained here")
+            raise BadInput("replicates are trained anew each, and no arm is trained here", field="replicates")
         if unknown := [name for name in self.replicates.first_only if name not in self.measures]:
-            raise ValueError(f"replicates.first_only: no measure {unknown[0]!r} in the study")
+            raise BadInput(
+                f"replicates.first_only: no measure {unknown[0]!r} in the study", field="replicates.first_only"
+            )
         check_claims(self)
         return self
 
@@ -264,36 +274,58 @@ class StudyConfig(_Section):
 
 def check_claims(study: StudyConfig) -> None:
     """Refuse contrasts and claims of what the study does not have, or that it could never decide."""
-    for arm in (arm for pair in study.contrasts for arm in pair):
-        study.check_arm(arm)
-    for quantity in study.smallest_effects:
-        quantity_of(quantity, study.measured)
-    for claim in study.claims:
-        where = f"claim {claim.id!r}"
-        for _, measure, arms, style, _cells in claim.sides:
-            quantity_of(measure.partition(".")[0], study.measured)
-            for arm in arms:
+    for number, pair in enumerate(study.contrasts):
+        with _within(f"contrasts.{number}"):
+            for arm in pair:
                 study.check_arm(arm)
-            for name in (style, claim.style):
-                if name is not None and name not in study.styles:
-                    raise ValueError(f"{where}: no style {name!r}; the styles are {', '.join(study.styles)}")
-        measured = [quantity_of(side[1].partition(".")[0], study.measured)[0].name for side in claim.sides]
-        if len({name in study.replicates.first_only for name in measured}) > 1:
-            raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
-        involved = {arm for side in claim.sides for arm in side[2]}
-        trained = involved & set(study.trained)
-        if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
-            raise ValueError(
-                f"{where} is about a way of training, which takes an arm trained here and replicates: {{draws: 3}} or "
-                "more"
-            )
-        if claim.select is not None:
-            _check_select(study, claim, involved)
+    for quantity in study.smallest_effects:
+        with _within(f"smallest_effects.{quantity}"):
+            quantity_of(quantity, study.measured)
+    for number, claim in enumerate(study.claims):
+        with _within(f"claims.{number}"):
+            _check_claim(study, claim)
     ids = [claim.id for claim in study.claims]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"two claims have the id {next(i for i in ids if ids.count(i) > 1)!r}")
-    if len(primary := [claim.id for claim in study.claims if claim.primary]) > 1:
-        raise ValueError(f"claims {primary[0]!r} and {primary[1]!r} are both primary: at most one is")
+        twice = next(i for i in ids if ids.count(i) > 1)
+        last = len(ids) - 1 - ids[::-1].index(twice)
+        raise BadInput(f"two claims have the id {twice!r}", field=f"claims.{last}.id")
+    primary = [number for number, claim in enumerate(study.claims) if claim.primary]
+    if len(primary) > 1:
+        first, second = (ids[number] for number in primary[:2])
+        raise BadInput(
+            f"claims {first!r} and {second!r} are both primary: at most one is", field=f"claims.{primary[1]}.primary"
+        )
+
+
+@contextmanager
+def _within(field: str) -> Iterator[None]:
+    """Say which field an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error), field=field) from None
+
+
+def _check_claim(study: StudyConfig, claim: Claim) -> None:
+    where = f"claim {claim.id!r}"
+    for _, measure, arms, style, _cells in claim.sides:
+        quantity_of(measure.partition(".")[0], study.measured)
+        for arm in arms:
+            study.check_arm(arm)
+        for name in (style, claim.style):
+            if name is not None and name not in study.styles:
+                raise ValueError(f"{where}: no style {name!r}; the styles are {', '.join(study.styles)}")
+    measured = [quantity_of(side[1].partition(".")[0], study.measured)[0].name for side in claim.sides]
+    if len({name in study.replicates.first_only for name in measured}) > 1:
+        raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
+    involved = {arm for side in claim.sides for arm in side[2]}
+    trained = involved & set(study.trained)
+    if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
+        raise ValueError(
+            f"{where} is about a way of training, which takes an arm trained here and replicates: {{draws: 3}} or more"
+        )
+    if claim.select is not None:
+        _check_select(study, claim, involved)
 
 
 def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
@@ -314,7 +346,12 @@ def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
 
 def _check_training(study: StudyConfig) -> None:
     if unknown := [name for name in study.training.styles or [] if name not in study.styles]:
-        raise ValueError(f"training.styles: no style {unknown[0]!r}; the styles are {', '.join(study.styles)}")
+        raise BadInput(
+            f"training.styles: no style {unknown[0]!r}; the styles are {', '.join(study.styles)}",
+            field="training.styles",
+        )
     styles = study.training_styles
     if not styles or any(style.shots or style.chain_of_thought for style in styles.values()):
-        raise ValueError("arms are trained in styles without shots and chain of thought, and there is none")
+        raise BadInput(
+            "arms are trained in styles without shots and chain of thought, and there is none", field="styles"
+        )

@@ -104,7 +104,8 @@ class _Builder:
             files.POOL,
             f"{_WORK}.pool:work",
             settings={
-                "facts": asked.model_dump(mode="json", include={"columns", "relations", "pool"}),
+                "facts": asked.model_dump(mode="json", include={"columns", "relations", "pool"})
+                | ({"leave_out_given": True} if asked.leave_out_given else {}),
                 "popularity": asked.popularity and [asked.popularity.subject, asked.popularity.popularity],
                 "source": asked.source.partition(":")[0] if _published(asked.source) else Path(asked.source).name,
                 "letters": config.scorer == "letters",

@@ -1,17 +1,20 @@
-"""Read the YAML of a study; the first wrong field is named in one line."""
+"""Read the YAML of a study; every wrong field is named in a line of its own, with the line where it stands."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, WrongFields
 from subjattn.study.config import MEASURED, StudyConfig, WrongField
+from subjattn.study.lines import Lines, lines_of
 
 
 MOVED = {
@@ -21,64 +24,114 @@ MOVED = {
     "example_prompts": "it is a setting of a measure now: measures.token_attention.facts",
 }
 """Fields of studies of 0.3, and where they have gone."""
+_Field = tuple[int | str, ...]
 
 
 def load_study(path: str | Path, settings: Sequence[str] = ()) -> StudyConfig:
     """Read a study's YAML and apply `key=value` settings, such as `facts.n_test=50`.
 
     Raises:
-        BadInput: no such file, no YAML, or a field with a wrong name or value; the message names it.
+        BadInput: no such file, no YAML, or fields with a wrong name or value; the message names each with its line.
     """
+    raw, lines = _read(path, settings)
+    return parse_study(raw, lines)
+
+
+@contextmanager
+def located(path: str | Path, settings: Sequence[str] = ()) -> Iterator[None]:
+    """Put the line of a study before an error that names its field."""
+    try:
+        yield
+    except BadInput as error:
+        if error.field is None:
+            raise
+        _, lines = _read(path, settings)
+        raise BadInput(f"{lines.at(error.field.split('.'))}: {error}", field=error.field) from None
+
+
+def parse_study(raw: dict[str, Any], where: str | Lines) -> StudyConfig:
+    """A study from plain data; BadInput with a line for each wrong field."""
+    lines = where if isinstance(where, Lines) else Lines(where)
+    try:
+        return StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        wrong = _required(dict(_wrong(error)))
+        order = sorted(wrong, key=lambda field: (lines.numbers.get(field, 0), [str(part) for part in field]))
+        messages = [_line(lines, field, wrong[field]) for field in order]
+        raise (BadInput(messages[0]) if len(messages) == 1 else WrongFields(messages)) from None
+
+
+def _read(path: str | Path, settings: Sequence[str]) -> tuple[dict[str, Any], Lines]:
+    """The plain data of a study, settings applied, and where each field stands."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no such study: {str(path)!r}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not readable YAML: it is not UTF-8 text") from None
+    lines = lines_of(text, str(path))
+    try:
+        raw = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path} holds no study: it should be a mapping with 'name', 'arms', 'styles' …")
-    for setting in settings:
-        _apply(raw, setting)
-    return parse_study(raw, str(path))
+    return raw, replace(lines, settings={_apply(raw, setting): setting for setting in settings})
 
 
-def parse_study(raw: dict[str, Any], where: str) -> StudyConfig:
-    """A study from plain data; BadInput with one line for the first wrong field."""
-    try:
-        return StudyConfig.model_validate(raw)
-    except ValidationError as error:
-        raise BadInput(f"{where}: {_first(error)}") from None
+def _wrong(error: ValidationError, above: _Field = ()) -> Iterator[tuple[_Field, tuple[str, str]]]:
+    """Wrong fields, each with the kind of mistake and what is wrong."""
+    for one in error.errors():
+        field = (*above, *one["loc"])
+        cause = one.get("ctx", {}).get("error")
+        if isinstance(cause, WrongField):
+            yield from _wrong(cause.error, (*field, *cause.field))
+            continue
+        if isinstance(cause, BadInput) and cause.field:
+            field = (*field, *(int(part) if part.isdigit() else part for part in cause.field.split(".")))
+        yield field, (one["type"], _reason(one, field))
 
 
-def _first(error: ValidationError, above: tuple[int | str, ...] = ()) -> str:
-    """The first wrong field and what is wrong with it."""
-    first = error.errors()[0]
-    location = (*above, *first["loc"])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, WrongField):
-        return _first(cause.error, (*location, *cause.field))
-    field = ".".join(str(part) for part in location) or "study"
-    if str(location[-1:][0] if location else "") in MOVED:
-        reason = f"no such field; {MOVED[str(location[-1])]}"
-    elif first["type"] == "extra_forbidden":
-        reason = f"no such field{_suggestion(location)}"
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        if not isinstance(first["input"], dict):
-            reason += f", not {str(first['input'])[:80]!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{field}: {reason}{more}"
+def _reason(one: Any, field: _Field) -> str:
+    last = str(field[-1]) if field else ""
+    if one["type"] == "missing":
+        return "it is needed, and missing"
+    if last in MOVED and one["type"] == "extra_forbidden":
+        return f"no such field; {MOVED[last]}"
+    if one["type"] == "extra_forbidden":
+        return f"no such field{_suggestion(last)}"
+    reason = str(one["msg"]).removeprefix("Value error, ")
+    plain = isinstance(one["input"], str | int | float | bool | None) and one["type"] != "value_error"
+    return f"{reason}, not {str(one['input'])[:80]!r}" if plain else reason
 
 
-def _suggestion(location: Sequence[int | str]) -> str:
+def _required(wrong: dict[_Field, tuple[str, str]]) -> dict[_Field, str]:
+    """What is wrong by field; a missing one and an unknown one beside it that is called alike are one mistake."""
+    reasons = {field: reason for field, (_, reason) in wrong.items()}
+    for field in [field for field, (kind, _) in wrong.items() if kind == "missing"]:
+        beside = {
+            str(of[-1]): of for of, (kind, _) in wrong.items() if kind == "extra_forbidden" and of[:-1] == field[:-1]
+        }
+        if close := difflib.get_close_matches(str(field[-1]), list(beside), n=1, cutoff=0.5):
+            reasons[beside[close[0]]] = f"no such field, and {str(field[-1])!r} is missing: did you mean that?"
+            del reasons[field]
+    return reasons
+
+
+def _line(lines: Lines, field: _Field, reason: str) -> str:
+    named = ".".join(map(str, field)) or "study"
+    return f"{lines.at(field)}: {reason if field and reason.startswith(named) else f'{named}: {reason}'}"
+
+
+def _suggestion(name: str) -> str:
     from subjattn.finetune.record import methods
     from subjattn.measures.record import measures
 
     records: list[Any] = [*measures().values(), *methods().values()]
     settings = [record.settings for record in records]
     known = sorted({name for section in (*_sections(StudyConfig), *settings) for name in section.model_fields})
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -97,7 +150,8 @@ def _parts(annotation: Any) -> Iterable[Any]:
         yield from _parts(part)
 
 
-def _apply(raw: dict[str, Any], setting: str) -> None:
+def _apply(raw: dict[str, Any], setting: str) -> _Field:
+    """Change a field, and give its path."""
     key, equals, value = setting.partition("=")
     if not equals or not key:
         raise BadInput(f"--set {setting!r} is not key=value, such as facts.n_test=50")
@@ -114,3 +168,4 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
         target[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise BadInput(f"--set {setting!r}: the value is not YAML") from None
+    return (*path, last)

@@ -85,6 +85,8 @@ def _paired(pair: tuple[str, str], config: StudyConfig) -> list[Any]:
 def _rests_on(config: StudyConfig, arms: set[str]) -> dict[str, Any]:
     content = config.model_dump(mode="json", include={"model", "dtype", "seed", "facts", "training", "replicates"})
     content["replicates"].pop("first_only")
+    if not content["facts"]["leave_out_given"]:
+        content["facts"].pop("leave_out_given")  # registrations of 0.5 know nothing of it
     return content | {"arms": {arm: config.arms[arm].model_dump(mode="json") for arm in sorted(arms)}}
 
 

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from subjattn.progress import Progress
+from subjattn.run.changes import replaced
 from subjattn.run.folder import RESULTS, Folder, alone, replacing
 from subjattn.run.plan import Plan
 from subjattn.run.schedule import execute
@@ -65,6 +66,8 @@ def run_study(
         files.check_version(out)
         folder = Folder(out)
         stack.callback(folder.sweep)  # once the workers have ended, killed or not
+        for line in replaced(plan, folder):
+            progress.note(line)
         register(config, folder)
         execute(plan.before_models, folder, progress)
         if not executors:

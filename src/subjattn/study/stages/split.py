@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
         own = training_facts(table, spec, number)[kept]
         own.to_parquet(out / training_file(facts_of(spec), number), index=False)
         if facts_of(spec) != spec:
-            taught(own, spec, settings["seed"], number).to_parquet(out / training_file(spec, number), index=False)
+            with naming_fields():
+                shuffled = taught(own, spec, settings["seed"], number)
+            shuffled.to_parquet(out / training_file(spec, number), index=False)
 
 
 def training_facts(table: pd.DataFrame, spec: str, number: int) -> pd.DataFrame:
@@ -57,6 +60,24 @@ def train_column(spec: str, number: int) -> str:
     return f"train_{spec}" if number == 0 else f"train_{spec}@{number}"
 
 
+_SPLIT = ("by", "within", "match", "controlled", "held_out")
+_FIELDS = {"n": "facts.n_test", "n_test": "facts.n_test", "n_train": "facts.n_train", "arms": "arms"}
+_FIELDS |= {"n_held_out": "facts.split.held_out.n_test"} | {name: f"facts.split.{name}" for name in _SPLIT}
+"""Fields of a study by arguments of a split, so that an error names what the user can change."""
+
+
+@contextmanager
+def naming_fields() -> Iterator[None]:
+    """Let errors of a split begin with the study's field."""
+    try:
+        yield
+    except BadInput as error:
+        if error.field not in _FIELDS:
+            raise
+        raise BadInput(f"{_FIELDS[error.field]}: {error}", field=_FIELDS[error.field]) from None
+
+
+@naming_fields()
 def made(pool: pd.DataFrame, settings: Mapping[str, Any], distances: Mapping[str, float] | None) -> pd.DataFrame:
     """Facts in use, with the columns that `facts.splits.split` adds, one per further draw, and `demonstration`.
 
@@ -120,6 +141,7 @@ def _held_out(chosen: SplitConfig, distances: Mapping[str, float] | None) -> lis
         return held_out.relations if held_out else []
     if held_out.farthest >= len(distances):
         raise BadInput(
-            f"held_out.farthest={held_out.farthest} leaves none of the {len(distances)} relations to train on"
+            f"held_out.farthest={held_out.farthest} leaves none of the {len(distances)} relations to train on",
+            field="held_out",
         )
     return list(distances)[: held_out.farthest]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from subjattn.facts.own import read_parquet
+from subjattn.facts.files import read_parquet
 from subjattn.prompts import Prompt, PromptSet
 
 

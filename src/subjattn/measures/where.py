@@ -1,0 +1,117 @@
+"""Only the facts that a model knows: those it answers rightly, or those of a SliCK category."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from subjattn.errors import BadInput
+from subjattn.facts.files import read_parquet
+from subjattn.facts.select import CATEGORIES
+from subjattn.measures.answers import predict
+from subjattn.models import LoadedModel, identity
+from subjattn.prompts import PromptSet
+
+
+if TYPE_CHECKING:
+    from subjattn.measures import Model
+    from subjattn.measures.scoring import ScorerName
+
+log = logging.getLogger(__name__)
+
+CONDITIONS = ("correct", "known", *CATEGORIES)
+_NEEDED = ("fact_id", "subject", "category", "model", "model_identity", "adapter", "adapter_identity")
+
+
+def where(
+    prompts: PromptSet,
+    condition: str,
+    *,
+    model: Model | None = None,
+    scorer: ScorerName | None = None,
+    knowledge: str | Path | None = None,
+) -> PromptSet:
+    """The prompts whose facts the model knows; how many of how many are left is logged.
+
+    Args:
+        prompts: facts asked in one style.
+        condition: `correct`: the model's greedy answer is right, in this style; `known`: any SliCK category but
+            Unknown; or a category, such as `HighlyKnown`.
+        model: whom to ask (`correct`), or whose labels are expected (those of its base model will do).
+        scorer: when an answer is right; None: `letters` where there are choices, else `answer_start`.
+        knowledge: the `knowledge.parquet` that `subjattn knowledge` wrote, for all but `correct`. A label counts
+            where fact id and subject are the prompt's; facts without a label are left out and counted.
+
+    Raises:
+        BadInput: no such condition, no model or labels, labels of another model or of other facts, or no fact left.
+
+    Example:
+        >>> known = sa.where(prompts, "correct", model=model)
+    """
+    if condition not in CONDITIONS:
+        raise BadInput(f"where {condition!r} is not one of {', '.join(CONDITIONS)}")
+    if condition == "correct":
+        if model is None:
+            raise BadInput("where 'correct' asks the model: give model=…")
+        if knowledge is not None:
+            raise BadInput("where 'correct' asks the model, and no labels: leave out the knowledge, or name a category")
+        rule = scorer or ("letters" if prompts and prompts[0].choice_ids else "answer_start")
+        found = predict(model, prompts, rule)
+        keep, what = dict(zip(found["fact_id"], found["correct"], strict=True)), f"answered rightly ({rule})"
+    else:
+        if knowledge is None:
+            raise BadInput(
+                f"where {condition!r} needs the labels of a model: give knowledge, from `subjattn knowledge`"
+            )
+        labels = _labels(prompts, Path(knowledge), model)
+        keep = {
+            fact: label != "Unknown" if condition == "known" else label == condition for fact, label in labels.items()
+        }
+        missing = len(prompts) - len(labels)
+        what = f"{condition} by {knowledge}" + (f", {missing} have no label" if missing else "")
+    left = tuple(prompt for prompt in prompts if keep.get(prompt.fact_id, False))
+    if not left:
+        raise BadInput(f"where {condition!r}: none of {len(prompts)} facts is left: {what}; ask more, or others")
+    log.warning("where %s: %d of %d facts are left: %s", condition, len(left), len(prompts), what)
+    return PromptSet(prompts.style, left)
+
+
+def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, str]:
+    """Categories by fact id, of the prompts that the file labels."""
+    if not path.is_file():
+        raise BadInput(f"no such file of labels: {str(path)!r}: `subjattn knowledge` writes one")
+    table = read_parquet(path)
+    if missing := [name for name in _NEEDED if name not in table]:
+        raise BadInput(f"{path}: has no column {missing[0]!r}: give the knowledge.parquet of `subjattn knowledge`")
+    if table["fact_id"].duplicated().any():
+        raise BadInput(f"{path}: labels a fact twice: it is not as `subjattn knowledge` wrote it")
+    if isinstance(model, LoadedModel):
+        _check_whose(table, path, model)
+    rows = table.set_index("fact_id")
+    labels = {}
+    for prompt in prompts:
+        if prompt.fact_id in rows.index:
+            subject, category = rows.loc[prompt.fact_id, ["subject", "category"]]
+            if (subject or "") != prompt.subject:
+                raise BadInput(
+                    f"{path}: labels {subject!r} as {prompt.fact_id}, and here that is {prompt.subject!r}: the facts "
+                    "have changed, label them again"
+                )
+            if isinstance(category, str):
+                labels[prompt.fact_id] = category
+    if not labels:
+        raise BadInput(f"{path}: labels none of these {len(prompts)} facts: it is of other facts")
+    return labels
+
+
+def _check_whose(table: pd.DataFrame, path: Path, model: LoadedModel) -> None:
+    """Refuse labels of another model, or of another adapter on it; its base model's are welcome."""
+    first = table.iloc[0]
+    own = identity(model.name) == first["model_identity"]
+    adapted = isinstance(first["adapter"], str)
+    if not own or (adapted and (model.adapter is None or identity(model.adapter) != first["adapter_identity"])):
+        who = f"{first['model']!r}" + (f" with the adapter {first['adapter']!r}" if adapted else "")
+        raise BadInput(f"{path}: says what {who} knows, and the model here is {model.name!r}: label the facts with it")
