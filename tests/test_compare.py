@@ -13,9 +13,14 @@ import xarray as xr
 
 import subjattn as sa
 from subjattn.cli import main
+from subjattn.errors import BadInput
 from subjattn.evidence.changes import difference, judge_changes
+from subjattn.knowledge.labels import LABELS
+from subjattn.models import identity
 from subjattn.study.config import StudyConfig
+from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
+from subjattn.study.stages.pool import load_pool
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -104,7 +109,9 @@ def test_facts_that_turned_are_those_whose_predictions_did(study: dict[str, Any]
 def test_only_facts_that_the_first_arm_knows(study: dict[str, Any], tmp_path: Path) -> None:
     """All measures but accuracy are of the facts that base answers rightly; their values are those of the whole."""
     whole = run_study(StudyConfig.model_validate(study), tmp_path / "all")
-    some = run_study(StudyConfig.model_validate(study | {"where": "correct"}), tmp_path / "known")
+    some = run_study(
+        StudyConfig.model_validate(study | {"facts": study["facts"] | {"where": "correct"}}), tmp_path / "known"
+    )
     all_values, values = (sa.open_run(tmp_path / name).values for name in ("all", "known"))
     correct = all_values.query("arm == 'base' and quantity == 'accuracy' and value == 1")["fact"]
     assert 2 <= len(correct) < 30
@@ -118,12 +125,27 @@ def test_only_facts_that_the_first_arm_knows(study: dict[str, Any], tmp_path: Pa
 
 
 def test_where_nothing_is_known_nothing_is_measured(study: dict[str, Any], tmp_path: Path) -> None:
-    hard = study | {"where": "correct", "measures": {"accuracy": {"scorer": "exact_match"}, "answer_logprob": {}}}
-    summary = run_study(StudyConfig.model_validate(hard), tmp_path)
-    if summary["arms"]["base"]["accuracy"] == 0:
-        assert "none of the facts rightly" in summary["not_defined"]["answer_logprob"]["list"]
-    else:
-        assert summary["arms"]["base"]["answer_logprob"] is not None
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("subject,answer\n" + "".join(f"{subject},Atlantis\n" for subject in ["Paris", "Rome", "Oslo"]))
+    facts = {"source": str(wrong), "n_test": 3, "where": "correct"}
+    summary = run_study(StudyConfig.model_validate(study | {"facts": facts}), tmp_path / "out")
+    assert summary["arms"]["base"]["accuracy"] == 0
+    assert summary["not_defined"]["answer_logprob"]["list"] == "the reference model answers none of the facts rightly"
+
+
+def test_only_facts_with_a_label(study: dict[str, Any], facts: Path, tmp_path: Path) -> None:
+    every = sa.load_facts(str(facts))
+    categories = [("Unknown", "HighlyKnown", None)[i % 3] for i in range(len(every))]
+    labels = every[["fact_id", "subject", "relation"]].assign(category=categories, adapter=None)
+    labels = labels.assign(model=study["model"], model_identity=identity(study["model"]))
+    labels[[name for name in LABELS if name != "category"]] = 0.0
+    labels.to_parquet(tmp_path / "labels.parquet")
+    asked = study["facts"] | {"where": "known", "n_test": 10}
+    with pytest.raises(BadInput, match="needs 'facts.knowledge'"):
+        parse_study(study | {"facts": asked}, "pair")
+    asked["knowledge"] = str(tmp_path / "labels.parquet")
+    found = load_pool(StudyConfig.model_validate(study | {"facts": asked}).facts, study["model"], 0)
+    assert set(found["fact_id"]) == set(labels.query("category == 'HighlyKnown'")["fact_id"])
 
 
 def test_quick_measures_are_shown_before_the_others_are_made(study: dict[str, Any], tmp_path: Path) -> None:
@@ -155,7 +177,7 @@ def test_compare_concludes(
     asked += ("--template", "City: {subject}\nCountry:")
     assert compare(monkeypatch, *asked) == 0
     shown, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
-    assert "forward passes of a prompt, about" in shown.splitlines()[0]
+    assert "forward passes of a prompt, about" in shown.splitlines()[1]
     assert "patching" not in json.loads((out / "manifest.json").read_text())["study"]["measures"]
     before, after = shown.split("what changed", 1)
     assert "so far" in before and "knockout_drop" not in before
@@ -177,7 +199,7 @@ def test_compare_concludes(
         (["--tuned", "{model}"], "is the same model as --base"),
         (["--adapter", "{adapter}", "--smallest", "knockout_drop"], "is not QUANTITY=VALUE"),
         (["--adapter", "{adapter}", "--smallest", "nothing=1"], "nothing"),
-        (["--adapter", "{adapter}", "--where", "wrong"], "where: Input should be 'all' or 'correct'"),
+        (["--adapter", "{adapter}", "--where", "wrong"], "facts.where: Input should be 'correct', 'known'"),
     ],
 )
 def test_compare_refuses(

@@ -14,16 +14,22 @@ from subjattn.cli.app import (
     ColumnsOption,
     DtypeOption,
     FactsOption,
-    NumberOption,
+    KnowledgeOption,
+    LeaveOutOption,
     SeedOption,
     TemplateOption,
+    WhereOption,
     app,
     columns_of,
+    note,
+    show_styles,
     styles_of,
 )
 from subjattn.errors import BadInput
 
 
+USUAL_N = 100
+"""Facts that are asked where there are as many and nothing else is said."""
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
@@ -39,15 +45,17 @@ def compare(
     adapter: Annotated[str | None, typer.Option(help="Or a PEFT adapter on the base model.")] = None,
     facts: FactsOption = "cities",
     columns: ColumnsOption = "",
-    n: NumberOption = 100,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many facts, drawn at random; else all, up to 100.")
+    ] = None,
     template: TemplateOption = None,
     trained_on: Annotated[
         Path | None,
         typer.Option(help="Facts that the model was tuned on (CSV, TSV, JSONL, parquet); their subjects are left out."),
     ] = None,
-    where: Annotated[
-        str, typer.Option(help="`correct`: all but accuracy over the facts that the base answers rightly.")
-    ] = "all",
+    where: WhereOption = None,
+    knowledge: KnowledgeOption = None,
+    leave_out_given: LeaveOutOption = False,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also patch, knock out layer by layer, and show attention token by token.")
     ] = False,
@@ -63,40 +71,45 @@ def compare(
     Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
     runs/pair`
     """
-    from subjattn.facts import load_facts
     from subjattn.study.foresee import foresee
     from subjattn.study.read import parse_study
     from subjattn.study.run import run_study
+    from subjattn.study.stages.pool import load_pool
 
     if (tuned is None) == (adapter is None):
         raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
     if tuned is not None:
         _refuse_same(base, tuned)
-    named = columns_of(columns)
-    table = load_facts(facts, n, seed, named or None)
-    scorer = "letters" if table["choices"].notna().any() else "answer_start"
-    measures = USUAL | (DEEP if deep else {})
-    raw = {
+    raw: dict[str, Any] = {
         "name": "compare",
         "model": base,
         "dtype": dtype,
         "seed": seed,
         "facts": {
             "source": facts,
-            "columns": named,
-            "n_test": n,
+            "columns": columns_of(columns),
             "trained_on": None if trained_on is None else str(trained_on),
+            "where": where,
+            "knowledge": None if knowledge is None else str(knowledge),
+            "leave_out_given": leave_out_given,
         },
-        "styles": styles_of(table, template),
-        "where": where,
-        "measures": measures | {"accuracy": {"scorer": scorer}},
+        "styles": {"any": "{subject}:"},
         "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
         "contrasts": [["tuned", "base"]],
         "smallest_effects": effects_of(smallest or []),
+        "measures": USUAL | (DEEP if deep else {}),
     }
+    pool = load_pool(parse_study(raw, "compare").facts, base, seed)
+    styles = styles_of(pool, template)
+    show_styles(styles, pool)
+    if n is not None and n > len(pool):
+        note(f"there are {len(pool)} facts, fewer than {n}: all are taken")
+    raw["facts"]["n_test"] = min(USUAL_N if n is None else n, len(pool))
+    raw["styles"] = styles
+    raw["measures"]["accuracy"] = {"scorer": "letters" if pool["choices"].notna().any() else "answer_start"}
     config, console = parse_study(raw, "compare"), Console()
     foreseen = foresee(config, out)
-    console.print(Text(tables.foreseen_line(foreseen, n)), soft_wrap=True)
+    console.print(Text(tables.foreseen_line(foreseen, config.facts.n_test)), soft_wrap=True)
 
     def show(summary: dict[str, Any]) -> None:
         console.print(*tables.changes(summary, "so far"), sep="\n")

@@ -26,6 +26,11 @@ CONDITIONS = ("correct", "known", *CATEGORIES)
 _NEEDED = ("fact_id", "subject", "category", "model", "model_identity", "adapter", "adapter_identity")
 
 
+def fits(label: object, condition: str) -> bool:
+    """Whether a SliCK category is the one asked for; `known` is any but Unknown. A fact without a label is neither."""
+    return label in CATEGORIES and label != "Unknown" if condition == "known" else label == condition
+
+
 def where(
     prompts: PromptSet,
     condition: str,
@@ -67,9 +72,7 @@ def where(
                 f"where {condition!r} needs the labels of a model: give knowledge, from `subjattn knowledge`"
             )
         labels = _labels(prompts, Path(knowledge), model)
-        keep = {
-            fact: label != "Unknown" if condition == "known" else label == condition for fact, label in labels.items()
-        }
+        keep = {fact: fits(label, condition) for fact, label in labels.items()}
         missing = len(prompts) - len(labels)
         what = f"{condition} by {knowledge}" + (f", {missing} have no label" if missing else "")
     left = tuple(prompt for prompt in prompts if keep.get(prompt.fact_id, False))

@@ -26,6 +26,7 @@ from subjattn.evidence.claims import Claim
 from subjattn.facts.splits import parse_arm
 from subjattn.finetune.record import Method, method_of
 from subjattn.measures.record import Measure, measure_of, quantity_of
+from subjattn.measures.where import CONDITIONS
 from subjattn.models import PACKAGED
 from subjattn.prompts import Style
 
@@ -88,11 +89,24 @@ class FactsConfig(_Section):
     leave_out_given: bool = Field(False, description="leave out facts whose name holds the answer")
     popularity: PopularityConfig | None = None
     knowledge: str | None = Field(None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id")
+    where: Literal[CONDITIONS] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="only facts that are known: by the labels (known, HighlyKnown, …); or `correct`, by the first arm "
+        "not trained here, style by style, in all measures but accuracy",
+    )
     trained_on: str | None = Field(None, description="facts that models brought along learnt: subjects to leave out")
     pool: PositiveInt | None = Field(None, description="draw this many at random and leave the others aside")
     n_train: PositiveInt | None = Field(640, description="facts per trained arm; null for all an arm can have")
     n_test: PositiveInt = Field(300, description="held-out facts, in no arm")
     split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Self:
+        if self.where not in (None, "correct") and self.knowledge is None:
+            raise BadInput(
+                f"where {self.where!r} needs 'facts.knowledge', which `subjattn knowledge` writes", field="where"
+            )
+        return self
 
     @property
     def scored(self) -> bool:
@@ -173,11 +187,6 @@ class StudyConfig(_Section):
     arms: dict[Name, Arm] = Field(min_length=1, description="the first is the reference of the others")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
     replicates: Replicates = Replicates()
-    where: Literal["all", "correct"] = Field(
-        "all",
-        description="facts that measures but accuracy are made of: correct, those that the first arm not "
-        "trained here answers rightly, style by style",
-    )
     measures: dict[str, SerializeAsAny[BaseModel]] = Field(
         default_factory=lambda: {name: measure_of(name).parse({}) for name in MEASURED}
     )

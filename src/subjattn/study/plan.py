@@ -105,7 +105,8 @@ class _Builder:
             f"{_WORK}.pool:work",
             settings={
                 "facts": asked.model_dump(mode="json", include={"columns", "relations", "pool"})
-                | ({"leave_out_given": True} if asked.leave_out_given else {}),
+                | ({"leave_out_given": True} if asked.leave_out_given else {})
+                | ({"where": asked.where} if asked.where not in (None, "correct") else {}),
                 "popularity": asked.popularity and [asked.popularity.subject, asked.popularity.popularity],
                 "source": asked.source.partition(":")[0] if _published(asked.source) else Path(asked.source).name,
                 "letters": config.scorer == "letters",
@@ -190,8 +191,8 @@ class _Builder:
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
                 about = model | {"own_prompts": own}
-                if config.where != "all" and measure.name != "accuracy":
-                    about["where"] = config.where
+                if config.facts.where == "correct" and measure.name != "accuracy":
+                    about["where"] = "correct"
                 yield self._measuring(name, replicate, style, measure, about, inputs)
                 is_first = replicate is None or replicate == (0, 0)
                 if measure.name == "accuracy" and name == reference and is_first:

@@ -79,14 +79,16 @@ def _stated(claim: Claim, config: StudyConfig) -> dict[str, Any]:
 
 
 def _paired(pair: tuple[str, str], config: StudyConfig) -> list[Any]:
-    return [*pair, digest_of(_rests_on(config, set(pair)))]
+    rests = _rests_on(config, set(pair))
+    return [*pair, digest_of(rests | ({"smallest": effects} if (effects := config.smallest_effects) else {}))]
 
 
 def _rests_on(config: StudyConfig, arms: set[str]) -> dict[str, Any]:
     content = config.model_dump(mode="json", include={"model", "dtype", "seed", "facts", "training", "replicates"})
     content["replicates"].pop("first_only")
-    if not content["facts"]["leave_out_given"]:
-        content["facts"].pop("leave_out_given")  # registrations of 0.5 know nothing of it
+    for name in ("leave_out_given", "where"):  # registrations of 0.5 know nothing of them
+        if not content["facts"][name]:
+            content["facts"].pop(name)
     return content | {"arms": {arm: config.arms[arm].model_dump(mode="json") for arm in sorted(arms)}}
 
 

@@ -13,6 +13,7 @@ from subjattn.facts import draw, join_popularity, load_facts
 from subjattn.facts.given import without_given
 from subjattn.facts.table import plain_name
 from subjattn.knowledge.labels import join_labels
+from subjattn.measures.where import fits
 from subjattn.models import load_tokenizer
 from subjattn.prompts import Style, subject_lengths
 from subjattn.run.plan import Context
@@ -42,6 +43,10 @@ def load_pool(asked: FactsConfig, model: str, seed: int) -> pd.DataFrame:
         facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     if asked.knowledge:
         facts = join_labels(facts, asked.knowledge, model)
+    if asked.where not in (None, "correct"):
+        facts = facts[[fits(label, asked.where) for label in facts["category"]]].reset_index(drop=True)
+        if facts.empty:
+            raise BadInput(f"facts.where: no fact is {asked.where}", field="facts.where")
     return facts
 
 
