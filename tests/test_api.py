@@ -41,6 +41,7 @@ def test_public_names_are_pinned() -> None:
         "subject_attention",
         "swap_subjects",
         "token_attention",
+        "top",
     ]
     assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)
     assert all(getattr(subjattn, name).__doc__ for name in subjattn.__all__)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from subjattn.evidence.maps import significant as significant
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
+    from subjattn.evidence.top import top as top
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
@@ -82,6 +83,7 @@ _HOMES = {
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",
+    "top": "evidence.top",
 }
 
 __all__ = sorted(_HOMES)
