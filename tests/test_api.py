@@ -25,6 +25,7 @@ def test_public_names_are_pinned() -> None:
         "measure",
         "open_run",
         "patch_grid",
+        "plot",
         "plot_attention",
         "plot_knockout",
         "plot_patching",

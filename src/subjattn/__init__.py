@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.models import load_model as load_model
+    from subjattn.plots.choose import plot as plot
     from subjattn.plots.heatmaps import plot_attention as plot_attention
-    from subjattn.plots.heatmaps import plot_patching as plot_patching
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
+    from subjattn.plots.patching import plot_patching as plot_patching
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
@@ -67,9 +68,10 @@ _HOMES = {
     "patch_grid": "measures.patching",
     "measure": "measures.alone",
     "open_run": "study.files",
+    "plot": "plots.choose",
     "plot_attention": "plots.heatmaps",
     "plot_knockout": "plots.lines",
-    "plot_patching": "plots.heatmaps",
+    "plot_patching": "plots.patching",
     "plot_tokens": "plots.heatmaps",
     "predict": "measures.answers",
     "read_facts": "facts",
