@@ -13,6 +13,7 @@ def test_public_names_are_pinned() -> None:
     assert subjattn.__all__ == [
         "Style",
         "ablate",
+        "ablation",
         "answer_logprob",
         "contrast",
         "interval",

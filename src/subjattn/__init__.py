@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
     from subjattn.knowledge.slick import slick as slick
+    from subjattn.measures.ablation import ablation as ablation
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Style": "prompts",
     "ablate": "prompts",
+    "ablation": "measures.ablation",
     "answer_logprob": "measures.answers",
     "contrast": "evidence.intervals",
     "interval": "evidence.intervals",
