@@ -6,7 +6,8 @@ Nothing here imports the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,13 @@ def place(model: PreTrainedModel, component: str, layer: int, parts: tuple[str, 
     """Where a component is, given the names of a layer's attention, MLP and output projection."""
     layers = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 1)
     attention, mlp, projection = parts
-    names = {"resid_pre": ":in", "attn_out": f".{attention}", "mlp_out": f".{mlp}", "z": f".{projection}:in"}
+    names = {
+        "resid_pre": ":in",
+        "resid_post": "",
+        "attn_out": f".{attention}",
+        "mlp_out": f".{mlp}",
+        "z": f".{projection}:in",
+    }
     return f"{layers}.{layer}{names[component]}"
 
 
@@ -140,3 +147,52 @@ def patched_logit_diff(
     where = place(model, "resid_pre", layer, ("", "", ""))
     found = patched_logits(model, clean, corrupt, where, positions)[clean.prediction].double()
     return float(found[clean.answer_ids[0]] - found[corrupt.answer_ids[0]])
+
+
+@torch.no_grad()
+def hooked_logits(
+    model: PreTrainedModel,
+    target: Prompt,
+    source: Prompt,
+    patches: list[tuple[str, tuple[int, ...], Tensor | tuple[int, ...], slice]],
+) -> Tensor:
+    """All logits of `target` with several modules' states replaced: by tensors, or by `source`'s at other positions."""
+    kept: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for where in {where for where, *_ in patches}:
+            keep = lambda states, where=where: kept.__setitem__(where, states.clone())  # noqa: E731
+            stack.enter_context(replacing(model, where, keep))
+        model(torch.tensor([source.ids]), use_cache=False)
+
+    def put(states: Tensor, where: str, positions: tuple[int, ...], values: Any, columns: slice) -> Tensor:
+        states = states.clone()
+        for i, position in enumerate(positions):
+            given = values[i] if isinstance(values, Tensor) else kept[where][0, values[i], columns]
+            states[0, position, columns] = given
+        return states
+
+    with ExitStack() as stack:
+        for where, *rest in patches:
+            change = lambda states, where=where, rest=rest: put(states, where, *rest)  # noqa: E731
+            stack.enter_context(replacing(model, where, change))
+        return model(torch.tensor([target.ids]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def logits_by_layer_masks(
+    model: PreTrainedModel, prompt: Prompt, blocked: dict[int, tuple[set[tuple[int, int]], list[int]]], attention: str
+) -> Tensor:
+    """All logits of one prompt, some layers attending by a hand-made mask of their own."""
+    n, kinds = len(prompt), getattr(model.config, "layer_types", None) or []
+    path = place(model, "attn_out", 0, (attention, "", "")).split(".0.")[0]
+
+    def given(layer: int) -> Tensor:
+        mask = hand_mask(model, n, *blocked[layer])
+        return mask[kinds[layer]] if isinstance(mask, dict) else mask
+
+    with ExitStack() as stack:
+        for layer in blocked:
+            hook = lambda _, args, kwargs, layer=layer: (args, kwargs | {"attention_mask": given(layer)})  # noqa: E731
+            module = model.get_submodule(f"{path}.{layer}.{attention}")
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return logits(model, prompt)

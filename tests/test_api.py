@@ -13,6 +13,7 @@ def test_public_names_are_pinned() -> None:
     assert subjattn.__all__ == [
         "Style",
         "ablate",
+        "ablation",
         "answer_in_subject",
         "answer_logprob",
         "contrast",
@@ -26,6 +27,7 @@ def test_public_names_are_pinned() -> None:
         "measure",
         "open_run",
         "patch_grid",
+        "plot",
         "plot_attention",
         "plot_knockout",
         "plot_patching",
@@ -42,6 +44,7 @@ def test_public_names_are_pinned() -> None:
         "subject_attention",
         "swap_subjects",
         "token_attention",
+        "top",
         "where",
     ]
     assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)

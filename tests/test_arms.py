@@ -61,8 +61,8 @@ def rows_of(prompts: Iterable[Prompt], arms: Iterable[str]) -> list[Row]:
         contrast = (5, 6)
         rows += [Row(prompt, contrast=contrast, arm=arm) for prompt in (first, second)]
         rows += [Row(first, block, contrast=contrast, arm=arm)]
-        rows += [Row(first, patch=Patch(1, at, second), contrast=contrast, arm=arm)]
-        rows += [Row(first, patch=Patch(2, at, Run(second, arm), "mlp_out"), contrast=contrast, arm=arm)]
+        rows += [Row(first, patches=(Patch(1, at, second),), contrast=contrast, arm=arm)]
+        rows += [Row(first, patches=(Patch(2, at, Run(second, arm), "mlp_out"),), contrast=contrast, arm=arm)]
     return rows
 
 
@@ -87,10 +87,10 @@ def test_arms_in_one_batch_are_those_by_themselves(llama: LoadedModel, prompts: 
         for i, logits in logits_of(cones.forward(llama.model, rows_of(prompts, [arm]))).items():
             torch.testing.assert_close(together[number * half + i], logits, atol=1e-4, rtol=0)
     assert all((together[i] - together[half + i]).abs().max() > 0.1 for i in (0, 2, 3))
-    found = measure_rows(cones.forward(llama.model, rows), rows, METRICS)
+    found = measure_rows(cones.forward(llama.model, rows), rows, dict.fromkeys(METRICS))
     for number, arm in enumerate(ARMS):
         own = rows_of(prompts, [arm])
-        alone = measure_rows(cones.forward(llama.model, own), own, METRICS)
+        alone = measure_rows(cones.forward(llama.model, own), own, dict.fromkeys(METRICS))
         for metric in METRICS:
             part = slice(number * half, (number + 1) * half)
             torch.testing.assert_close(
@@ -108,7 +108,7 @@ def test_a_patch_takes_its_values_from_the_run_that_it_names(llama: LoadedModel,
     first, second, _ = prompts
     at = (first.prediction,)
     sources = second, Run(second, "base"), Run(second, "tuned")
-    rows = [Row(first, patch=Patch(1, at, source), arm="base") for source in sources]
+    rows = [Row(first, patches=(Patch(1, at, source),), arm="base") for source in sources]
     own, same, crossed = logits_of(cones.forward(llama.model, rows)).values()
     torch.testing.assert_close(own, same, atol=1e-5, rtol=0)
     assert (own - crossed).abs().max() > 0.1
@@ -146,6 +146,6 @@ def test_arms_share_no_beginning(
 def test_an_arm_that_the_model_has_not_is_refused(llama: LoadedModel, prompts: PromptSet, backend: BackendName) -> None:
     opened = open_backend(backend, llama.model)
     at = (prompts[0].prediction,)
-    for row in (Row(prompts[0], arm="tuned"), Row(prompts[0], patch=Patch(1, at, Run(prompts[1], "tuned")))):
+    for row in (Row(prompts[0], arm="tuned"), Row(prompts[0], patches=(Patch(1, at, Run(prompts[1], "tuned")),))):
         with pytest.raises(UnsupportedModel, match="a row of arm 'tuned' was asked of a single model"):
             list(opened.forward([row]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,10 +115,10 @@ def test_a_block_and_a_patch_together(tiny: LoadedModel, pairs: Pairs, backend: 
     values = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     positions = (into.prediction - 1, into.prediction)
     rows = [
-        Row(into, block, Patch(1, positions, values, "attn_out")),
+        Row(into, block, (Patch(1, positions, values, "attn_out"),)),
         Row(other),
-        Row(into, block, Patch(2, positions, source, "z", 3), contrast=(5, 6)),
-        Row(into, block, Patch(0, positions, source, "mlp_out")),
+        Row(into, block, (Patch(2, positions, source, "z", 3),), contrast=(5, 6)),
+        Row(into, block, (Patch(0, positions, source, "mlp_out"),)),
     ]
     expected, plain = logits_of(forward(tiny.model, rows)), logits_of(forward(tiny.model, [Row(into)]))[0]
     found = {}
@@ -134,15 +135,38 @@ def test_a_block_and_a_patch_together(tiny: LoadedModel, pairs: Pairs, backend: 
     assert found[0].control is found[3].control is not found[2].control
 
 
+def test_sets_of_cells_and_of_patches(tiny: LoadedModel, pairs: Pairs, backend: BackendName) -> None:
+    """Cells that are no product of layers and heads; patches of every component in one row, from other positions."""
+    (into, source), _ = pairs
+    end, given = into.prediction, torch.full((1, 32), 0.5)
+    edges = frozenset((query, key) for query in into.predicting for key in into.subject_positions)
+    block = Block(edges, cells=frozenset({(0, 3), (1, 0), (1, 2)}))
+    patches = (
+        Patch(2, (end,), source, "resid_pre"),
+        Patch(0, (end - 1,), source, "resid_post", None, (end - 2,)),
+        Patch(1, (end,), source, "z", 3),
+        Patch(1, (end - 1, end), source, "z", 1, (end, end - 1)),
+        Patch(1, (end,), given, "attn_out"),
+        Patch(0, (end,), source, "mlp_out"),
+    )
+    rows = [Row(into, block), Row(into, patches=patches), Row(into, block, patches[1:])]
+    expected, found = (
+        logits_of(run(rows)) for run in (partial(forward, tiny.model), open_backend(backend, tiny.model).forward)
+    )
+    for i, logits in expected.items():
+        torch.testing.assert_close(found[i], logits, atol=1e-4, rtol=0)
+    assert min((expected[a] - expected[b]).abs().max() for a, b in ((0, 1), (1, 2), (0, 2))) > 0.05
+
+
 def test_smollm2(smollm2: LoadedModel, cities: pd.DataFrame, backend: BackendName) -> None:
     prompts = make_prompts(draw(cities, 40, seed=2), smollm2.tokenizer, TEMPLATES["country"]["list"])
     into, source = swap_subjects(prompts, np.random.default_rng(0))[0]
     subject = tuple(into.subject_positions)
     rows = [
-        Row(into, patch=Patch(8, subject, source, "resid_pre")),
-        Row(into, patch=Patch(20, (into.prediction,), source, "attn_out")),
-        Row(into, patch=Patch(2, subject, source, "mlp_out")),
-        Row(into, patch=Patch(18, (into.prediction,), source, "z", 4)),
+        Row(into, patches=(Patch(8, subject, source, "resid_pre"),)),
+        Row(into, patches=(Patch(20, (into.prediction,), source, "attn_out"),)),
+        Row(into, patches=(Patch(2, subject, source, "mlp_out"),)),
+        Row(into, patches=(Patch(18, (into.prediction,), source, "z", 4),)),
         Row(into, Block.between(into.predicting, subject, layers=tuple(range(10, 20)))),
     ]
     opened, plain = open_backend(backend, smollm2.model), logits_of(forward(smollm2.model, [Row(into)]))[0]
@@ -265,6 +289,6 @@ def test_a_hook_that_never_runs_is_seen(
     else:
         run = opened.bridge.run_with_hooks
         monkeypatch.setattr(opened.bridge, "run_with_hooks", lambda ids, fwd_hooks: run(ids))
-    row = Row(prompts[0], patch=Patch(1, (prompts[0].prediction,), torch.zeros(1, 32), "mlp_out"))
+    row = Row(prompts[0], patches=(Patch(1, (prompts[0].prediction,), torch.zeros(1, 32), "mlp_out"),))
     with pytest.raises(NotFired, match="did not reach"):
         list(opened.forward([row]))

@@ -68,9 +68,9 @@ def test_the_floor_counts_cones(llama: LoadedModel, pairs: list[tuple[Prompt, Pr
     layer, clean = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64), pairs[0][0]
     prompt = Prompt(**vars(clean) | {"ids": clean.ids[: clean.prediction + 2]})
     end = prompt.prediction
-    patch = Row(prompt, patch=Patch(1, (end - 2,), prompt))
+    patch = Row(prompt, patches=(Patch(1, (end - 2,), prompt),))
     block = Row(prompt, Block(frozenset({(end, 1)}), (0,)))
-    middle = Row(prompt, patch=Patch(0, (end - 2,), prompt, "mlp_out"))
+    middle = Row(prompt, patches=(Patch(0, (end - 2,), prompt, "mlp_out"),))
     assert cone_flops(llama.model, [patch], "answer_logprob") == 2 * 3 * layer + 2 * 32 * 512
     assert cone_flops(llama.model, [block], "logit_diff") == 3 * layer + 2 * 32 * 2
     assert cone_flops(llama.model, [middle], "logit_diff") == (1 + 2 * 3) * layer + 2 * 32 * 2
@@ -199,7 +199,7 @@ def seven_billion(monkeypatch: pytest.MonkeyPatch, component: Any) -> tuple[Roof
     ((clean, corrupt),) = random_pairs(model, 1, 20, 0)
     contrast = (clean.answer_ids[0], corrupt.answer_ids[0])
     cells = [
-        Row(corrupt, patch=Patch(layer, (position,), clean, component), contrast=contrast)
+        Row(corrupt, patches=(Patch(layer, (position,), clean, component),), contrast=contrast)
         for layer in range(32)
         for position in range(20)
         if component == "resid_pre" or layer < 31 or position == 19

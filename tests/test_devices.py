@@ -117,7 +117,7 @@ def grid(pairs: Pairs, n_layers: int) -> list[Row]:
                 head = 2 if component == "z" else None
                 for position in (clean.subject_span[0], clean.prediction):
                     patch = Patch(layer, (position,), clean, component, head)
-                    rows.append(Row(corrupt, patch=patch, contrast=contrast))
+                    rows.append(Row(corrupt, patches=(patch,), contrast=contrast))
             window = tuple(range(max(0, layer - 1), layer + 1))
             for heads in (None, (1,)):
                 block = Block.between(clean.predicting, clean.subject_positions, window, heads)

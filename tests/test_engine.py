@@ -52,7 +52,7 @@ def prompts(tokenizer: Any, cities: pd.DataFrame) -> PromptSet:
 
 
 def random_rows(model: PreTrainedModel, prompts: Iterable[Prompt], n: int, seed: int) -> list[Row]:
-    """Rows with blocks, patches, both and neither, anywhere in their prompts, of any component, layers and heads."""
+    """Rows with blocks, patches, both and neither, anywhere in their prompts, any component, layer, head and cell."""
     rng = np.random.default_rng(seed)
     prompts, n_layers, heads = list(prompts), len(decoder_layers(model)), n_heads(model)
     d_head = states(model, prompts[:1], "z")[0].shape[-1]
@@ -61,11 +61,10 @@ def random_rows(model: PreTrainedModel, prompts: Iterable[Prompt], n: int, seed:
         return tuple(sorted({int(i) for i in rng.integers(limit, size=rng.integers(1, most + 1))}))
 
     rows = []
-    given = {layer_and_component: rng.random() < 0.3 for layer_and_component in np.ndindex(n_layers, len(COMPONENTS))}
     for _ in range(n):
         prompt, source = (prompts[int(rng.integers(len(prompts)))] for _ in range(2))
         last = prompt.predicting[-1]
-        block = patch = None
+        block, patches = None, {}
         if rng.random() < 0.6:
             queries = 2 + rng.integers(last - 1, size=rng.integers(1, 4))
             block = Block.between(
@@ -74,16 +73,20 @@ def random_rows(model: PreTrainedModel, prompts: Iterable[Prompt], n: int, seed:
                 None if rng.random() < 0.3 else some(n_layers, n_layers),
                 None if rng.random() < 0.5 else some(heads, heads),
             )
-        if rng.random() < 0.7:
+            if rng.random() < 0.3:
+                cells = frozenset((int(rng.integers(n_layers)), int(rng.integers(heads))) for _ in range(4))
+                block = Block(block.edges, cells=cells)
+        for _ in range(rng.integers(0, 4)):
             kind, layer = int(rng.integers(len(COMPONENTS))), int(rng.integers(n_layers))
             positions = some(min(last, len(source) - 1) + 1, 3)
             width = d_head if COMPONENTS[kind] == "z" else model.config.hidden_size
             values: Any = source
-            if given[layer, kind]:
+            if rng.random() < 0.3:
                 values = torch.tensor(rng.normal(size=(len(positions), width)), dtype=model.dtype)
             head = int(rng.integers(heads)) if COMPONENTS[kind] == "z" else None
-            patch = Patch(layer, positions, values, COMPONENTS[kind], head)
-        rows.append(Row(prompt, block, patch))
+            others = tuple(map(int, rng.integers(len(source), size=len(positions)))) if rng.random() < 0.3 else None
+            patches[layer, kind, head] = Patch(layer, positions, values, COMPONENTS[kind], head, others)
+        rows.append(Row(prompt, block, tuple(patches.values())))
     return rows
 
 
@@ -135,7 +138,7 @@ def test_prompts_that_begin_alike_share_their_beginning(
 
 def test_only_contrasts_are_those_of_all_logits(model: PreTrainedModel, prompts: PromptSet) -> None:
     rows = [
-        Row(row.prompt, row.block, row.patch, (int(row.prompt.answer_ids[0]), 7 + i))
+        Row(row.prompt, row.block, row.patches, (int(row.prompt.answer_ids[0]), 7 + i))
         for i, row in enumerate(random_rows(model, prompts, 30, seed=4))
     ]
     expected = all_logits(forward(model, rows), rows)
@@ -154,7 +157,7 @@ def test_a_patch_is_a_plain_hook(model: PreTrainedModel, arch: str, prompts: Pro
     columns = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
     where = oracles.place(model, component, layer, zoo.parts(arch))
     expected = oracles.patched_logits(model, source, target, where, positions, columns)[target.predicting]
-    row = Row(target, patch=Patch(layer, tuple(positions), source, component, head))
+    row = Row(target, patches=(Patch(layer, tuple(positions), source, component, head),))
     found = all_logits(forward(model, [row]), [row])[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     plain = oracles.logits(model, target)
@@ -172,6 +175,57 @@ def test_blocked_edges_are_a_hand_made_mask(
     row = Row(prompt, Block(edges, heads=heads))
     torch.testing.assert_close(all_logits(forward(model, [row]), [row])[0], expected, atol=1e-4, rtol=0)
     assert float((oracles.logits(model, prompt)[prompt.predicting] - expected).abs().max()) > 1e-3
+
+
+def test_a_set_of_cells_is_a_hand_made_mask_of_every_layer(
+    model: PreTrainedModel, arch: str, prompts: PromptSet
+) -> None:
+    """Each layer attends by a mask of its own: no product of layers and heads has these cells."""
+    prompt, cells = max(prompts, key=len), frozenset({(0, 3), (1, 0), (1, 2)})
+    edges = frozenset((q, k) for q in prompt.predicting for k in prompt.subject_positions)
+    attention, _, _ = zoo.parts(arch)
+    expected = oracles.logits_by_layer_masks(model, prompt, {0: (set(edges), [3]), 1: (set(edges), [0, 2])}, attention)[
+        prompt.predicting
+    ]
+    row = Row(prompt, Block(edges, cells=cells))
+    for run in (forward, cones.forward):
+        torch.testing.assert_close(all_logits(run(model, [row]), [row])[0], expected, atol=1e-4, rtol=0)
+    product = Row(prompt, Block(edges, (0, 1), (0, 2, 3)))
+    assert float((all_logits(forward(model, [product]), [product])[0] - expected).abs().max()) > 1e-3
+
+
+def test_several_patches_are_several_plain_hooks(model: PreTrainedModel, arch: str, prompts: PromptSet) -> None:
+    """A head, another head of the same layer, an MLP and a residual stream, from other positions and from a tensor."""
+    target, source = prompts[0], max(prompts, key=len)
+    end = target.prediction
+    d_head = states(model, [source], "z")[0].shape[-1]
+    given = torch.full((2, model.config.hidden_size), 0.25)
+    patches = (
+        Patch(1, (end,), source, "z", 3),
+        Patch(1, (end - 1,), source, "z", 0, (2,)),
+        Patch(0, (end - 3, end), given, "mlp_out"),
+        Patch(0, (end - 2,), source, "resid_post", None, (4,)),
+    )
+    expected = oracles.hooked_logits(
+        model,
+        target,
+        source,
+        [
+            (
+                oracles.place(model, patch.component, patch.layer, zoo.parts(arch)),
+                patch.positions,
+                patch.values if isinstance(patch.values, torch.Tensor) else patch.taken_at,
+                slice(None) if patch.head is None else slice(patch.head * d_head, (patch.head + 1) * d_head),
+            )
+            for patch in patches
+        ],
+    )[target.predicting]
+    row = Row(target, patches=patches)
+    for run in (forward, cones.forward):
+        torch.testing.assert_close(all_logits(run(model, [row]), [row])[0], expected, atol=1e-4, rtol=0)
+    for left_out in patches:
+        fewer = Row(target, patches=tuple(patch for patch in patches if patch is not left_out))
+        assert float((all_logits(cones.forward(model, [fewer]), [fewer])[0] - expected).abs().max()) > 1e-3
 
 
 def test_attention_rows_are_output_attentions(model: PreTrainedModel, prompts: PromptSet) -> None:
@@ -206,7 +260,7 @@ def test_value_norms_are_what_a_head_writes(model: PreTrainedModel, arch: str, p
 def test_an_identity_patch_changes_nothing(model: PreTrainedModel, prompts: PromptSet) -> None:
     for component in COMPONENTS:
         head = 2 if component == "z" else None
-        rows = [Row(p, patch=Patch(1, tuple(range(p.predicting[-1] + 1)), p, component, head)) for p in prompts]
+        rows = [Row(p, patches=(Patch(1, tuple(range(p.predicting[-1] + 1)), p, component, head),)) for p in prompts]
         for output in cones.forward(model, rows):
             at = 0
             for row in output.rows:
@@ -250,7 +304,11 @@ def test_reduced_precision_costs_no_more_than_in_whole_passes(
     """Cones stray from float32 no further than whole passes of the same dtype do."""
     exact = tiny_models["llama"].model
     model = copy.deepcopy(exact).to(dtype)
-    rows = [row for row in random_rows(exact, prompts, 60, seed=3) if row.patch is None or row.source is not None]
+    rows = [
+        row
+        for row in random_rows(exact, prompts, 60, seed=3)
+        if all(isinstance(patch.values, Prompt) for patch in row.patches)
+    ]
     expected = all_logits(forward(exact, rows), rows)
     whole, found = (all_logits(run(model, rows), rows) for run in (forward, cones.forward))
     gaps = np.array([[float((run[i] - expected[i]).abs().max()) for run in (whole, found)] for i in expected])

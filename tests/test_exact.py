@@ -28,7 +28,7 @@ def first_use(model: PreTrainedModel) -> None:
     """One patched row, on a model that was not looked at before."""
     cones._checked.discard(model)
     pair = random_pairs(model, 1, 20, 0)[0]
-    list(cones.forward(model, [Row(pair[0], patch=Patch(1, (5,), pair[1]))]))
+    list(cones.forward(model, [Row(pair[0], patches=(Patch(1, (5,), pair[1]),))]))
 
 
 @pytest.fixture(scope="module")

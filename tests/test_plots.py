@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import json
+import re
 import runpy
 import sys
 from html.parser import HTMLParser
@@ -11,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from conftest import changed
 
 from subjattn.errors import BadInput
 from subjattn.measures.patching import recovery
-from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
+from subjattn.plots.choose import plot
+from subjattn.plots.heatmaps import plot_attention, plot_tokens
+from subjattn.plots.patching import plot_patching
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import ROLES
 from subjattn.report import page as report
+from subjattn.study.config import StudyConfig
+from subjattn.study.files import open_run
 from subjattn.study.run import run_study
 
 
@@ -227,18 +234,44 @@ def test_report_of_nothing(tmp_path: Path) -> None:
         report.write(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def by_head(small: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model's run that looks at heads."""
+    out = tmp_path_factory.mktemp("runs") / "heads"
+    measures = {"knockout": {"by": "head", "facts": 2}, "patching": {"component": "z", "pairs": 2}}
+    fields = {"measures": measures, "arms": {"base": {}}, "claims": [], "contrasts": []}
+    run_study(changed(small, **fields), out)
+    return out
+
+
+def redrawn(script: str, run: Path, target: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    path = next(path for path in VIZ if path.stem == script)
+    monkeypatch.setattr(sys, "argv", [str(path), str(run), "--style", "sentence", "--out", str(target), *options])
+    runpy.run_path(str(path), run_name="__main__")
+    return target.read_text()
+
+
 @pytest.mark.parametrize("script", VIZ, ids=lambda path: path.stem)
 def test_viz_redraws_from_a_finished_run(
-    done: tuple[Path, dict],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    script: Path,
+    done: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Path
 ) -> None:
-    target = tmp_path / "figure.html"
-    monkeypatch.setattr(sys, "argv", [str(script), str(done[0]), "--style", "sentence", "--out", str(target)])
-    runpy.run_path(str(script), run_name="__main__")
-    assert "Plotly.newPlot(" in target.read_text()
+    assert "Plotly.newPlot(" in redrawn(script.stem, done[0], tmp_path / "figure.html", monkeypatch)
 
 
-def test_there_is_a_script_per_heatmap() -> None:
-    assert [path.stem for path in VIZ] == ["attention_heatmap", "patching_heatmap", "token_attention"]
+def test_viz_and_the_report_draw_heads(by_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(by_head)
+    for script, measure, variable, options in (
+        ("knockout", "knockout", "knockout_drop_by_head", ("--by", "head")),
+        ("patching_heatmap", "patching", "patch_effect", ()),
+    ):
+        numbers = json.loads(plot(run.array(measure, variable, "sentence")).to_json())["data"][-1]["z"]["bdata"]
+        expected = max(re.split("[/+=]", numbers), key=len)  # a page escapes the rest
+        assert len(expected) > 20
+        assert expected in redrawn(script, by_head, tmp_path / "a.html", monkeypatch, *options)
+        assert expected in (by_head / "report.html").read_text()
+
+
+def test_there_is_a_script_per_figure() -> None:
+    assert {path.stem for path in VIZ} == {
+        "attention_heatmap", "knockout", "patching_heatmap", "token_attention", "verdicts",
+    }  # fmt: skip

@@ -49,21 +49,30 @@ def test_an_intervention_that_reaches_nothing_is_refused(tiny: LoadedModel, prom
         Row(prompt, Block.between((1,), (3,))),
         Row(prompt, Block.between((len(prompt),), (1,))),
         Row(prompt, Block.between((len(prompt) - 1,), (1,))),
-        Row(prompt, patch=Patch(99, (1,), values)),
-        Row(prompt, patch=Patch(1, (len(prompt) - 1,), values)),
-        Row(prompt, patch=Patch(1, (1,), values, "z")),
-        Row(prompt, patch=Patch(1, (1,), values, "mlp_out", 2)),
+        Row(prompt, Block(frozenset({(3, 1)}), cells=frozenset({(0, 0), (1, 4)}))),
+        Row(prompt, Block(frozenset({(3, 1)}), cells=frozenset())),
+        Row(prompt, Block(frozenset({(3, 1)}), layers=(0,), cells=frozenset({(0, 0)}))),
+        Row(prompt, patches=(Patch(99, (1,), values),)),
+        Row(prompt, patches=(Patch(1, (len(prompt) - 1,), values),)),
+        Row(prompt, patches=(Patch(1, (1,), values, "z"),)),
+        Row(prompt, patches=(Patch(1, (1,), values, "mlp_out", 2),)),
     ]
     for row in outside:
         with pytest.raises(NotFired, match="outside the prompt or model"):
             list(run(tiny.model, [row]))
+    twice = Row(prompt, patches=(Patch(1, (1, 2), prompt, "mlp_out"), Patch(1, (2,), prompt, "mlp_out")))
+    with pytest.raises(NotFired, match=r"two patches write to one place, \('mlp_out', 1, None, 2\)"):
+        list(run(tiny.model, [twice]))
+    for elsewhere in ((99, 1), (1,), (-1, 1)):
+        with pytest.raises(NotFired, match="patched from is too short, or its positions do not match"):
+            list(run(tiny.model, [Row(prompt, patches=(Patch(1, (1, 2), prompt, source_positions=elsewhere),))]))
 
 
 def test_a_hook_that_never_fires_is_noticed(
     tiny: LoadedModel, prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: an MLP that is found in the wrong place, so that its patches would silently do nothing."""
-    rows = [Row(prompts[0], patch=Patch(1, (2,), prompts[1], "mlp_out"))]
+    rows = [Row(prompts[0], patches=(Patch(1, (2,), prompts[1], "mlp_out"),))]
     list(cones.forward(tiny.model, rows))
     monkeypatch.setattr("subjattn.engine.anatomy.mlp_module", lambda _layer: tiny.model.get_input_embeddings())
     with pytest.raises(NotFired, match="never"):

@@ -152,7 +152,7 @@ def test_a_patch_in_the_wrong_layer(llama: LoadedModel, asked: Any, monkeypatch:
     class Wrong(Faulty):
         def change(self, rows: Sequence[Row]) -> Sequence[Row]:
             return [
-                row if row.patch is None else replace(row, patch=replace(row.patch, layer=(row.patch.layer + 1) % 3))
+                replace(row, patches=tuple(replace(one, layer=(one.layer + 1) % 3) for one in row.patches))
                 for row in rows
             ]
 
@@ -182,8 +182,8 @@ def test_one_wrong_head(llama: LoadedModel, asked: Any, monkeypatch: pytest.Monk
     """Planted: head 1 of `z`, of knocked-out edges and of weighted values is another one."""
 
     def other(row: Row) -> Row:
-        if row.patch is not None and row.patch.head == 1:
-            return replace(row, patch=replace(row.patch, head=2))
+        if row.patches and row.patches[0].head == 1:
+            return replace(row, patches=(replace(row.patches[0], head=2),))
         if row.block is not None and row.block.heads == (1,):
             return replace(row, block=replace(row.block, heads=(2,)))
         return row
@@ -217,7 +217,7 @@ def test_heads_are_sampled_over_layers_and_heads(
 
     class Silent(Faulty):
         def spoil(self, output: Output) -> None:
-            if output.rows[0].patch is not None and output.rows[0].patch.head == 0:
+            if output.rows[0].patches and output.rows[0].patches[0].head == 0:
                 output.logits[:] = np.nan
 
     plant(monkeypatch, Silent)
@@ -238,7 +238,7 @@ def test_numbers_around_the_tolerance(
             for layer, weights in output.attention.items():
                 if not output.value_norms:
                     weights[0, 2, 0, asked[0][0].subject_span[0]] += tolerance * (layer == 1)
-            if output.logits.numel() and output.rows[0].patch is not None and output.rows[0].patch.head is None:
+            if output.logits.numel() and output.rows[0].patches and output.rows[0].patches[0].head is None:
                 output.logits[:, clean.answer_ids[0]] += tolerance * largest
 
     plant(monkeypatch, Off)
@@ -304,7 +304,7 @@ def test_refusals(llama: LoadedModel, asked: Any, monkeypatch: pytest.MonkeyPatc
 
     class Partial(Faulty):
         def change(self, rows: Sequence[Row]) -> Sequence[Row]:
-            if any(row.patch is not None and row.patch.component == "mlp_out" for row in rows):
+            if any(patch.component == "mlp_out" for row in rows for patch in row.patches):
                 raise UnsupportedModel("no MLP here")
             return rows
 
@@ -351,7 +351,7 @@ def test_what_the_engine_refuses(llama: LoadedModel, asked: Any, monkeypatch: py
 
     class Partial(Faulty):
         def change(self, rows: Sequence[Row]) -> Sequence[Row]:
-            if any(row.patch is not None and row.patch.component in refused for row in rows):
+            if any(patch.component in refused for row in rows for patch in row.patches):
                 raise UnsupportedModel("nothing there")
             return rows
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 if TYPE_CHECKING:
     from subjattn.evidence.intervals import contrast as contrast
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from subjattn.evidence.maps import significant as significant
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
+    from subjattn.evidence.top import top as top
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
     from subjattn.facts.given import answer_in_subject as answer_in_subject
     from subjattn.knowledge.slick import slick as slick
+    from subjattn.measures.ablation import ablation as ablation
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
@@ -41,10 +43,11 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
+    from subjattn.plots.choose import plot as plot
     from subjattn.plots.heatmaps import plot_attention as plot_attention
-    from subjattn.plots.heatmaps import plot_patching as plot_patching
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
+    from subjattn.plots.patching import plot_patching as plot_patching
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Style": "prompts",
     "ablate": "prompts",
+    "ablation": "measures.ablation",
     "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
     "contrast": "evidence.intervals",
@@ -69,9 +73,10 @@ _HOMES = {
     "patch_grid": "measures.patching",
     "measure": "measures.alone",
     "open_run": "study.files",
+    "plot": "plots.choose",
     "plot_attention": "plots.heatmaps",
     "plot_knockout": "plots.lines",
-    "plot_patching": "plots.heatmaps",
+    "plot_patching": "plots.patching",
     "plot_tokens": "plots.heatmaps",
     "predict": "measures.answers",
     "read_facts": "facts",
@@ -85,6 +90,7 @@ _HOMES = {
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",
+    "top": "evidence.top",
     "where": "measures.where",
 }
 

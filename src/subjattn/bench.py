@@ -225,7 +225,7 @@ class _Spy:
         changed = [i for i, row in enumerate(rows) if not row.plain]
         chosen = [i for i, row in enumerate(rows) if row.plain] + changed[:: self.every]
         self.changed, self.all_changed = [rows[i] for i in changed[:: self.every]], len(changed)
-        sources = {row.source for row in self.changed} - {None}
+        sources = {source for row in self.changed for source in row.sources}
         self.fixed = len(rows) - len(changed) + len({row.run for row in self.changed}) + len(sources)
         for output in self.backend.forward([rows[i] for i in chosen], only_contrast=only_contrast):
             yield replace(output, index=[chosen[i] for i in output.index])

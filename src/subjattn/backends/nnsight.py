@@ -43,6 +43,8 @@ _NAMES = {
     "gpt_neox.layers": ("attention", "mlp"),
 }
 """Decoder layers, and the attention and the MLP inside, as architectures call them."""
+_ORDER: tuple[Component, ...] = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
+"""Components of a layer as the model computes them."""
 _States = dict[tuple[int, Component], Tensor]
 
 
@@ -74,19 +76,19 @@ class NNsight:
         check_rows(rows, len(self.layers), self.n_heads)
         wanted: dict[Run, set[tuple[int, Component]]] = {}
         for row in rows:
-            if row.patch is not None and row.source is not None:
-                wanted.setdefault(row.source, set()).add((row.patch.layer, row.patch.component))
+            for patch in row.patches:
+                if (source := patch.source(row.arm)) is not None:
+                    wanted.setdefault(source, set()).add((patch.layer, patch.component))
         states = {source: self._states(source.prompt.ids, places) for source, places in wanted.items()}
         changed = [i for i, row in enumerate(rows) if not row.plain]
         for i, row in enumerate(rows):
             if row.plain:
-                yield Output([i], [row], self._run(row))
+                yield Output([i], [row], self._run(row, states))
         own, of = controls([rows[i] for i in changed])
         for number, plain in enumerate(own):
-            control = Output([], [plain], self._run(plain))
+            control = Output([], [plain], self._run(plain, states))
             for i in (i for i, its in zip(changed, of, strict=True) if its == number):
-                source = rows[i].source
-                yield Output([i], [rows[i]], self._run(rows[i], states[source] if source else None), control, [0])
+                yield Output([i], [rows[i]], self._run(rows[i], states), control, [0])
 
     @torch.no_grad()
     def attention_rows(self, prompts: Sequence[Prompt], *, value_norms: bool = False) -> Iterator[Output]:
@@ -117,29 +119,32 @@ class NNsight:
             return self.layers[layer].input  # type: ignore[no-any-return]
         if component == "z":
             return self._attend(layer).output[0]  # type: ignore[no-any-return]
-        output = getattr(self.layers[layer], self.attention if component == "attn_out" else self.mlp).output
+        name = {"attn_out": self.attention, "mlp_out": self.mlp}.get(component)
+        output = (self.layers[layer] if name is None else getattr(self.layers[layer], name)).output
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def _states(self, ids: Sequence[int], places: set[tuple[int, Component]]) -> _States:
         """States of one run, asked for in the order in which the model computes them."""
-        order = ("resid_pre", "z", "attn_out", "mlp_out")
         with self._trace(ids):
             kept = nnsight.save({})
-            for place in sorted(places, key=lambda place: (place[0], order.index(place[1]))):
+            for place in sorted(places, key=lambda place: (place[0], _ORDER.index(place[1]))):
                 kept[place] = self._state(*place).clone()
         return kept  # type: ignore[no-any-return]
 
-    def _run(self, row: Row, states: _States | None = None) -> Float[Tensor, "prediction vocab"]:
-        block, patch = row.block, row.patch
+    def _run(self, row: Row, states: dict[Run, _States]) -> Float[Tensor, "prediction vocab"]:
+        block, patches = row.block, sorted(row.patches, key=lambda patch: _ORDER.index(patch.component))
         try:
             with self._trace(row.prompt.ids):
                 for layer in range(len(self.layers)):
-                    if patch is not None and patch.layer == layer and patch.component == "resid_pre":
-                        self._patch(patch, states)
+                    here = [patch for patch in patches if patch.layer == layer]
+                    for patch in here:
+                        if patch.component == "resid_pre":
+                            self._patch(patch, row, states)
                     if block is not None and block.acts_at(layer):
                         self._block(row, layer, block)
-                    if patch is not None and patch.layer == layer and patch.component != "resid_pre":
-                        self._patch(patch, states)
+                    for patch in here:
+                        if patch.component != "resid_pre":
+                            self._patch(patch, row, states)
                 logits: Tensor = nnsight.save(wide(self.traced.output.logits[0, list(row.prompt.predicting)]))
         except OutOfOrderError as error:
             raise NotFired(
@@ -147,16 +152,18 @@ class NNsight:
             ) from error
         return logits
 
-    def _patch(self, patch: Patch, states: _States | None) -> None:
-        at = (0, list(patch.positions)) if patch.head is None else (0, list(patch.positions), patch.head)
-        state = self._state(patch.layer, patch.component)
-        values = patch.values if states is None else states[patch.layer, patch.component][at]
+    def _patch(self, patch: Patch, row: Row, states: dict[Run, _States]) -> None:
+        head = () if patch.head is None else (patch.head,)
+        at, taken = ((0, list(positions), *head) for positions in (patch.positions, patch.taken_at))
+        state, source = self._state(patch.layer, patch.component), patch.source(row.arm)
+        values = patch.values if source is None else states[source][patch.layer, patch.component][taken]
         state[at] = values.to(state)  # type: ignore[union-attr]
 
     def _block(self, row: Row, layer: int, block: Block) -> None:
         """Take edges out of what the softmax gets, and look whether what it gives lost them."""
         edges = blocked_edges(row, len(row.prompt)).to(self.device)
-        heads = list(range(self.n_heads) if block.heads is None else block.heads)
+        heads_at = block.heads_at(layer)
+        heads = list(range(self.n_heads) if heads_at is None else heads_at)
         softmax = self._softmax(layer)
         scores = softmax.input
         scores[0, heads] = scores[0, heads].masked_fill(edges, -torch.inf)
@@ -174,7 +181,9 @@ class NNsight:
             kept = self._states(
                 ids, {(layer, component) for layer in range(len(self.layers)) for component in COMPONENTS}
             )
-            plain, blocked = (self._run(Row(probe, block)) for block in (None, Block.between([PROBE - 2], [PROBE - 3])))
+            plain, blocked = (
+                self._run(Row(probe, block), {}) for block in (None, Block.between([PROBE - 2], [PROBE - 3]))
+            )
         except Exception as error:
             raise _unsupported(model, f"it cannot be traced as needed ({' '.join(str(error).split())})") from error
         if any(state.shape[2] != self.n_heads for (_, component), state in kept.items() if component == "z"):

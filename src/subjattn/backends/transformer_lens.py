@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from subjattn.prompts import Prompt
 
 _POINTS: dict[Component, str] = {
     "resid_pre": "hook_in",
+    "resid_post": "hook_out",
     "attn_out": "attn.hook_out",
     "mlp_out": "mlp.hook_out",
     "z": "attn.hook_z",
@@ -97,15 +99,17 @@ class TransformerLens:
         """What the prompts patched from give, one run each, at the hook points that are asked for."""
         wanted: dict[Run, set[str]] = {}
         for row in rows:
-            if row.patch is not None and row.source is not None:
-                wanted.setdefault(row.source, set()).add(_name(row.patch.layer, _POINTS[row.patch.component]))
+            for patch in row.patches:
+                if (source := patch.source(row.arm)) is not None:
+                    wanted.setdefault(source, set()).add(_name(patch.layer, _POINTS[patch.component]))
         return {source: self._cached(source.prompt.ids, sorted(names))[1] for source, names in wanted.items()}
 
     def _run(self, row: Row, states: dict[Run, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
         fired: list[str] = []
         hooks = [] if row.block is None else self._blocking(row, row.block, fired)
-        if row.patch is not None:
-            hooks.append(_patching(row.patch, None if row.source is None else states[row.source], fired))
+        for patch in row.patches:
+            source = patch.source(row.arm)
+            hooks.append(_patching(patch, None if source is None else states[source], fired))
         logits = self.bridge.run_with_hooks(torch.tensor([row.prompt.ids], device=self.device), fwd_hooks=hooks)
         if sorted(fired) != sorted(name for name, _ in hooks):
             raise NotFired(f"fact {row.prompt.fact_id}: TransformerLens did not reach every hook point once: {fired}")
@@ -114,9 +118,12 @@ class TransformerLens:
     def _blocking(self, row: Row, block: Block, fired: list[str]) -> list[_Hook]:
         """Hooks that take edges out of the scores, and look whether the pattern lost them."""
         edges = blocked_edges(row, len(row.prompt)).to(self.device)
-        heads = list(range(self.n_heads) if block.heads is None else block.heads)
 
-        def block_scores(scores: Tensor, hook: Any) -> Tensor:
+        def heads_at(layer: int) -> list[int]:
+            heads = block.heads_at(layer)
+            return list(range(self.n_heads) if heads is None else heads)
+
+        def block_scores(scores: Tensor, hook: Any, heads: list[int]) -> Tensor:
             fired.append(hook.name)
             scores = scores.clone()
             scores[0, heads] = scores[0, heads].masked_fill(edges, -torch.inf)
@@ -124,14 +131,17 @@ class TransformerLens:
                 raise NotFired("a query would be left without any key to attend to; block fewer edges")
             return scores
 
-        def check_pattern(pattern: Tensor, hook: Any) -> None:
+        def check_pattern(pattern: Tensor, hook: Any, heads: list[int]) -> None:
             fired.append(hook.name)
             if pattern[0, heads][:, edges].any():
                 raise NotFired(f"fact {row.prompt.fact_id}: blocked edges still have weight at {hook.name}")
 
         layers = [layer for layer in range(self.n_layers) if block.acts_at(layer)]
-        hooks: list[_Hook] = [(_name(layer, _SCORES), block_scores) for layer in layers]
-        return hooks + [(_name(layer, _PATTERN), check_pattern) for layer in layers]
+        return [
+            (_name(layer, point), partial(act, heads=heads_at(layer)))
+            for point, act in ((_SCORES, block_scores), (_PATTERN, check_pattern))
+            for layer in layers
+        ]
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
@@ -169,12 +179,12 @@ def _patching(patch: Patch, states: dict[str, Tensor] | None, fired: list[str]) 
     """A hook that writes a patch's values, or those of its source's states."""
     name = _name(patch.layer, _POINTS[patch.component])
     head = () if patch.head is None else (patch.head,)
-    at = (0, list(patch.positions), *head)
+    at, taken = ((0, list(positions), *head) for positions in (patch.positions, patch.taken_at))
 
     def put(state: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         fired.append(name)
         state = state.clone()
-        values = patch.values if states is None else states[name][at]
+        values = patch.values if states is None else states[name][taken]
         state[at] = values.to(state)  # type: ignore[union-attr]
         return state
 

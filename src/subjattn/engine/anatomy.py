@@ -168,4 +168,6 @@ def on_component(
     """Pass a component of one decoder layer through `change`; `z` is the attention function's affair."""
     if component == "resid_pre":
         return on_input(layer, change)
+    if component == "resid_post":
+        return on_output(layer, change)
     return on_output(attention_module(layer) if component == "attn_out" else mlp_module(layer), change)

@@ -53,12 +53,11 @@ class Tokens:
             self.blocked = torch.cat(edges)
             acts = [[r.block is not None and r.block.acts_at(layer) for r in rows] for layer in range(n_layers)]
             self.acts = torch.tensor(acts)
-            if any(row.block is not None and row.block.heads is not None for row in rows):
-                self.heads = torch.ones(len(rows), n_heads, dtype=torch.bool)
-                for i, row in enumerate(rows):
-                    if row.block is not None and row.block.heads is not None:
-                        self.heads[i] = False
-                        self.heads[i, list(row.block.heads)] = True
+            if any(block.heads is not None or block.cells is not None for row in rows if (block := row.block)):
+                self.heads = torch.zeros(n_layers, len(rows), n_heads, dtype=torch.bool)
+                for layer, i in self.acts.nonzero().tolist():
+                    heads = rows[i].block.heads_at(layer)  # type: ignore[union-attr]
+                    self.heads[layer, i, slice(None) if heads is None else list(heads)] = True
 
     def suffixes(self, cones: list[int]) -> Int[Tensor, " token"]:
         """All tokens of some cones, on the host."""
@@ -88,7 +87,7 @@ class Tokens:
             return None
         cone = self.cone[self.selected]
         edges = self.blocked[self.selected] & self.acts[layer][cone][:, None]  # type: ignore[index]
-        return edges.to(self.device), None if self.heads is None else self.heads[cone].to(self.device)
+        return edges.to(self.device), None if self.heads is None else self.heads[layer, cone].to(self.device)
 
     def among_selected(self, flat: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
         """Where tokens stand among the selected, -1 for those that do not; on the host."""

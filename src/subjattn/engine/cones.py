@@ -94,7 +94,7 @@ def forward(
     sizes = [max(len(run.prompt) for run in runs) * len(runs) for runs, _ in families]
     for chosen in batches(sizes, budget.base_tokens):
         index = [i for c in chosen for i in families[c][1]]
-        components = {patch.component for i in index if (patch := rows[i].patch) is not None}
+        components = {patch.component for i in index for patch in rows[i].patches}
         runs = list(dict.fromkeys(run for c in chosen for run in families[c][0]))
         base = run_shared(model, runs, components, budget)
         if plain := [i for i in index if rows[i].plain]:
@@ -111,7 +111,7 @@ def _families(rows: Sequence[Row]) -> list[tuple[list[Run], list[int]]]:
     for i, row in enumerate(rows):
         members.setdefault(row.run, []).append(i)
     sources = {
-        run: list(dict.fromkeys(source for i in own if (source := rows[i].source) is not None and source != run))
+        run: list(dict.fromkeys(source for i in own for source in rows[i].sources if source != run))
         for run, own in members.items()
     }
     # A run that is only looked at and patched from has no family of its own.
@@ -250,7 +250,9 @@ def _call(
             if (component, layer) in patches.places:
                 stack.enter_context(on_component(component, module, partial(patches.put, component, layer)))
         result = module(states, *args, **kwargs)
-    return (result[0] if isinstance(result, tuple) else result)[0]  # type: ignore[no-any-return]
+    behind: Tensor = result[0] if isinstance(result, tuple) else result
+    patched = patches.put("resid_post", layer, behind)
+    return (behind if patched is None else patched)[0]
 
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
@@ -262,7 +264,7 @@ def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:
     start = max(1, prompt.prediction - 1)
     whole = tuple(range(1, prompt.prediction + 1))
     patches = [Patch(0, whole, run), Patch(middle, whole[-2:], run), Patch(middle, (start,), run, "z", 0)]
-    rows = [Row(prompt, patch=patch, contrast=contrast, arm=run.arm) for patch in patches]
+    rows = [Row(prompt, patches=(patch,), contrast=contrast, arm=run.arm) for patch in patches]
     (output,) = _run_cones(model, base, list(range(len(rows))), rows, False, budget)
     (short,) = _run_cones(model, base, list(range(len(rows))), rows, True, budget)
     found = output.logits.view(len(rows), *expected.shape)

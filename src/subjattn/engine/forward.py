@@ -165,7 +165,8 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
         mask = torch.zeros(len(rows), heads, dtype=torch.bool)
         for i, row in enumerate(rows):
             if row.block is not None and row.block.acts_at(layer):
-                mask[i, slice(None) if row.block.heads is None else list(row.block.heads)] = True
+                heads_at = row.block.heads_at(layer)
+                mask[i, slice(None) if heads_at is None else list(heads_at)] = True
         return edges[:, None] & mask.to(device)[:, :, None, None]
 
     def put(component: Component, layer: int, state: Tensor) -> Tensor | None:
@@ -192,7 +193,12 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
 
 def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]]:
     """Patches with their values, by component and layer; values of other runs from whole passes of their own."""
-    wanted = {(row.source, row.patch.component) for row in rows if row.patch is not None and row.source is not None}
+    wanted = {
+        (source, patch.component)
+        for row in rows
+        for patch in row.patches
+        if (source := patch.source(row.arm)) is not None
+    }
     taken: dict[tuple[Run, Component], Tensor] = {}
     for component in {component for _, component in wanted}:
         sources = [source for source, its in wanted if its == component]
@@ -200,12 +206,11 @@ def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, 
         taken |= zip([(source, component) for source in sources], found, strict=True)
     by_place: dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]] = {}
     for i, row in enumerate(rows):
-        if (patch := row.patch) is None:
-            continue
-        if row.source is None:
-            values = patch.values
-        else:
-            values = taken[row.source, patch.component][patch.layer, list(patch.positions)]
-            values = values if patch.head is None else values[:, patch.head]
-        by_place.setdefault((patch.component, patch.layer), []).append((i, patch, values))  # type: ignore[arg-type]
+        for patch in row.patches:
+            if (source := patch.source(row.arm)) is None:
+                values = patch.values
+            else:
+                values = taken[source, patch.component][patch.layer, list(patch.taken_at)]
+                values = values if patch.head is None else values[:, patch.head]
+            by_place.setdefault((patch.component, patch.layer), []).append((i, patch, values))  # type: ignore[arg-type]
     return by_place

@@ -1,12 +1,13 @@
 """Interventions as data: which edges to block, which states to replace, in which run.
 
-A run is one prompt under one arm; a row is a run under at most one intervention of each kind. An
+A run is one prompt under one arm; a row is a run under at most one block and any patches. An
 intervention reaches only the layers and positions of its cone: from its first layer up, and from its
 first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -19,7 +20,7 @@ from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
 
 
-Component = Literal["resid_pre", "attn_out", "mlp_out", "z"]
+Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 OUTPUTS: frozenset[Component] = frozenset({"attn_out", "mlp_out"})
 """Components that a module of a layer returns."""
@@ -33,11 +34,15 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class Block:
-    """Attention edges (query, key) blocked before the softmax, in `layers` and `heads` (None: all)."""
+    """Attention edges (query, key) blocked before the softmax.
+
+    Either in `heads` of `layers` (None: all), or in the very `cells` (layer, head).
+    """
 
     edges: frozenset[tuple[int, int]]
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    cells: frozenset[tuple[int, int]] | None = None
 
     @classmethod
     def between(
@@ -51,8 +56,19 @@ class Block:
         keys = tuple(keys)
         return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads)
 
+    def heads_at(self, layer: int) -> tuple[int, ...] | None:
+        """Heads that lose the edges in a layer; None: all of them."""
+        if self.cells is not None:
+            return tuple(sorted(head for at, head in self.cells if at == layer))
+        return self.heads if self.layers is None or layer in self.layers else ()
+
     def acts_at(self, layer: int) -> bool:
-        return self.layers is None or layer in self.layers
+        return self.heads_at(layer) != ()
+
+    @property
+    def first_layer(self) -> int:
+        layers = self.layers if self.cells is None else [layer for layer, _ in self.cells]
+        return 0 if layers is None else min(layers)
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,10 @@ class Run:
 class Patch:
     """The output of a component replaced at `positions` of one layer.
 
-    `values` are `[position, width]`, or the run that they are taken from at the same positions; a prompt
-    stands for its run under the row's own arm. Components: `resid_pre`, the residual stream before the
-    layer; `attn_out` and `mlp_out`, what its attention and its MLP return; `z`, what one `head` reads
-    before W_O (width d_head).
+    `values` are `[position, width]`, or the run that they are taken from, at `source_positions` (None: the
+    same positions); a prompt stands for its run under the row's own arm. Components: `resid_pre` and
+    `resid_post`, the residual stream before and after the layer; `attn_out` and `mlp_out`, what its
+    attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
     """
 
     layer: int
@@ -81,15 +97,27 @@ class Patch:
     values: Float[Tensor, "position width"] | Run | Prompt
     component: Component = "resid_pre"
     head: int | None = None
+    source_positions: tuple[int, ...] | None = None
+
+    @property
+    def taken_at(self) -> tuple[int, ...]:
+        """Positions of the run that values are taken from."""
+        return self.positions if self.source_positions is None else self.source_positions
+
+    def source(self, arm: str | None) -> Run | None:
+        """The run that gives the values, in a row of this arm; None where they are brought along."""
+        if isinstance(self.values, Prompt):
+            return Run(self.values, arm)
+        return self.values if isinstance(self.values, Run) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt and arm under at most one intervention of each kind; `contrast` is a token and its foil."""
+    """One prompt and arm under at most one block and any patches; `contrast` is a token and its foil."""
 
     prompt: Prompt
     block: Block | None = None
-    patch: Patch | None = None
+    patches: tuple[Patch, ...] = ()
     contrast: tuple[int, int] | None = None
     arm: str | None = None
 
@@ -99,29 +127,26 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        return self.block is None and self.patch is None
+        return self.block is None and not self.patches
 
     @property
-    def source(self) -> Run | None:
-        """The run that gives the patch its values."""
-        values = None if self.patch is None else self.patch.values
-        if isinstance(values, Prompt):
-            return Run(values, self.arm)
-        return values if isinstance(values, Run) else None
+    def sources(self) -> list[Run]:
+        """Runs that give patches their values, each once."""
+        found = (patch.source(self.arm) for patch in self.patches)
+        return list(dict.fromkeys(source for source in found if source is not None))
 
     @property
     def first_layer(self) -> int:
         """The lowest layer whose computation differs from the base run's."""
-        layers = [] if self.patch is None else [self.patch.layer]
-        if self.block is not None:
-            layers += [0] if self.block.layers is None else list(self.block.layers)
+        layers = [patch.layer for patch in self.patches]
+        layers += [] if self.block is None else [self.block.first_layer]
         return min(layers, default=0)
 
     @property
     def suffix(self) -> range:
         """Positions from the first that differs from the base run to the last that predicts an answer token."""
         positions = [self.prompt.prediction]
-        positions += [] if self.patch is None else list(self.patch.positions)
+        positions += [position for patch in self.patches for position in patch.positions]
         positions += [] if self.block is None else [query for query, _ in self.block.edges]
         return range(min(positions), self.prompt.predicting[-1] + 1)
 
@@ -129,14 +154,15 @@ class Row:
     def touched(self) -> Sequence[int]:
         """Positions of the suffix that leave the first layer changed.
 
-        Only a patched residual stream changes keys and values of its own layer, and so every later position.
+        Only the residual stream before it changes its keys and values, and so every later position.
         """
         first, last = self.first_layer, self.prompt.predicting[-1]
         positions: set[int] = set()
-        if self.patch is not None and self.patch.layer == first:
-            if self.patch.component == "resid_pre":
-                return self.suffix
-            positions.update(self.patch.positions)
+        for patch in self.patches:
+            if patch.layer == first:
+                if patch.component == "resid_pre":
+                    return self.suffix
+                positions.update(patch.positions)
         if self.block is not None and self.block.acts_at(first):
             positions.update(query for query, _ in self.block.edges if query <= last)
         return sorted(positions)
@@ -170,17 +196,18 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
     check_arms(rows)
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
-        block, patch = row.block, row.patch
-        if block is not None:
-            layers, heads = block.layers or (), block.heads or ()
+        if (block := row.block) is not None:
+            cells = block.cells or ()
+            layers, heads = [*(block.layers or ()), *dict(cells)], [*(block.heads or ()), *(head for _, head in cells)]
             inside = [0 <= key <= query < length for query, key in block.edges]
             inside += [0 <= layer < n_layers for layer in layers] + [0 <= head < n_heads for head in heads]
-            empty = not block.edges or block.layers == () or block.heads == ()
+            inside += [block.cells is None or block.layers is None is block.heads]
+            empty = not block.edges or block.layers == () or block.heads == () or block.cells == frozenset()
             if empty or not all(inside) or min(query for query, _ in block.edges) > last:
                 raise NotFired(
                     f"fact {row.prompt.fact_id}: the blocked edges are empty, or lie outside the prompt or model"
                 )
-        if patch is not None:
+        for patch in row.patches:
             inside = [0 <= patch.layer < n_layers, bool(patch.positions)]
             inside += [0 <= position <= last for position in patch.positions]
             inside += [(patch.head is not None and 0 <= patch.head < n_heads) == (patch.component == "z")]
@@ -189,13 +216,23 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
                     f"fact {row.prompt.fact_id}: a patch of {patch.component} in layer {patch.layer}, head "
                     f"{patch.head}, at positions {patch.positions} lies outside the prompt or model"
                 )
-            if row.source is not None and max(patch.positions) >= len(row.source.prompt):
-                raise NotFired(f"fact {row.prompt.fact_id}: the prompt patched from is too short")
+            inside = [len(patch.taken_at) == len(patch.positions), min(patch.taken_at) >= 0]
+            if (source := patch.source(row.arm)) is not None:
+                inside += [max(patch.taken_at) < len(source.prompt)]
+            if not all(inside):
+                raise NotFired(
+                    f"fact {row.prompt.fact_id}: the prompt patched from is too short, or its positions do not match"
+                )
+        places = Counter((p.component, p.layer, p.head, position) for p in row.patches for position in p.positions)
+        if twice := [place for place, n in places.items() if n > 1]:
+            raise NotFired(
+                f"fact {row.prompt.fact_id}: two patches write to one place, {twice[0]}: leave one of them out"
+            )
 
 
 def check_arms(rows: Sequence[Row]) -> None:
     """Refuse arms that a model by itself has not: their numbers would be its own."""
-    for run in (run for row in rows for run in (row.run, row.source) if run is not None):
+    for run in (run for row in rows for run in (row.run, *row.sources)):
         if run.arm is not None:
             raise UnsupportedModel(
                 f"fact {run.prompt.fact_id}: a row of arm {run.arm!r} was asked of a single model, which would answer "

@@ -31,9 +31,9 @@ class Patches:
         self.base, self.tokens = base, tokens
         self.places: dict[tuple[Component, int], list[_Place]] = {}
         for origin, row in rows:
-            if (patch := row.patch) is not None:
-                place = self.places.setdefault((patch.component, patch.layer), [])
-                place += [(origin + position, i, patch, row.source) for i, position in enumerate(patch.positions)]
+            for patch in row.patches:
+                place, source = self.places.setdefault((patch.component, patch.layer), []), patch.source(row.arm)
+                place += [(origin + position, i, patch, source) for i, position in enumerate(patch.positions)]
         self.flat = {key: torch.tensor([flat for flat, *_ in place]) for key, place in self.places.items()}
         self.missing = sum(map(len, self.places.values()))
 
@@ -56,15 +56,21 @@ class Patches:
 
     def _values(self, component: Component, layer: int, here: list[_Place]) -> Float[Tensor, "patch width"]:
         """Taken from the run that a patch names, or brought along."""
-        sources = [source for *_, source in here]
-        if not any(sources):
+        taken = [j for j, (*_, source) in enumerate(here) if source is not None]
+        if not taken:
             return torch.stack([patch.values[i] for _, i, patch, _ in here])  # type: ignore[misc, index]
-        if not all(sources):
-            raise NotFired("patches of one layer take their values either all from runs or all from tensors")
-        part = self.base.parts[component, layer]
-        rows = torch.tensor([self.base.row_of[source] for source in sources], device=part.device)  # type: ignore[index]
-        positions = torch.tensor([patch.positions[i] for _, i, patch, _ in here], device=part.device)
-        return part[rows, positions, *_heads(component, here, part.device)]
+        part, of = self.base.parts[component, layer], [here[j] for j in taken]
+        rows = torch.tensor([self.base.row_of[source] for *_, source in of], device=part.device)  # type: ignore[index]
+        positions = torch.tensor([patch.taken_at[i] for _, i, patch, _ in of], device=part.device)
+        found = part[rows, positions, *_heads(component, of, part.device)]
+        if len(taken) == len(here):
+            return found
+        values = found.new_empty(len(here), found.shape[1])
+        values[taken] = found
+        for j, (_, i, patch, source) in enumerate(here):
+            if source is None:
+                values[j] = patch.values[i]  # type: ignore[index]
+        return values
 
     def check_fired(self) -> None:
         if self.missing:

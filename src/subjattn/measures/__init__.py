@@ -112,6 +112,25 @@ def shortened(prompt: Prompt) -> Prompt:
     return replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end])
 
 
+def some_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
+    """The layers asked for, each once and in their order; None: all.
+
+    Raises:
+        BadInput: none, or one that the model has not.
+    """
+    found = list(range(n_layers)) if layers is None else sorted({int(layer) for layer in layers})
+    if not found or not 0 <= found[0] <= found[-1] < n_layers:
+        raise BadInput(f"layers {layers!r}: give some of the model's, which are 0 to {n_layers - 1}")
+    return found
+
+
+def tokens_of(prompts: Sequence[Prompt], length: int) -> dict[str, Any]:
+    """Coordinates `(fact, position)`: the prompts' tokens, empty behind their ends, and which belong to the subject."""
+    tokens = [[*p.tokens[: p.prediction + 1], *[""] * (length - p.prediction - 1)] for p in prompts]
+    inside = [[position in p.subject_positions for position in range(length)] for p in prompts]
+    return {"token": (("fact", "position"), tokens), "in_subject": (("fact", "position"), inside)}
+
+
 def opened(
     backend: BackendName | Backend, model: PreTrainedModel, memory_budget: int | None, prompts: Sequence[Prompt]
 ) -> Backend:

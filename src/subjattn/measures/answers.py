@@ -17,7 +17,7 @@ from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, tokenizer_of
-from subjattn.measures.metrics import measure_rows
+from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.prompts import Prompt
 from subjattn.prompts.style import CONCLUSION
@@ -38,7 +38,7 @@ def answer_logprob(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     """Summed log-probability of each prompt's first accepted answer, in nats: an array `(fact,)`."""
     check_prompts(prompts)
     rows = [Row(prompt) for prompt in prompts]
-    found = measure_rows(answer_logits(hf_model(model), prompts), rows, ["answer_logprob"])
+    found = measure_rows(answer_logits(hf_model(model), prompts), rows, parse_metrics("answer_logprob"))
     return labelled("answer_logprob", found.values["answer_logprob"], prompts, **LOGPROB_ATTRS)
 
 

@@ -18,7 +18,7 @@ from subjattn.backends import Backend, BackendName
 from subjattn.engine.forward import attention_rows
 from subjattn.engine.interventions import Output
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened
+from subjattn.measures import check_askable, hf_model, labelled, opened, tokens_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, mean_over
 from subjattn.prompts import Prompt
 
@@ -120,9 +120,7 @@ def token_attention(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
         definition="attention weight from the prediction position to each token, mean over heads",
         paper="Ghosal et al. 2024 (figs. 3b and 7)",
     )
-    tokens = [[*p.tokens[: p.prediction + 1], *[""] * (length - p.prediction - 1)] for p in prompts]
-    inside = [[position in p.subject_positions for position in range(length)] for p in prompts]
-    return array.assign_coords(token=(("fact", "position"), tokens), in_subject=(("fact", "position"), inside))
+    return array.assign_coords(tokens_of(prompts, length))
 
 
 def _prediction_rows(output: Output) -> np.ndarray:

@@ -17,7 +17,8 @@ are the same edges: that the subject is read directly is then no finding. The co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import xarray as xr
@@ -25,17 +26,25 @@ from pydantic import Field, PositiveInt
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
+from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import Block, Row
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
-from subjattn.measures.metrics import CHANGES, MEANINGS, UNITS, Measured, Metric, measure_rows, parse_metrics
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers
+from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
+from subjattn.measures.sets import Heads, parse_sets
 from subjattn.prompts import Prompt
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from subjattn.measures import Model
 
+NOTE = (
+    "Knock-out by head tells which heads read the subject's name, not which of them move the answer: "
+    "patch_grid(component='z') tells that."
+)
 Route = Literal["direct", "total", "non_subject", "last", "subject_to_earlier"]
 By = Literal["layer", "window", "head"]
 Edges = Callable[[Prompt], Iterable[tuple[int, int]]]
@@ -69,6 +78,10 @@ def knockout(
     *,
     by: By | None = ...,
     window: int = ...,
+    heads: Heads | None = ...,
+    layers: Sequence[int] | None = ...,
+    random_sets: int = ...,
+    seed: int = ...,
     metric: Metric = ...,
     foils: Sequence[int] | None = ...,
     backend: BackendName | Backend = ...,
@@ -82,6 +95,10 @@ def knockout(
     *,
     by: By | None = ...,
     window: int = ...,
+    heads: Heads | None = ...,
+    layers: Sequence[int] | None = ...,
+    random_sets: int = ...,
+    seed: int = ...,
     metric: list[Metric],
     foils: Sequence[int] | None = ...,
     backend: BackendName | Backend = ...,
@@ -94,6 +111,10 @@ def knockout(
     *,
     by: By | None = None,
     window: int = 9,
+    heads: Heads | None = None,
+    layers: Sequence[int] | None = None,
+    random_sets: int = 0,
+    seed: int = 0,
     metric: Metric | list[Metric] = "answer_logprob",
     foils: Sequence[int] | None = None,
     backend: BackendName | Backend = "engine",
@@ -108,14 +129,21 @@ def knockout(
             that give a prompt's edges `(query, key)`.
         by: block one layer, one window of layers or one head of one layer at a time; None: all layers.
         window: layers of a window, cut off at the first and last layer; Geva et al. use 9.
-        metric: one of `answer_logprob` (nats), `logit_diff` (logits), `kl` (nats), `rank`; or several.
+        heads: block exactly these `(layer, head)`, all together, as one set.
+        layers: with `by`, the layers (centres of windows) to compute; without, block exactly these, all together.
+        random_sets: of a set, beside it so many random ones of the same size (see `sets.parse_sets`).
+        seed: of the random sets.
+        metric: one of `answer_logprob` (nats), `logit_diff` (logits), `kl` (nats), `rank`, or a function of your own
+            from the logits that predict the answer's tokens, `[answer, vocab]`, and the prompt to a number; or several.
         foils: for `logit_diff`, the token id that each prompt's answer is compared with.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, route)`, and `layer` (of a window: its centre) and `head` where asked for. `answer_logprob`
-        and `logit_diff` are falls, baseline minus blocked; `kl` and `rank` are those of the blocked run.
+        `(fact, route)`, and `layer` (of a window: its centre) and `head` where asked for; of sets, `set`: "chosen",
+        "random 0", …, with the coordinate `cells`, what is in each, and the attribute `matched`, what random ones have
+        in common with the chosen one. `kl` and `rank` are those of the blocked run, all others falls, baseline minus
+        blocked.
         Coordinates `baseline_METRIC` `(fact,)` hold the value with nothing blocked, and the attribute
         `noise_floor` how far a row without a block strays from it. NaN where a prompt has none of a
         route's edges. Where `direct` and `total` are asked for, the coordinate `routes_coincide` `(fact,)` marks the
@@ -131,52 +159,48 @@ def knockout(
     if ("logit_diff" in metrics and foils is None) or (foils is not None and len(foils) != len(prompts)):
         raise BadInput("metric 'logit_diff' needs foils=[token id, …], one for every prompt")
     hf = hf_model(model)
-    n_layers, heads = len(decoder_layers(hf)), n_heads(hf) if by == "head" else 1
-    places = _layers(by, n_layers, window)
-    asked = list(prompts) if "answer_logprob" in metrics else [shortened(prompt) for prompt in prompts]
+    parts = _parts(hf, by, window, heads, layers, random_sets, seed)
+    whole = not {*metrics} <= {"logit_diff", "kl", "rank"}
+    asked = list(prompts) if whole else [shortened(prompt) for prompt in prompts]
     contrasts: list[tuple[int, int] | None] = [None] * len(asked)
     if foils is not None:
         contrasts = [(prompt.answer_ids[0], int(foil)) for prompt, foil in zip(asked, foils, strict=True)]
     rows = [Row(prompt, contrast=contrast) for prompt, contrast in zip(asked, contrasts, strict=True)]
-    cells: list[tuple[int, int, int, int]] = []
+    cells: list[tuple[int, int, int]] = []
     for fact, prompt in enumerate(asked):
         for route, of in enumerate(edges.values()):
             if blocked := frozenset(edge for edge in of(prompt) if edge[0] <= prompt.predicting[-1]):
-                for layer, layers in enumerate(places):
-                    for head in range(heads):
-                        block = Block(blocked, layers, (head,) if by == "head" else None)
-                        rows.append(Row(prompt, block, contrast=contrasts[fact]))
-                        cells.append((fact, route, layer, head))
+                rows += [Row(prompt, Block(blocked, *part), contrast=contrasts[fact]) for part in parts.blocks]
+                cells += [(fact, route, part) for part in range(len(parts.blocks))]
     run = opened(backend, hf, memory_budget, asked)
-    found = measure_rows(run.forward(rows, only_contrast=metrics == ["logit_diff"]), rows, metrics)
-    dims: tuple[str, ...] = {None: (), "head": ("layer", "head")}.get(by, ("layer",))
-    where = {None: "all layers", "layer": "one layer", "head": "one head of one layer"}.get(
-        by, f"windows of {window} layers"
-    )
-    coincide = {}
+    found = measure_rows(run.forward(rows, only_contrast=list(metrics) == ["logit_diff"]), rows, metrics)
+    coords = dict(parts.coords)
     if {"direct", "total"} <= set(edges):
-        coincide["routes_coincide"] = ("fact", _same(asked, edges["direct"], edges["total"]))
+        coords["routes_coincide"] = ("fact", _same(asked, edges["direct"], edges["total"]))
     arrays = {}
     for name in metrics:
+        grid = np.full((len(prompts), len(edges), len(parts.blocks)), np.nan)
+        if cells:
+            effect = found.effect(name)[-len(cells) :]
+            grid[tuple(np.array(cells).T)] = effect if name in AS_THEY_ARE else -effect
         array = labelled(
-            "knockout_drop" if name in CHANGES else f"knockout_{name}",
-            _grid(found, name, cells, (len(prompts), len(edges), len(places), heads))[
-                (..., *[slice(None) if dim in dims else 0 for dim in ("layer", "head")])
-            ],
+            f"knockout_{name}" if name in AS_THEY_ARE else "knockout_drop",
+            grid.reshape(*grid.shape[:2], *parts.shape),
             prompts,
-            ("route", *dims),
-            unit=UNITS[name],
+            ("route", *parts.dims),
+            unit=unit_of(name),
             definition=_definition(
-                name, " or ".join(f"{_EDGES[r][0]} ({r})" if r in _EDGES else r for r in edges), where
+                name, " or ".join(f"{_EDGES[r][0]} ({r})" if r in _EDGES else r for r in edges), parts.where
             ),
             paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
             noise_floor=found.noise_floor[name],
             backend=run.name,
+            **parts.attrs,
         )
         arrays[name] = array.assign_coords(
-            {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])} | coincide
+            {"route": list(edges), f"baseline_{name}": ("fact", found.values[name][: len(prompts)])} | coords
         )
-    return arrays[metrics[0]] if isinstance(metric, str) else xr.Dataset(arrays)
+    return xr.Dataset(arrays) if isinstance(metric, list) else next(iter(arrays.values()))
 
 
 def same_edges(prompts: Sequence[Prompt], one: Route = "direct", other: Route = "total") -> np.ndarray:
@@ -203,30 +227,63 @@ def _parse_routes(routes: Sequence[str] | Mapping[str, Edges]) -> dict[str, Edge
     return {name: _EDGES[name][1] for name in routes}
 
 
-def _layers(by: str | None, n_layers: int, window: int) -> list[tuple[int, ...] | None]:
-    """The layers blocked together, by centre."""
-    if by is None:
-        return [None]
-    if by not in ("layer", "window", "head") or window < 1:
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of the model whose edges are blocked together: one block each, in the order of the dimensions they have."""
+
+    blocks: list[tuple[Any, ...]]
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    where: str
+    coords: dict[str, Any] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def _parts(
+    hf: PreTrainedModel,
+    by: str | None,
+    window: int,
+    heads: Heads | None,
+    layers: Sequence[int] | None,
+    random_sets: int,
+    seed: int,
+) -> _Parts:
+    n_layers = len(decoder_layers(hf))
+    if by not in (None, "layer", "window", "head") or window < 1:
         raise BadInput(
             f"by {by!r} with windows of {window}: by is 'layer', 'window', 'head' or None, a window 1 or more"
         )
+    if by is not None and (heads is not None or random_sets):
+        raise BadInput(f"heads=[…] and random_sets are one set, and by={by!r} takes parts one at a time: leave by out")
+    if by is None and heads is None and layers is None:
+        if random_sets:
+            raise BadInput("random_sets are compared with a set: give heads=[(layer, head), …] or layers=[…]")
+        return _Parts([(None, None)], (), (), "all layers")
+    if by is None:
+        check_model(hf)
+        sets = parse_sets(heads, layers, n_layers, n_heads(hf), random_sets=random_sets, seed=seed)
+        blocks: list[tuple[Any, ...]] = [
+            (None, None, frozenset(cells)) if heads is not None else (tuple(layer for layer, _ in cells), None)
+            for cells in sets.cells.values()
+        ]
+        coords = {"set": list(sets.cells), "cells": ("set", sets.in_words)}
+        where = f"a set of {'heads' if heads is not None else 'layers'} together"
+        return _Parts(blocks, ("set",), (len(blocks),), where, coords, {"matched": sets.matched})
+    some = some_layers(layers, n_layers)
     size = window if by == "window" else 1
-    return [tuple(range(max(0, c - size // 2), min(n_layers, c - size // 2 + size))) for c in range(n_layers)]
+    around = [tuple(range(max(0, c - size // 2), min(n_layers, c - size // 2 + size))) for c in some]
+    if by == "head":
+        check_model(hf)
+        every = n_heads(hf)
+        blocks = [(at, (head,)) for at in around for head in range(every)]
+        note = {"note": NOTE}
+        return _Parts(blocks, ("layer", "head"), (len(some), every), "one head of one layer", {"layer": some}, note)
+    where = "one layer" if by == "layer" else f"windows of {window} layers"
+    return _Parts([(at, None) for at in around], ("layer",), (len(some),), where, {"layer": some})
 
 
-def _grid(
-    found: Measured, metric: Metric, cells: list[tuple[int, int, int, int]], shape: tuple[int, ...]
-) -> np.ndarray:
-    grid = np.full(shape, np.nan)
-    if cells:
-        effect = found.effect(metric)[-len(cells) :]
-        grid[tuple(np.array(cells).T)] = -effect if metric in CHANGES else effect
-    return grid
-
-
-def _definition(metric: Metric, edges: str, layers: str) -> str:
-    fall = f"fall in the {MEANINGS[metric]}" if metric in CHANGES else MEANINGS[metric]
+def _definition(metric: str, edges: str, layers: str) -> str:
+    fall = meaning_of(metric) if metric in AS_THEY_ARE else f"fall in the {meaning_of(metric)}"
     return f"{fall}, when the edges {edges} are blocked before the softmax in {layers}"
 
 

@@ -3,16 +3,18 @@
 * `answer_logprob`: log-probability of the first accepted answer, summed over its tokens, in nats;
 * `logit_diff`: logit of the answer's first token minus that of a foil;
 * `kl`: KL divergence in nats of the run from the same run without the intervention, over the next token;
-* `rank`: rank of the answer's first token among the vocabulary, 1 the most likely.
+* `rank`: rank of the answer's first token among the vocabulary, 1 the most likely;
+* a function of one's own, from the logits at the positions that predict the answer's tokens, `[answer, vocab]`, and the
+  prompt to one number, known by its `__name__`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,19 +23,21 @@ from torch import Tensor
 
 from subjattn.engine.interventions import Output, Row, Run
 from subjattn.errors import BadInput
+from subjattn.prompts import Prompt
 
 
-Metric = Literal["answer_logprob", "logit_diff", "kl", "rank"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-UNITS: dict[Metric, str] = {"answer_logprob": "nats", "logit_diff": "logits", "kl": "nats", "rank": "rank"}
-MEANINGS: dict[Metric, str] = {
+Own = Callable[[Float[Tensor, "answer vocab"], Prompt], float]
+Metric = Literal["answer_logprob", "logit_diff", "kl", "rank"] | Own
+METRICS: tuple[str, ...] = ("answer_logprob", "logit_diff", "kl", "rank")
+UNITS: dict[str, str] = {"answer_logprob": "nats", "logit_diff": "logits", "kl": "nats", "rank": "rank"}
+MEANINGS: dict[str, str] = {
     "answer_logprob": "log-probability of the first accepted answer, summed over its tokens",
     "logit_diff": "logit of the answer's first token minus that of the foil",
     "kl": "KL divergence of the next token from the run without the intervention",
     "rank": "rank of the answer's first token, 1 the most likely",
 }
-CHANGES: tuple[Metric, ...] = ("answer_logprob", "logit_diff")
-"""Metrics reported as their change; the others are those of the changed run itself."""
+AS_THEY_ARE = ("kl", "rank")
+"""Metrics of the changed run itself; all others are reported as their change."""
 
 
 _Key = tuple[Run, tuple[int, int] | None]
@@ -47,36 +51,56 @@ class Measured:
     largest difference between such a control and the plain run of its prompt, of `kl` the divergence itself.
     """
 
-    values: dict[Metric, np.ndarray]
-    control: dict[Metric, np.ndarray]
-    noise_floor: dict[Metric, float]
+    values: dict[str, np.ndarray]
+    control: dict[str, np.ndarray]
+    noise_floor: dict[str, float]
 
-    def effect(self, metric: Metric) -> np.ndarray:
+    def effect(self, metric: str) -> np.ndarray:
         """What the interventions change; of `kl` and `rank`, their value under the intervention."""
-        return self.values[metric] - self.control[metric] if metric in CHANGES else self.values[metric]
+        return self.values[metric] if metric in AS_THEY_ARE else self.values[metric] - self.control[metric]
 
 
-def parse_metrics(metric: Metric | list[Metric]) -> list[Metric]:
+Metrics = Mapping[str, Own | None]
+"""Metrics by name, with the function of those that are one's own."""
+
+
+def parse_metrics(metric: Metric | list[Metric]) -> Metrics:
     """The metrics asked for, one or several."""
-    metrics: list[Metric] = [metric] if isinstance(metric, str) else list(metric)
-    if not metrics or (unknown := [name for name in metrics if name not in METRICS]):
-        raise BadInput(f"metric {unknown if metrics else metric!r} is not among {', '.join(METRICS)}")
-    return metrics
+    asked: list[Metric] = list(metric) if isinstance(metric, list | tuple) else [metric]
+    unknown = [one for one in asked if one not in METRICS and not callable(one)]
+    if not asked or unknown:
+        named = ", ".join(map(repr, unknown)) if asked else "[]"
+        raise BadInput(f"metric {named} is not among {', '.join(METRICS)}, and no function of one's own")
+    found = {one if isinstance(one, str) else one.__name__: None if isinstance(one, str) else one for one in asked}
+    own = [one.__name__ for one in asked if not isinstance(one, str)]
+    if len(found) < len(asked) or {*own} & {*METRICS, "<lambda>"}:
+        raise BadInput(f"metrics of one's own are known by their names, and {own} are not names of their own: use def")
+    return found
 
 
-def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequence[Metric]) -> Measured:
+def unit_of(metric: str) -> str:
+    """Of a metric's values; one's own is its own unit."""
+    return UNITS.get(metric, metric)
+
+
+def meaning_of(metric: str) -> str:
+    """A metric in words."""
+    return MEANINGS.get(metric, f"metric {metric}, a function of one's own")
+
+
+def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Metrics) -> Measured:
     """Gather metrics from the outputs of `rows`; each prompt (and contrast) has one row without an intervention.
 
     For `kl`, logits of a plain row are held until the last changed row of its prompt.
     """
     values = {metric: np.full(len(rows), np.nan) for metric in metrics}
     control = {metric: np.full(len(rows), np.nan) for metric in metrics}
-    seen: list[tuple[Row, dict[Metric, np.ndarray], int]] = []
-    last: tuple[Output | None, dict[Metric, np.ndarray]] = (None, {})
+    seen: list[tuple[Row, dict[str, np.ndarray], int]] = []
+    last: tuple[Output | None, dict[str, np.ndarray]] = (None, {})
     waiting = Counter((row.run, row.contrast) for row in rows if not row.plain and "kl" in metrics)
     plain_runs: dict[_Key, Tensor] = {}
     for output in outputs:
-        own = {metric: _metric(output, metric).cpu().numpy() for metric in metrics}
+        own = {metric: _metric(output, metric, metrics).cpu().numpy() for metric in metrics}
         beside = own
         names = [(row.run, row.contrast) for row in output.rows]
         if output.control is None and waiting:
@@ -103,10 +127,10 @@ def measure_rows(outputs: Iterable[Output], rows: Sequence[Row], metrics: Sequen
 
 
 def _of_control(
-    control: Output, metrics: Sequence[Metric], plain: Mapping[_Key, Float[Tensor, " vocab"]]
-) -> dict[Metric, np.ndarray]:
+    control: Output, metrics: Metrics, plain: Mapping[_Key, Float[Tensor, " vocab"]]
+) -> dict[str, np.ndarray]:
     """Metrics of rows without an intervention that ran beside others; their `kl` is that from their plain runs."""
-    found: dict[Metric, Tensor] = {metric: _metric(control, metric) for metric in metrics if metric != "kl"}
+    found = {metric: _metric(control, metric, metrics) for metric in metrics if metric != "kl"}
     if "kl" in metrics:
         runs = torch.stack([plain[row.run, row.contrast] for row in control.rows])
         found["kl"] = _divergence(_next_token(control), runs)
@@ -125,8 +149,24 @@ def _divergence(found: Float[Tensor, "row vocab"], expected: Float[Tensor, "row 
     return (logprobs.exp() * (logprobs - found.log_softmax(-1))).sum(-1).double()
 
 
-def _metric(output: Output, metric: Metric) -> Float[Tensor, " row"]:
+def _own(output: Output, name: str, metric: Own) -> Float[Tensor, " row"]:
+    """A metric of one's own, row by row."""
+    found, ends = [], [0, *accumulate(len(row.prompt.predicting) for row in output.rows)]
+    for row, start, end in zip(output.rows, ends, ends[1:], strict=False):
+        value = metric(output.logits[start:end], row.prompt)
+        try:
+            found.append(float(value))
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(
+                f"metric {name} gave a {type(value).__name__} for fact {row.prompt.fact_id}: return one number"
+            ) from None
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _metric(output: Output, metric: str, metrics: Metrics) -> Float[Tensor, " row"]:
     """One metric of an output's rows, in float64."""
+    if (function := metrics[metric]) is not None:
+        return _own(output, metric, function)
     logits = output.logits
     counts = [len(row.prompt.predicting) for row in output.rows]
     first = torch.tensor([0, *accumulate(counts)][:-1], device=logits.device)

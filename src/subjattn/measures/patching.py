@@ -21,8 +21,8 @@ from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.interventions import COMPONENTS, Component, Patch, Row
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
-from subjattn.measures.metrics import CHANGES, MEANINGS, METRICS, UNITS, Metric, measure_rows, parse_metrics
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, tokens_of
+from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.prompts import ROLES, Prompt, aligned
 
 
@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
 At = Literal["role", "position", "prediction", "subject"]
 Direction = Literal["denoising", "noising"]
+NOTE = (
+    "Patching tells which heads move the answer from one subject's to the other's, not which of them read the name: "
+    "knockout(by='head') tells that."
+)
 _NAMES: dict[Component, str] = {
     "resid_pre": "residual stream before one layer",
+    "resid_post": "residual stream after one layer",
     "attn_out": "attention output of one layer",
     "mlp_out": "MLP output of one layer",
     "z": "output of one head before W_O",
@@ -47,6 +52,7 @@ def patch_grid(
     *,
     at: At = ...,
     direction: Direction = ...,
+    layers: Sequence[int] | None = ...,
     metric: Metric = ...,
     backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
@@ -59,6 +65,7 @@ def patch_grid(
     *,
     at: At = ...,
     direction: Direction = ...,
+    layers: Sequence[int] | None = ...,
     metric: list[Metric],
     backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
@@ -70,6 +77,7 @@ def patch_grid(
     *,
     at: At = "role",
     direction: Direction = "denoising",
+    layers: Sequence[int] | None = None,
     metric: Metric | list[Metric] = "logit_diff",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -82,23 +90,27 @@ def patch_grid(
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         pairs: clean and corrupt prompts, from `swap_subjects`.
-        component: `resid_pre`, `attn_out`, `mlp_out`, or `z`, the output of each head before W_O.
+        component: `resid_pre` or `resid_post`, the residual stream before or after a layer, `attn_out`, `mlp_out`, or
+            `z`, the output of each head before W_O.
         at: `role` patches all positions of a role together, `position` each by itself; `prediction` and
             `subject` patch there alone and give no such dimension.
         direction: `denoising` puts clean states into the corrupt run, `noising` corrupt ones into the clean.
+        layers: those to compute; None: all.
         metric: one of `logit_diff` (clean answer minus corrupt answer, first tokens), `answer_logprob` (of
-            the clean answer, nats), `kl` (nats), `rank` (of the clean answer); or several.
+            the clean answer, nats), `kl` (nats), `rank` (of the clean answer), or a function of your own from the
+            logits that predict the clean answer's tokens, `[answer, vocab]`, and the prompt to a number; or several.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, layer[, head][, role or position])`. `logit_diff` and `answer_logprob` are changes from the
-        unpatched run, `kl` and `rank` those of the patched one; coordinates `clean_METRIC` and
+        `(fact, layer[, head][, role or position])`. `kl` and `rank` are those of the patched run, all others changes
+        from the unpatched one; coordinates `clean_METRIC` and
         `corrupt_METRIC` `(fact,)` hold the runs that nothing was patched in, and the attribute
         `noise_floor` how far a row without a patch strays from them. A role or position that a prompt lacks
         is NaN. The coordinate `reach` `(fact[, role or position])` says what a place holds: `before` the first
         token that differs, the `same` tokens, a `part` or the `whole` of those that differ, or the `prediction`
-        position; empty where a prompt lacks it. `recovery` turns effects into shares of what the swap destroyed.
+        position; empty where a prompt lacks it. By position, `token` and `in_subject` hold the clean prompts' tokens.
+        `recovery` turns effects into shares of what the swap destroyed.
         Several metrics give a Dataset, as `dataset[[…]]` does.
 
     Raises:
@@ -113,16 +125,17 @@ def patch_grid(
     ):
         if value not in known:
             raise BadInput(f"{name} {value!r} is not one of {', '.join(known)}")
-    runs = _runs(pairs, whole_answer="answer_logprob" in metrics)
+    runs = answered_pairs(pairs, whole_answer=not {*metrics} <= {"logit_diff", "kl", "rank"})
     sides = [clean for clean, _, _ in runs], [corrupt for _, corrupt, _ in runs]
     contrasts = [contrast for _, _, contrast in runs]
     hf = hf_model(model)
     n_layers = len(decoder_layers(hf))
+    places = some_layers(layers, n_layers)
     heads: list[int | None] = list(range(n_heads(hf))) if component == "z" else [None]
 
     n_place = {"role": len(ROLES), "position": max(clean.prediction for clean, _, _ in runs) + 1}.get(at, 1)
     rows = [Row(p, contrast=contrast) for side in sides for p, contrast in zip(side, contrasts, strict=True)]
-    dead = np.full((len(runs), n_layers, len(heads), n_place), np.nan)
+    dead = np.full((len(runs), len(places), len(heads), n_place), np.nan)
     reach = np.full((len(runs), n_place), "", dtype="<U10")
     cells: list[tuple[int, int, int, int]] = []
     for fact, (clean, corrupt, contrast) in enumerate(runs):
@@ -131,17 +144,17 @@ def patch_grid(
         for place, positions in enumerate(_positions(clean, at)):
             reach[fact, place] = _reach(clean, corrupt, positions)
             live = tuple(position for position in positions if position >= differs)
-            for layer in range(n_layers):
+            for index, layer in enumerate(places):
                 last = component != "resid_pre" and layer == n_layers - 1
                 where = tuple(position for position in live if not last or position == clean.prediction)
                 if not where:
-                    dead[fact, layer, :, place] = 0.0 if positions else np.nan
+                    dead[fact, index, :, place] = 0.0 if positions else np.nan
                     continue
                 for head in heads:
-                    rows.append(Row(into, patch=Patch(layer, where, source, component, head), contrast=contrast))
-                    cells.append((fact, layer, head or 0, place))
+                    rows.append(Row(into, patches=(Patch(layer, where, source, component, head),), contrast=contrast))
+                    cells.append((fact, index, head or 0, place))
     run = opened(backend, hf, memory_budget, [prompt for clean, corrupt, _ in runs for prompt in (clean, corrupt)])
-    found = measure_rows(run.forward(rows, only_contrast=metrics == ["logit_diff"]), rows, metrics)
+    found = measure_rows(run.forward(rows, only_contrast=list(metrics) == ["logit_diff"]), rows, metrics)
 
     dims = ("layer", *(("head",) if component == "z" else ()), *((at,) if at in ("role", "position") else ()))
     keep = tuple(slice(None) if dim in dims else 0 for dim in ("layer", "head", at))
@@ -149,7 +162,7 @@ def patch_grid(
     arrays = {}
     for name in metrics:
         grid = dead.copy()
-        if name not in CHANGES:
+        if name in AS_THEY_ARE:
             side = (
                 found.values[name][len(runs) : 2 * len(runs)]
                 if direction == "denoising"
@@ -159,11 +172,11 @@ def patch_grid(
         if cells:
             grid[tuple(np.array(cells).T)] = found.effect(name)[-len(cells) :]
         array = labelled(
-            "patch_effect" if name in CHANGES else f"patch_{name}",
+            f"patch_{name}" if name in AS_THEY_ARE else "patch_effect",
             grid[(slice(None), *keep)],
             [clean for clean, _ in pairs],
             dims,
-            unit=UNITS[name],
+            unit=unit_of(name),
             definition=_definition(name, component, direction, at),
             paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
             component=component,
@@ -171,17 +184,21 @@ def patch_grid(
             direction=direction,
             noise_floor=found.noise_floor[name],
             backend=run.name,
+            **({"note": NOTE} if component == "z" else {}),
         )
         array = array.assign_coords(
             {
                 "reach": (held, reach if len(held) == 2 else reach[:, 0]),
+                "layer": places,
                 "corrupt_subject": ("fact", [corrupt.subject for _, corrupt in pairs]),
                 f"clean_{name}": ("fact", found.values[name][: len(runs)]),
                 f"corrupt_{name}": ("fact", found.values[name][len(runs) : 2 * len(runs)]),
             }
         )
+        if at == "position":
+            array = array.assign_coords(tokens_of([clean for clean, _, _ in runs], n_place))
         arrays[name] = array.assign_coords(role=list(ROLES)) if at == "role" else array
-    return arrays[metrics[0]] if isinstance(metric, str) else xr.Dataset(arrays)
+    return xr.Dataset(arrays) if isinstance(metric, list) else next(iter(arrays.values()))
 
 
 def recovery(effect: xr.DataArray) -> xr.DataArray:
@@ -209,8 +226,10 @@ def destroyed(effect: xr.DataArray) -> xr.DataArray:
     Raises:
         BadInput: the array holds no change (`kl`, `rank`).
     """
-    named = [effect.name] if effect.name in METRICS else [name for name in CHANGES if f"clean_{name}" in effect.coords]
-    if effect.name in ("patch_kl", "patch_rank") or len(named) != 1 or named[0] not in CHANGES:
+    held = [str(name).removeprefix("clean_") for name in effect.coords if str(name).startswith("clean_")]
+    named = [name for name in held if name not in AS_THEY_ARE]
+    named = [str(effect.name)] if effect.name in (*named, *AS_THEY_ARE) else named
+    if effect.name in ("patch_kl", "patch_rank", *AS_THEY_ARE) or len(named) != 1:
         raise BadInput("recovery needs a patch_grid of 'logit_diff' or 'answer_logprob'; of a Dataset, one variable")
     return effect[f"clean_{named[0]}"] - effect[f"corrupt_{named[0]}"]
 
@@ -222,8 +241,9 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
     * outputs of the last layer anywhere but at the prediction position: exactly nothing;
     * the residual stream before the first layer: exactly nothing where the tokens are the same, exactly all where they
       are the whole of those that differ;
-    * the residual stream before the last layer at the prediction position: whatever came there earlier is in it, and
-      one layer's attention alone can still read elsewhere, so most of the effect stands there in any model.
+    * the residual stream before the last layer, or after the one before it, at the prediction position: whatever came
+      there earlier is in it, and one layer's attention alone can still read elsewhere, so most of the effect stands
+      there in any model; after the last layer, all of it.
 
     Raises:
         BadInput: an array that does not say what its places hold (not from `patch_grid`, or from an earlier version).
@@ -232,7 +252,10 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
         raise BadInput("which cells are trivial is not known: give an array of patch_grid, made by this version")
     reach, layer = effect["reach"], xr.DataArray(effect["layer"].values, dims="layer")
     first, last = layer == 0, layer == int(effect.attrs["n_layers"]) - 1
-    if effect.attrs["component"] == "resid_pre":
+    if effect.attrs["component"] == "resid_post":
+        before = layer == int(effect.attrs["n_layers"]) - 2
+        trivial = (last & (reach != "")) | (before & (reach == "prediction"))
+    elif effect.attrs["component"] == "resid_pre":
         trivial = (first & (reach != "part") & (reach != "")) | (last & (reach == "prediction"))
     else:
         trivial = last & (reach != "prediction") & (reach != "")
@@ -247,7 +270,7 @@ def mostly_trivial(effect: xr.DataArray) -> xr.DataArray:
     return (trivial_cells(effect).sum("fact") * 2 >= held.sum("fact")).rename("trivial").drop_attrs()
 
 
-def _runs(
+def answered_pairs(
     pairs: Sequence[tuple[Prompt, Prompt]], *, whole_answer: bool
 ) -> list[tuple[Prompt, Prompt, tuple[int, int]]]:
     """Clean and corrupt prompts, both followed by the clean answer, and the answers' first tokens."""
@@ -295,8 +318,8 @@ def _reach(clean: Prompt, corrupt: Prompt, positions: range) -> str:
     return "whole" if held == differing else "part" if held else "same"
 
 
-def _definition(metric: Metric, component: Component, direction: Direction, at: At) -> str:
+def _definition(metric: str, component: Component, direction: Direction, at: At) -> str:
     source, into = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
     where = {"role": "all positions of a role", "position": "one position"}.get(at, f"the {at}")
-    change = f"change in the {MEANINGS[metric]}" if metric in CHANGES else MEANINGS[metric]
+    change = meaning_of(metric) if metric in AS_THEY_ARE else f"change in the {meaning_of(metric)}"
     return f"{change}, when the {source} run's {_NAMES[component]} is put into the {into} run at {where}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 import xarray as xr
 
-from subjattn.plots.heatmaps import plot_attention, plot_patching, plot_tokens
+from subjattn.plots.choose import plot
+from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
 from subjattn.registry import discover, named
 
@@ -74,7 +75,7 @@ def _knockout(drawn: Drawn) -> go.Figure | None:
 
 def _patching(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("patch_effect")
-    return None if array is None or "head" in array.dims else plot_patching(array)
+    return None if array is None else plot(array)
 
 
 def _tokens(drawn: Drawn) -> go.Figure | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from subjattn.plots.heatmaps import FONT
+from subjattn.plots.drawing import FONT, Drawing, escaped
 
 
 COLOURS = {
@@ -19,20 +18,20 @@ COLOURS = {
 }
 
 
-def plot_claims(claims: Sequence[dict[str, Any]]) -> go.Figure:
+def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
     """Estimate and interval of every claim and style, turned so that the claimed direction is right.
 
     Args:
         claims: as in `summary.json`. The band holds effects too small to matter. The thin line is the interval
             adjusted for the family of claims; small marks are replicates.
     """
-    figure = go.Figure()
+    figure = Drawing()
     labels = []
     for claim in reversed(claims):
         for style, found in reversed(claim["styles"].items()):
             if found["estimate"] is None:
                 continue
-            labels.append(html.escape(f"{claim['id']} · {style}"))
+            labels.append(escaped(f"{claim['id']} · {style}"))
             for trace in _traces(claim, found, labels[-1]):
                 figure.add_trace(trace)
     for verdict, colour in COLOURS.items():
