@@ -7,6 +7,8 @@ PAGE FOLDER` runs a page in a folder and writes what came out into its `text` bl
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -26,14 +28,21 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return _BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def run(language: str, text: str, folder: Path) -> str:
-    """What a block prints, run in a folder; RuntimeError with its errors where it fails."""
+def run(language: str, text: str, folder: Path, names: dict[str, object]) -> str:
+    """What a block prints, run in a folder; Python blocks of a page share `names`.
+
+    RuntimeError, with what it printed, where a command fails.
+    """
+    if language == "python":
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(text, "page", "exec"), names)
+        return printed.getvalue()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "src"),
         "COLUMNS": "100",
     }
-    command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+    command = ["bash", "-euo", "pipefail", "-c", text]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"status {done.returncode}\n{text}\n{done.stdout}\n{done.stderr[-3000:]}")
@@ -82,8 +91,9 @@ def same(shown: str, printed: str) -> bool:
 def write(page: Path, folder: Path) -> None:
     """Run a page's blocks and write what they print into the `text` blocks behind them."""
     text = page.read_text(encoding="utf-8")
+    names: dict[str, object] = {}
     for language, code, shown in pairs(page):
-        printed = run(language, code, folder)
+        printed = run(language, code, folder, names)
         if shown is not None and "…\n" not in shown:
             text = text.replace(f"```{language}\n{code}```", "\0", 1)
             before, after = text.split("\0", 1)
