@@ -111,7 +111,7 @@ def foreseen_line(found: dict[str, Any], n: int) -> str:
     """What is to be done and what it takes, before it begins."""
     if found["finished"] == len(found["stages"]):
         return f"{found['out']}: all is finished"
-    return f"{n} facts: {found['passes']:,.0f} forward passes of a prompt, about {found['time']} ({found['place']})"
+    return f"{n} facts: {found['passes']:,.0f} forward passes of a prompt, about {found['time']}; {found['place']}"
 
 
 def power_tables(rows: list[dict[str, Any]]) -> list[Table]:

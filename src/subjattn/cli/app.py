@@ -76,7 +76,24 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 MemoryOption = Annotated[
     int | None, typer.Option(min=1, help="Bytes of working memory beyond the weights; the numbers stay the same.")
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU threads; by default half of the cores, which a busy neighbour slows little."
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def use_threads(number: int | None) -> int:
+    """Compute in so many CPU threads, or in half of the cores; how many."""
+    import torch
+
+    from subjattn.study.places import cores
+
+    chosen = number or max(1, cores() // 2)
+    torch.set_num_threads(chosen)
+    return chosen
 
 
 def check_output(path: Path | None, option: str = "--json") -> None:

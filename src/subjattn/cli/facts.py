@@ -17,6 +17,7 @@ from subjattn.cli.app import (
     LeaveOutOption,
     SeedOption,
     TemplateOption,
+    ThreadsOption,
     app,
     check_output,
     columns_of,
@@ -24,6 +25,7 @@ from subjattn.cli.app import (
     show_styles,
     some_of,
     styles_of,
+    use_threads,
 )
 from subjattn.errors import BadInput
 
@@ -95,6 +97,7 @@ def knowledge(
     template: Annotated[str, typer.Option(help="How a fact is asked.")] = "Q: {question}\nA:",
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
 ) -> None:
     """Label what a model knows (SliCK, Gekhman et al. 2024) and show how far other definitions agree.
 
@@ -114,6 +117,7 @@ def knowledge(
     pool = load_facts(facts, columns=columns_of(columns) or None)
     chosen = pool if n is None else some_of(pool, n, n, seed)
     show_styles({"question": Style(template=budget.template, shots=budget.shots)}, chosen)
+    use_threads(threads)
     found = know(load_model(model, adapter=adapter, dtype=dtype), chosen, pool, out, budget)
     console = Console()
     for table in tables.knowledge_tables(found):

@@ -23,6 +23,7 @@ from subjattn.cli.app import (
     MemoryOption,
     SeedOption,
     TemplateOption,
+    ThreadsOption,
     WhereOption,
     app,
     check_output,
@@ -30,6 +31,7 @@ from subjattn.cli.app import (
     show_styles,
     some_of,
     styles_of,
+    use_threads,
     write_json,
 )
 from subjattn.errors import BadInput
@@ -141,6 +143,7 @@ def _shared(
     dtype: DtypeOption = "float32",
     backend: Annotated[Backend, typer.Option(help="What computes it; all but the engine are slow.")] = "engine",
     memory_budget: MemoryOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Options that every measure has."""
 
@@ -162,6 +165,7 @@ def _run(
     dtype: str,
     backend: Backend,
     memory_budget: int | None,
+    threads: int | None,
 ) -> None:
     from subjattn.facts import load_facts
     from subjattn.measures.alone import measure as measured
@@ -173,7 +177,7 @@ def _run(
     styles, loaded = styles_of(every, template), None
     table = some_of(every, n, USUAL, seed, leave_out_given)
     show_styles(styles, table)
-    results = {}
+    results, threads = {}, use_threads(threads)
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():
         loaded = loaded or load_model(model, adapter=adapter, dtype=dtype)
@@ -194,7 +198,12 @@ def _run(
         "columns": columns,
         "n": len(table),
     }
-    asked |= {"where": where, "knowledge": knowledge and str(knowledge), "leave_out_given": leave_out_given}
+    asked |= {
+        "threads": threads,
+        "where": where,
+        "knowledge": knowledge and str(knowledge),
+        "leave_out_given": leave_out_given,
+    }
     write_json(json_, {"measure": found.name, "settings": settings, **asked, **computing, "styles": results})
 
 

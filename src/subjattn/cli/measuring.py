@@ -18,10 +18,12 @@ from subjattn.cli.app import (
     NumberOption,
     SeedOption,
     TemplateOption,
+    ThreadsOption,
     app,
     check_output,
     show_styles,
     styles_of,
+    use_threads,
     write_json,
 )
 
@@ -56,6 +58,7 @@ def verify(
     json_: Annotated[Path | None, typer.Option("--json", help="Write all comparisons to this file.")] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
 ) -> int:
     """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 unless all agree.
 
@@ -72,6 +75,7 @@ def verify(
     table = load_facts(facts)
     name, style = next(iter(styles_of(table, template).items()))
     show_styles({name: style}, table)
+    use_threads(threads)
     loaded = load_model(model, adapter=adapter, dtype=dtype)
     found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
     shown = tables.table(f"largest differences from the engine: {model}, {dtype}")

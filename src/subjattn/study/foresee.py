@@ -25,6 +25,10 @@ SHARE = 0.75
 """Of the matrix rate that whole stages reach, loading and waiting counted in, where nothing was run yet."""
 
 
+STARTING = 10.0
+"""Seconds that a process takes to import what it needs, and to load a model of ordinary size."""
+
+
 def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[str, Any]:
     """A study's plan as plain data: stages with their state, forward passes, time and memory expected.
 
@@ -37,6 +41,7 @@ def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[
     left = [stage for stage in plan if states[stage.name] != "finished"]
     passes = sum(stage.cost for stage in left)
     seconds = passes * _seconds_per_pass(config, plan, folder) / min(place.workers or 1, max(1, len(left)))
+    seconds += STARTING if passes else 0.0
     return {
         "study": config.name,
         "out": str(out),

@@ -43,8 +43,8 @@ class Place:
         if gpus:
             most, why = len(gpus), f"{len(gpus)} GPUs"
         else:
-            cores = _cores()
-            most, why = max(1, cores // plan.threads), f"{cores} cores, {plan.threads} a stage"
+            there = cores()
+            most, why = max(1, there // plan.threads), f"{there} cores, {plan.threads} a stage"
             if needed := max((stage.memory for stage in left), default=0.0):
                 fits = max(1, int(_free_memory() // (needed + OVERHEAD)))
                 if fits < most:
@@ -92,7 +92,7 @@ def _gpus() -> tuple[int, ...]:
     return tuple(range(torch.cuda.device_count()))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

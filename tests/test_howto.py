@@ -1,0 +1,52 @@
+"""The pages of docs/howto: every block is run, in one folder, and prints what the page shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pages
+import pytest
+
+
+HOWTO = pages.ROOT / "docs" / "howto"
+ORDER = ("compare", "tables", "templates", "own-study", "heads", "known-facts", "figures", "other-tools", "models")
+"""The adapter and the run of the first are used by others."""
+
+
+def test_every_page_is_linked_and_in_order() -> None:
+    assert {path.stem for path in HOWTO.glob("*.md")} == set(ORDER)
+    readme = (pages.ROOT / "README.md").read_text()
+    assert all(f"docs/howto/{name}.md" in readme for name in ORDER)
+    for page in HOWTO.glob("*.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert len(page.read_text().splitlines()) <= 110, f"{page.name} is a screen or two"
+
+
+@pytest.mark.slow
+def test_pages_print_what_they_show(tmp_path: Path) -> None:
+    for name in ("experiments", "viz"):
+        (tmp_path / name).symlink_to(pages.ROOT / name)
+    for name in ORDER:
+        page, names = HOWTO / f"{name}.md", dict[str, object]()
+        for language, code, shown in pages.pairs(page):
+            printed = pages.run(language, code, tmp_path, names)
+            if shown is not None:
+                assert not (missing := pages.differences(shown, printed)), f"{name}: {missing}\n{printed}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("accuracy 0.333 n 24", "accuracy   0.334  n 24", True),
+        ("accuracy 0.333", "accuracy 0.383", False),
+        ("accuracy 0.333", "logprob 0.333", False),
+        ("about 0:14 (2 workers)", "about 1:02 (2 workers)", True),
+        ("a\n…\nc", "a\nb\nb\nc", True),
+        ("a\nc", "a\nb\nc", False),
+        ("a\nb", "a", False),
+    ],
+)
+def test_pages_are_held_against_what_is_printed(shown: str, printed: str, same: bool) -> None:
+    assert (not pages.differences(shown, printed)) == same
