@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -404,3 +406,43 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert run(monkeypatch, "check", str(CITIES)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "30805 in 1 relations, split as asked" in lines[1] and "the study is valid" in lines[-1]
+
+
+def test_models_says_what_is_at_hand_and_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert run(monkeypatch, "models") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"smollm2-135m +SmolLM2-135M-Instruct +Q4_1 +instruct +93 +Apache-2.0 +ready", shown)
+    assert "gemma3-270m: read https://ai.google.dev/gemma/terms, then subjattn models --accept gemma3-270m" in shown
+    assert run(monkeypatch, "models", "--accept", "gemma3-270m") == 0
+    shown = capsys.readouterr().out
+    assert "gemma3-270m: Gemma terms (https://ai.google.dev/gemma/terms) accepted" in shown and "then subj" not in shown
+    assert run(monkeypatch, "models", "--accept", "smollm2-135m") == 2
+    assert "there are no terms to accept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("subjattn com", "compare"), ("subjattn measure kno", "knockout"), ("subjattn compare --sm", "--smallest")],
+)
+def test_commands_measures_and_options_are_completed(typed: str, completed: str) -> None:
+    words = {"_SUBJATTN_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    found = subprocess.run(
+        [Path(sys.executable).parent / "subjattn"], env=os.environ | words, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == [completed]
+
+
+def test_threads_are_half_of_the_cores_or_as_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path
+) -> None:
+    before, asked = torch.get_num_threads(), ("measure", "answer_logprob", "--model", model, "--n", 2)
+    monkeypatch.setattr("subjattn.study.places.cores", lambda: 6)
+    try:
+        for number, more in ((3, ()), (2, ("--threads", 2))):
+            assert run(monkeypatch, *asked, "--json", tmp_path / "found.json", *more) == 0
+            assert torch.get_num_threads() == json.loads((tmp_path / "found.json").read_text())["threads"] == number
+    finally:
+        torch.set_num_threads(before)

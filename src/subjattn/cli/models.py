@@ -39,10 +39,10 @@ def models(
     for one in PACKAGES.values():
         try:
             _, stored, _ = one.origin()
-            state = "ready" if one.accepted else "terms not accepted"
+            state = "ready" if one.accepted else "to accept"
         except BadInput:
-            stored, state = "", "not installed"
-        if state == "not installed":
+            stored, state = "", "to install"
+        if state == "to install":
             wanted.append(f"{one.name}: {one.install}")
         if not one.accepted:
             wanted.append(f"{one.name}: read {one.terms}, then subjattn models --accept {one.name}")
