@@ -131,7 +131,7 @@ def test_measure_shows_intervals_and_only_what_is_known(
     assert "asked as style1: City: " in shown.out and "⏎Country: → " in shown.out
     assert shown.err.splitlines() == [
         "note: 1 of 25 facts have their answer in the name and are left out",
-        "note: there are 24 facts, fewer than 50: all are taken",
+        "note: the facts are fewer than 50: all 24 are taken",
     ]
     loaded = sa.load_model(str(model))
     prompts = sa.make_prompts(sa.load_facts(own), loaded.tokenizer, "City: {subject}\nCountry:")[:24]

@@ -185,5 +185,5 @@ def test_a_label_never_lands_on_another_fact(model: LoadedModel, prompts: Prompt
         sa.where(prompts, "correct")
     with pytest.raises(BadInput, match="no such file of labels: 'no.parquet'"):
         sa.where(prompts, "known", knowledge="no.parquet")
-    with pytest.raises(BadInput, match="knowledge labels facts: say which are wanted, where='HighlyKnown'"):
+    with pytest.raises(BadInput, match="knowledge labels facts: say which are wanted, such as where 'HighlyKnown'"):
         sa.measure("accuracy", model, prompts, knowledge=path)

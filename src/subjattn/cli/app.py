@@ -148,7 +148,7 @@ def some_of(table: Any, n: int | None, usual: int, seed: int, leave_out_given: b
         note(f"{found - len(table)} of {found} facts have their answer in the name and are left out")
     wanted = usual if n is None else n
     if wanted > len(table):
-        note(f"there are {len(table)} facts, fewer than {wanted}: all are taken")
+        note(f"the facts are fewer than {wanted}: all {len(table)} are taken")
     chosen = draw(table, min(wanted, len(table)), seed)
     given = chosen[answer_in_subject(chosen)]
     if len(given):
