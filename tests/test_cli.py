@@ -403,4 +403,7 @@ def test_knowledge(
 def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "check", str(CITIES)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "30805 in 1 relations, split as asked" in lines[1] and "the study is valid" in lines[-1]
+    assert (
+        "30805 in 1 relations, 2 with their answer in the name (see facts.leave_out_given), split as asked" in lines[1]
+        and "the study is valid" in lines[-1]
+    )
