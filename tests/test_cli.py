@@ -407,3 +407,17 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         "30805 in 1 relations, 2 with their answer in the name (see facts.leave_out_given), split as asked" in lines[1]
         and "the study is valid" in lines[-1]
     )
+    assert any(line.startswith("style list: City: ") and "⏎Country: → " in line for line in lines)
+
+
+def test_check_notices_a_break_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In YAML's single quotes a backslash stays one."""
+    study = tmp_path / "study.yaml"
+    study.write_text("name: s\nfacts: {n_test: 9}\nstyles: {a: 'City: {subject}\\nCountry:'}\narms: {base: {}}\n")
+    assert run(monkeypatch, "check", str(study)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("style a: City: "))
+    assert "\\nCountry: → " in line and line.endswith(
+        "(\\n is two characters here; in double quotes it is a line break)"
+    )
