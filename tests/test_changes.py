@@ -27,7 +27,7 @@ def test_the_setting_that_changed_is_named(tmp_path: Path) -> None:
     other = Plan([CHAIN[0], stage("b", "a", number=11), CHAIN[2]])
     assert replaced(other, Folder(tmp_path)) == [
         "made anew: b: number was 10, is now 11",
-        "made anew: 1 more finished stages, unless what they are made from comes out as it was",
+        "made anew: 1 more finished stage, unless what it is made from comes out as it was",
     ]
     made(other, tmp_path)
     assert replaced(other, Folder(tmp_path)) == []

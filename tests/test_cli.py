@@ -133,7 +133,7 @@ def test_measure_shows_intervals_and_only_what_is_known(
     assert "asked as style1: City: " in shown.out and "⏎Country: → " in shown.out
     assert shown.err.splitlines() == [
         "note: 1 of 25 facts have their answer in the name and are left out",
-        "note: there are 24 facts, fewer than 50: all are taken",
+        "note: the facts are fewer than 50: all 24 are taken",
     ]
     loaded = sa.load_model(str(model))
     prompts = sa.make_prompts(sa.load_facts(own), loaded.tokenizer, "City: {subject}\nCountry:")[:24]
@@ -405,7 +405,24 @@ def test_knowledge(
 def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "check", str(CITIES)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "30805 in 1 relations, split as asked" in lines[1] and "the study is valid" in lines[-1]
+    assert (
+        "30805 in 1 relations, 2 with their answer in the name (see facts.leave_out_given), split as asked" in lines[1]
+        and "the study is valid" in lines[-1]
+    )
+    assert any(line.startswith("style list: City: ") and "⏎Country: → " in line for line in lines)
+
+
+def test_check_notices_a_break_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In YAML's single quotes a backslash stays one."""
+    study = tmp_path / "study.yaml"
+    study.write_text("name: s\nfacts: {n_test: 9}\nstyles: {a: 'City: {subject}\\nCountry:'}\narms: {base: {}}\n")
+    assert run(monkeypatch, "check", str(study)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("style a: City: "))
+    assert "\\nCountry: → " in line and line.endswith(
+        "(\\n is two characters here; in double quotes it is a line break)"
+    )
 
 
 def test_models_says_what_is_at_hand_and_what_it_takes(

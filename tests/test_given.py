@@ -19,6 +19,11 @@ from subjattn.facts.given import answer_in_subject, without_given
 from subjattn.measures.answers import predict
 from subjattn.models import LoadedModel, identity
 from subjattn.prompts import PromptSet, make_prompts
+from subjattn.study.checking import check_study
+from subjattn.study.plan import plan_study
+from subjattn.study.read import parse_study
+from subjattn.study.registration import registration_of
+from subjattn.study.stages.pool import load_pool
 
 
 WORD = st.text(st.sampled_from("abéÉßñ"), min_size=1, max_size=4)
@@ -74,6 +79,28 @@ def test_cities_give_no_country_away(cities: pd.DataFrame) -> None:
 def test_multiple_choice_gives_nothing_away() -> None:
     facts = asked("A", "A").assign(choices=[["x", "y"]])
     assert answer_in_subject(facts).tolist() == [False]
+
+
+def test_a_study_leaves_them_out(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """And a study that does not ask for it is what it was: the same stage, the same registration."""
+    path = tmp_path / "facts.csv"
+    path.write_text("subject,answer\nMexico City,Mexico\nLima,Peru\nGuinea-Bissau,Bissau\n")
+    raw = {"name": "s", "model": str(tiny_folders["llama"]), "styles": {"a": "{subject} is in"}, "arms": {"base": {}}}
+    study, without = (
+        parse_study(raw | {"facts": {"source": str(path), "n_test": 1, **more}}, "test")
+        for more in ({}, {"leave_out_given": True})
+    )
+    assert load_pool(without.facts, without.model, 0)["subject"].tolist() == ["Lima"]
+    assert ", 3 in 1 relations, 2 with their answer in the name (see facts.leave_out_given)" in check_study(study)[1]
+    plain, other = (next(iter(plan_study(one))) for one in (study, without))
+    assert set(plain.settings["facts"]) == {"columns", "relations", "pool"} and plain.recipe(1) != other.recipe(1)
+    compared = raw | {"contrasts": [["base", "base"]]}
+    stated = (
+        registration_of(parse_study(compared | {"facts": {"source": str(path), **more}}, "test"))
+        for more in ({}, {"leave_out_given": False}, {"leave_out_given": True})
+    )
+    first, same, third = (one.digest for one in stated)
+    assert first == same != third
 
 
 @pytest.fixture(scope="module")
@@ -158,5 +185,5 @@ def test_a_label_never_lands_on_another_fact(model: LoadedModel, prompts: Prompt
         sa.where(prompts, "correct")
     with pytest.raises(BadInput, match="no such file of labels: 'no.parquet'"):
         sa.where(prompts, "known", knowledge="no.parquet")
-    with pytest.raises(BadInput, match="knowledge labels facts: say which are wanted, where='HighlyKnown'"):
+    with pytest.raises(BadInput, match="knowledge labels facts: say which are wanted, such as where 'HighlyKnown'"):
         sa.measure("accuracy", model, prompts, knowledge=path)

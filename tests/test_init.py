@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from _pytest.capture import CaptureResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,15 +52,15 @@ def test_the_sizes_are_there_whatever_the_ranking(groups: list[tuple[str, str, i
     assert counts == [found.n_train, found.n_train, found.n_test]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that ends well prints."""
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> CaptureResult:
+    """What a command that ends well prints, on both streams."""
     monkeypatch.setattr(sys, "argv", ["subjattn", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.main()
     shown = capsys.readouterr()
     assert not stop.value.code, shown.err
-    return shown.out
+    return shown
 
 
 def test_a_study_of_ones_own_runs(
@@ -70,16 +71,23 @@ def test_a_study_of_ones_own_runs(
     own = facts_of([("seat", answer, 14) for answer in ("Kenya", "Peru")]).rename(columns={"subject": "name: x"})
     own.assign(question=[f"Where is {name}?" for name in own["name: x"]]).to_csv("my facts.csv", index=False)
     arguments = ["my facts.csv", "--model", tiny_folders["llama"], "--columns", "subject=name: x"]
-    text = run(monkeypatch, capsys, "init", *arguments)
+    text = run(monkeypatch, capsys, "init", *arguments).out
     study = yaml.safe_load(text)
     assert study["name"] == "my-facts" and study["styles"] == {"question": "{question}"}
     assert study["facts"]["n_train"] >= 4
     Path("study.yaml").write_text(text)
-    assert "the study is valid" in run(monkeypatch, capsys, "check", "study.yaml")
+    assert "the study is valid" in run(monkeypatch, capsys, "check", "study.yaml").out
     small = ["--set", "replicates={draws: 1}", "--set", "measures={accuracy: {}, attention_to_subject: {}}"]
     run(monkeypatch, capsys, "run", "study.yaml", "--out", "run", "--workers", "1", *small)
     summary = json.loads(Path("run/summary.json").read_text())
     assert list(summary["arms"]) == ["base", "known", "unknown"] and len(summary["contrasts"]) > 0
+    small[-1] = "measures={accuracy: {scorer: containment}, attention_to_subject: {}}"
+    said = run(monkeypatch, capsys, "run", "study.yaml", "--out", "run", "--workers", "1", *small).err.splitlines()
+    assert [line for line in said if "made anew" in line] == [
+        'made anew: 3 finished stages of measure: settings.scorer was "answer_start", is now "containment"',
+        'made anew: 2 finished stages of before: scorer was "answer_start", is now "containment"',
+        "made anew: 4 more, unless what they are made from comes out as it was",
+    ]
 
 
 def test_an_adapter_is_compared_without_training(
@@ -91,7 +99,7 @@ def test_an_adapter_is_compared_without_training(
 ) -> None:
     path = tmp_path / "facts.csv"
     facts_of([("capital", f"T{i}", 1) for i in range(9)]).to_csv(path, index=False)
-    text = run(monkeypatch, capsys, "init", path, "--model", tiny_folders["llama"], "--adapter", adapter)
+    text = run(monkeypatch, capsys, "init", path, "--model", tiny_folders["llama"], "--adapter", adapter).out
     study = yaml.safe_load(text)
     assert study["arms"] == {"base": {}, "tuned": {"adapter": str(adapter)}}
     assert study["facts"]["n_test"] == 9 and "training" not in study and study["contrasts"] == [["tuned", "base"]]

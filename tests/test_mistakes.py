@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -104,6 +105,56 @@ def test_facts(
     monkeypatch.chdir(tmp_path)
     Path("facts.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     assert errors(monkeypatch, capsys, 2, "facts", "facts.csv") == [f"error: {message}"]
+
+
+COMMANDS = [
+    ("facts facts.csv --rejected out/left.csv", "--rejected 'out/left.csv': there is no folder 'out': make it first"),
+    ("measure accuracy --json out/a.json", "--json 'out/a.json': there is no folder 'out': make it first"),
+    ("verify --json .", "--json '.' is a folder: name a file in it"),
+    ("facts facts.csv --columns subject", "--columns: 'subject' is not FIELD=COLUMN, such as subject=name"),
+    (
+        "facts facts.csv --columns subjct=name",
+        "columns maps 'subjct', which is none of fact_id, subject, relation, question, answer, popularity",
+    ),
+    ("facts nofile.csv", "no such file of facts: 'nofile.csv'"),
+    (
+        "facts facts.csv --template 'The capital is'",
+        "template 'The capital is' must contain {subject} or {question}, or be one of cloze, late, list, paraphrase, "
+        "question, sentence",
+    ),
+    (
+        "facts facts.csv --template '{question}'",
+        "fact facts-0 has no question of its own: ask it with {subject}",
+    ),
+    (
+        "measure accuracy --facts facts.csv --where knwon",
+        "where 'knwon' is not one of correct, known, HighlyKnown, MaybeKnown, WeaklyKnown, Unknown",
+    ),
+    (
+        "measure accuracy --facts facts.csv --where known",
+        "where 'known' needs the labels of a model: give knowledge, from `subjattn knowledge`",
+    ),
+    (
+        "measure accuracy --facts facts.csv --knowledge labels.parquet",
+        "knowledge labels facts: say which are wanted, such as where 'HighlyKnown'",
+    ),
+    ("check study.yml", "no such study: 'study.yml'"),
+    (
+        "init facts.csv --template '{subject} is'",
+        "2 facts are too few to train two arms on: give more facts of a relation, or --adapter for a study without "
+        "training",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("facts.csv").write_text("subject,answer\nPeru,Lima\nChad,N'Djamena\n")
+    assert errors(monkeypatch, capsys, 2, *shlex.split(command)) == [f"error: {message}"]
+    assert not Path("out").exists()
 
 
 STUDY = """\

@@ -146,13 +146,13 @@ def show_styles(styles: Mapping[str, Any], table: Any) -> None:
         notice_relations(style, table)
 
 
-def some_of(table: Any, n: int | None, usual: int, seed: int, leave_out_given: bool = False) -> Any:
+def some_of(table: Any, n: int | None, usual: int | None, seed: int, leave_out_given: bool = False) -> Any:
     """Facts that a command takes: `--n`, or all up to its usual number, drawn at random; notes what a user should know.
 
     Args:
         table: all facts.
         n: how many; None: the usual number.
-        usual: of the command.
+        usual: of the command; None: all.
         seed: of the draw.
         leave_out_given: leave out facts whose name holds the answer, before the draw.
     """
@@ -162,10 +162,10 @@ def some_of(table: Any, n: int | None, usual: int, seed: int, leave_out_given: b
     if leave_out_given:
         found, table = len(table), without_given(table)
         note(f"{found - len(table)} of {found} facts have their answer in the name and are left out")
-    wanted = usual if n is None else n
+    wanted = n or usual or len(table)
     if wanted > len(table):
-        note(f"there are {len(table)} facts, fewer than {wanted}: all are taken")
-    chosen = draw(table, min(wanted, len(table)), seed)
+        note(f"the facts are fewer than {wanted}: all {len(table)} are taken")
+    chosen = draw(table, wanted, seed) if wanted < len(table) else table
     given = chosen[answer_in_subject(chosen)]
     if len(given):
         such = f"{given['subject'].iloc[0]} → {given['answers'].iloc[0][0]}"

@@ -95,6 +95,7 @@ def knowledge(
     temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.5,
     scorer: Annotated[str, typer.Option(help="exact_match, answer_start or containment.")] = "exact_match",
     template: Annotated[str, typer.Option(help="How a fact is asked.")] = "Q: {question}\nA:",
+    leave_out_given: LeaveOutOption = False,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
@@ -115,7 +116,7 @@ def knowledge(
     except ValueError as error:
         raise BadInput(f"--{str(error).splitlines()[1]}: {str(error).splitlines()[2].strip()}") from None
     pool = load_facts(facts, columns=columns_of(columns) or None)
-    chosen = pool if n is None else some_of(pool, n, n, seed)
+    chosen = some_of(pool, n, None, seed, leave_out_given)
     show_styles({"question": Style(template=budget.template, shots=budget.shots)}, chosen)
     use_threads(threads)
     found = know(load_model(model, adapter=adapter, dtype=dtype), chosen, pool, out, budget)

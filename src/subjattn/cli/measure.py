@@ -169,10 +169,12 @@ def _run(
 ) -> None:
     from subjattn.facts import load_facts
     from subjattn.measures.alone import measure as measured
+    from subjattn.measures.where import check_where
     from subjattn.models import load_model
     from subjattn.prompts import make_prompts
 
     check_output(json_)
+    check_where(where, knowledge)
     every = load_facts(facts, columns=columns_of(columns) or None)
     styles, loaded = styles_of(every, template), None
     table = some_of(every, n, USUAL, seed, leave_out_given)

@@ -14,6 +14,7 @@ from subjattn.errors import BadInput
 from subjattn.measures.answers import predict
 from subjattn.measures.pairs import choose_pairs
 from subjattn.measures.record import Asked, measure_of
+from subjattn.measures.where import check_where
 from subjattn.measures.where import where as facts_where
 
 
@@ -56,6 +57,7 @@ def measure(
         BadInput: no such measure or setting, or the prompts do not give what it needs.
     """
     found = measure_of(name)
+    check_where(where, knowledge)
     if not found.any_backend and (backend != "engine" or memory_budget is not None):
         raise BadInput(f"measure {name!r} is computed by the model itself: leave out the backend and the memory budget")
     try:
@@ -66,8 +68,6 @@ def measure(
     asked_of = len(prompts)
     if where is not None:
         prompts = facts_where(prompts, where, model=model, scorer=getattr(chosen, "scorer", None), knowledge=knowledge)
-    elif knowledge is not None:
-        raise BadInput("knowledge labels facts: say which are wanted, where='HighlyKnown'")
     rng = np.random.default_rng(seed)
     order = [prompts[int(i)] for i in rng.permutation(len(prompts))]
     known: set[str] = set()

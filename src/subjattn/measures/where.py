@@ -56,22 +56,15 @@ def where(
     Example:
         >>> known = sa.where(prompts, "correct", model=model)
     """
-    if condition not in CONDITIONS:
-        raise BadInput(f"where {condition!r} is not one of {', '.join(CONDITIONS)}")
+    check_where(condition, knowledge)
     if condition == "correct":
         if model is None:
             raise BadInput("where 'correct' asks the model: give model=…")
-        if knowledge is not None:
-            raise BadInput("where 'correct' asks the model, and no labels: leave out the knowledge, or name a category")
         rule = scorer or ("letters" if prompts and prompts[0].choice_ids else "answer_start")
         found = predict(model, prompts, rule)
         keep, what = dict(zip(found["fact_id"], found["correct"], strict=True)), f"answered rightly ({rule})"
     else:
-        if knowledge is None:
-            raise BadInput(
-                f"where {condition!r} needs the labels of a model: give knowledge, from `subjattn knowledge`"
-            )
-        labels = _labels(prompts, Path(knowledge), model)
+        labels = _labels(prompts, Path(str(knowledge)), model)
         keep = {fact: fits(label, condition) for fact, label in labels.items()}
         missing = len(prompts) - len(labels)
         what = f"{condition} by {knowledge}" + (f", {missing} have no label" if missing else "")
@@ -80,6 +73,19 @@ def where(
         raise BadInput(f"where {condition!r}: none of {len(prompts)} facts is left: {what}; ask more, or others")
     log.warning("where %s: %d of %d facts are left: %s", condition, len(left), len(prompts), what)
     return PromptSet(prompts.style, left)
+
+
+def check_where(condition: str | None, knowledge: str | Path | None = None) -> None:
+    """Refuse what `where` could not go by, before anything is computed; None is no condition."""
+    if condition is None:
+        if knowledge is not None:
+            raise BadInput("knowledge labels facts: say which are wanted, such as where 'HighlyKnown'")
+    elif condition not in CONDITIONS:
+        raise BadInput(f"where {condition!r} is not one of {', '.join(CONDITIONS)}")
+    elif condition == "correct" and knowledge is not None:
+        raise BadInput("where 'correct' asks the model, and no labels: leave out the knowledge, or name a category")
+    elif condition != "correct" and knowledge is None:
+        raise BadInput(f"where {condition!r} needs the labels of a model: give knowledge, from `subjattn knowledge`")
 
 
 def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, str]:

@@ -36,7 +36,8 @@ def replaced(plan: Plan, folder: Folder) -> list[str]:
     if len(lines) >= MOST:
         lines = [*lines[: MOST - 2], f"made anew: more for {len(lines) - MOST + 2} other reasons"]
     if lines and waiting:
-        lines.append(f"made anew: {waiting} more finished stages, unless what they are made from comes out as it was")
+        more = "1 more finished stage, unless what it is" if waiting == 1 else f"{waiting} more, unless what they are"
+        lines.append(f"made anew: {more} made from comes out as it was")
     return lines
 
 

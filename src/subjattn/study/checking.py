@@ -55,10 +55,11 @@ def check_study(config: StudyConfig) -> list[str]:
 
 def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:
     """A style as the model sees it, where the facts are at hand."""
+    typed = " (\\n is two characters here; in double quotes it is a line break)" if "\\n" in style.template else ""
     if pool is None:
-        return on_line(f"style {name}: {style}")
+        return on_line(f"style {name}: {style}") + typed
     notice_relations(style, pool)
-    return f"style {name}: {example(style, pool)}"
+    return f"style {name}: {example(style, pool)}{typed}"
 
 
 def _check_there(name: str, arm: Arm) -> None:
