@@ -130,7 +130,7 @@ def run(model: PreTrainedModel, rows: list[Row], *, only_contrast: bool = False)
     n = 0
     for output in cones.forward(model, rows, only_contrast=only_contrast, budget=Budget(chunk_tokens=40)):
         for metric in ("logit_diff",) if only_contrast else METRICS:
-            _metric(output, metric)
+            _metric(output, metric, dict.fromkeys(METRICS))
         assert output.logits.device.type == "meta"
         n += len(output.rows)
     return n

@@ -199,6 +199,52 @@ def test_report_is_one_file_with_its_parts(done: tuple[Path, dict]) -> None:
         assert readings[summary["arms"]["base"]["styles"][style]["route"]["reading"]] in page
 
 
+class Facts(HTMLParser):
+    """The cells of every table of facts, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.inside = self.cell = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.inside = ("class", "facts") in attrs
+            self.tables += [[]] if self.inside else []
+        elif self.inside and tag == "tr":
+            self.tables[-1].append([])
+        elif self.inside and tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside and self.cell:
+            self.tables[-1][-1][-1] += data
+
+
+def test_report_lists_what_every_arm_answers(done: tuple[Path, dict]) -> None:
+    """Each fact's row as the run has it; and contents at the side whose links lead somewhere."""
+    run, page = open_run(done[0]), (done[0] / "report.html").read_text()
+    told = Facts()
+    told.feed(page)
+    facts = run.facts[run.facts["test"]]
+    assert [len(table) for table in told.tables] == [1 + 24] * 2
+    for style, (head, *rows) in zip(run.styles, told.tables, strict=True):
+        assert head == ["subject", "answer", "popularity", *run.arms]
+        found = run.predictions().set_index(["style", "fact_id", "arm"]).loc[style]
+        for row, fact in zip(rows, facts.itertuples(), strict=True):
+            assert row[:2] == [fact.subject, fact.answer]
+            for arm, cell in zip(run.arms, row[3:], strict=True):
+                prediction, correct = found.loc[(fact.fact_id, arm), ["prediction", "correct"]]
+                assert cell.split() == ["✓" if correct else "✗", *str(prediction).split()]
+    targets = set(re.findall(r' id="([^"]+)"', page))
+    links = re.findall(r'<a (?:class="part" )?href="#([^"]+)"', page)
+    assert len(links) == 5 + 2 * 6 and set(links) <= targets
+
+
 def test_report_escapes_what_comes_from_data(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Planted: markup in a subject, an answer and a claim must stay text."""
     from subjattn.study.read import parse_study

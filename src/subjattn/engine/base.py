@@ -50,11 +50,6 @@ class Base:
         ends = torch.tensor([len(run.prompt.predicting) for run in self.runs]).cumsum(0)
         self._first_prediction = [0, *ends[:-1].tolist()]
 
-    def keep_streams(self) -> None:
-        """Let patches take the residual streams, before and after every layer."""
-        for i in range(len(self.streams) - 1):
-            self.parts["resid_pre", i], self.parts["resid_post", i] = self.streams[i], self.streams[i + 1]
-
     def logits_of(self, run: Run) -> Float[Tensor, "answer vocab"]:
         """Logits that predict a run's answer tokens."""
         first = self._first_prediction[self.row_of[run]]
@@ -120,5 +115,5 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
         tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)
         stack.enter_context(tapped(model, tap, range(len(layers))))
         base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])
-    base.keep_streams()
+    base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     return base

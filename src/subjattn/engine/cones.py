@@ -250,9 +250,7 @@ def _call(
             if (component, layer) in patches.places:
                 stack.enter_context(on_component(component, module, partial(patches.put, component, layer)))
         result = module(states, *args, **kwargs)
-    behind: Tensor = result[0] if isinstance(result, tuple) else result
-    patched = patches.put("resid_post", layer, behind)
-    return (behind if patched is None else patched)[0]
+    return (result[0] if isinstance(result, tuple) else result)[0]  # type: ignore[no-any-return]
 
 
 def _check_exact(model: PreTrainedModel, base: Base, budget: Budget) -> None:

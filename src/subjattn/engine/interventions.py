@@ -22,8 +22,8 @@ from subjattn.prompts import Prompt
 
 Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-OUTPUTS: frozenset[Component] = frozenset({"attn_out", "mlp_out"})
-"""Components that a module of a layer returns."""
+OUTPUTS: frozenset[Component] = frozenset({"resid_post", "attn_out", "mlp_out"})
+"""Components that a layer, or a module of one, returns."""
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25

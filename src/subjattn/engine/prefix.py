@@ -96,7 +96,7 @@ def _run_suffixes(
                 result = layer(hidden[tokens.flat][None], *args, **kwargs)
                 hidden[tokens.flat] = (result[0] if isinstance(result, tuple) else result)[0]
     base.streams[-1][tokens.cone.to(device), tokens.position.to(device)] = hidden
-    base.keep_streams()
+    base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     starts = tokens.offsets
     last = [starts[i] + p - shared for i, prompt in enumerate(prompts) for p in prompt.predicting]
     base.logits = unembed(model, hidden[torch.tensor(last, device=hidden.device)], rows, only_contrast=False)

@@ -42,11 +42,11 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
     figure.add_vline(x=0, line={"color": "#9aa5b1", "width": 1})
     figure.update_layout(
         font=FONT,
-        height=140 + 34 * len(labels),
+        height=158 + 34 * len(labels),
         width=900,
-        margin={"l": 20, "r": 20, "t": 50, "b": 50},
+        margin={"l": 20, "r": 20, "t": 50, "b": 68},
         plot_bgcolor="white",
-        xaxis={"title": "effect in the claimed direction, in smallest effects that matter", "gridcolor": "#e4e7eb"},
+        xaxis={"title": "effect in the claimed direction,<br>in smallest effects that matter", "gridcolor": "#e4e7eb"},
         yaxis={
             "categoryorder": "array",
             "categoryarray": labels,

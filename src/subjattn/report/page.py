@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def _content(run: Run) -> dict[str, Any]:
         "composition": _composition(run),
         "quantities": summary["quantities"],
         "plotly": Markup(get_plotlyjs()),
+        "script": Markup(resources.files("subjattn.report").joinpath("page.js").read_text(encoding="utf-8")),
         "manifest_text": json.dumps(run.manifest, indent=1),
     }
 
@@ -87,9 +89,34 @@ def _style(run: Run, measured: list[Measure], style: str) -> dict[str, Any]:
         "arms": {name: arm["styles"][style] for name, arm in summary["arms"].items()},
         "contrasts": [row for row in summary["contrasts"] if row["style"] == style],
         "outside": {name: arm["styles"][style] for name, arm in summary.get("out_of_distribution", {}).items()},
+        "facts": _facts(run, style),
         "figures": list(_figures(run, measured, style, contrasts[0] if contrasts else None)),
         "not_defined": {reason: [name for name, of in missing.items() if of == reason] for reason in missing.values()},
     }
+
+
+def _facts(run: Run, style: str) -> dict[str, Any] | None:
+    """Test facts and what every arm answers to them; None where answers were not asked for."""
+    if "accuracy" not in run.study["measures"]:
+        return None
+    found = run.predictions()
+    found = found[found["style"] == style]
+    by_fact = found.groupby(["fact_id", "arm"], sort=False).agg(
+        prediction=("prediction", "first"),
+        correct=("correct", "first"),
+        n_right=("correct", "sum"),
+        n=("correct", "size"),
+    )
+    about = run.facts[run.facts["test"]].set_index("fact_id")
+    asked = [fact for fact in about.index if (fact, run.arms[0]) in by_fact.index]
+    rows = [
+        {
+            **about.loc[fact, ["subject", "answer", "popularity"]].to_dict(),
+            "cells": [by_fact.loc[(fact, arm)].to_dict() for arm in run.arms],
+        }
+        for fact in asked
+    ]
+    return {"arms": run.arms, "rows": rows, "replicates": bool((by_fact["n"] > 1).any())}
 
 
 def _figures(run: Run, measured: list[Measure], style: str, difference: list[str] | None) -> Iterator[dict[str, Any]]:
