@@ -406,7 +406,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert run(monkeypatch, "check", str(CITIES)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "30805 in 1 relations, 2 with their answer in the name (see facts.leave_out_given), split as asked" in lines[1]
+        "30805 in 1 relation, 2 with their answer in the name (see facts.leave_out_given), split as asked" in lines[1]
         and "the study is valid" in lines[-1]
     )
     assert any(line.startswith("style list: City: ") and "⏎Country: → " in line for line in lines)

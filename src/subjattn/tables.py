@@ -47,40 +47,31 @@ def claims_table(summary: dict[str, Any]) -> Table:
     return made
 
 
-def contrasts_table(summary: dict[str, Any], style: str) -> Table:
-    """A row a contrast of one style; what the intervals speak of stands beneath."""
-    rows = [row for row in summary["contrasts"] if row["style"] == style and row["estimate"] is not None]
-    made = table(f"differences, style “{style}”")
-    for heading in ("quantity", "arms", "estimate", "95 % interval"):
-        made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
-    for row in rows:
-        interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-        made.add_row(
-            Text(row["measure"]), Text(f"{row['arm_a']} − {row['arm_b']}"), f"{row['estimate']:+.4f}", interval
-        )
-    notes = [f"{row['scope']}: {row['n_facts']} facts × {row['n_replicates']} replicates" for row in rows]
-    made.caption, made.caption_justify = Text("; ".join(dict.fromkeys(notes))), "left"
-    return made
-
-
 SHOWN = 8
 """Facts that are named on the terminal; the report has them all."""
 
 
 def changes(summary: dict[str, Any], title: str) -> list[Table]:
-    """What changed between two arms: a table a style, a row a quantity, with its verdict where it has one."""
-    return [_changed(summary, style, title) for style in next(iter(summary["arms"].values()))["styles"]]
+    """What changed between two arms: a table a style and contrast, a row a quantity, with its verdict if it has one."""
+    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in summary["contrasts"]:
+        if row["estimate"] is not None:
+            rows.setdefault((row["style"], row["arm_a"], row["arm_b"]), []).append(row)
+    many = len({(a, b) for _, a, b in rows}) > 1
+    return [
+        _changed(summary, f"{title}, {f'{a} − {b}, ' if many else ''}style “{style}”", own)
+        for (style, a, b), own in rows.items()
+    ]
 
 
-def _changed(summary: dict[str, Any], style: str, title: str) -> Table:
+def _changed(summary: dict[str, Any], title: str, rows: list[dict[str, Any]]) -> Table:
     from subjattn.evidence.changes import difference
 
-    made = table(f"{title}, style “{style}”")
+    made = table(title)
     made.padding = (0, 1, 0, 0)
-    rows = [row for row in summary["contrasts"] if row["style"] == style and row["estimate"] is not None]
-    names = [rows[0]["arm_b"], rows[0]["arm_a"]] if rows else []
+    names, style = [rows[0]["arm_b"], rows[0]["arm_a"]], rows[0]["style"]
     for heading in ("quantity", *names, "difference, 95 % interval", "n", "verdict"):
-        made.add_column(heading, justify="right" if heading in (*names, "n") else "left", no_wrap=True)
+        made.add_column(Text(heading), justify="right" if heading in (*names, "n") else "left", no_wrap=True)
     for row in rows:
         arms = (summary["arms"][name]["styles"][style].get(row["measure"]) for name in names)
         shown = ("–" if value is None else f"{value:.3f}" for value in arms)
@@ -89,8 +80,8 @@ def _changed(summary: dict[str, Any], style: str, title: str) -> Table:
     return made
 
 
-def conclusion(summary: dict[str, Any]) -> list[Any]:
-    """What `compare` ends with: differences and verdicts, facts that turned by name, and what all that speaks of."""
+def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes them") -> list[Any]:
+    """What a comparison without claims ends with: differences and verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     for found in summary["flips"]:
         lines.append(Text(f"\nanswers that turned, style “{found['style']}”, {found['n_facts']} facts", "bold"))
@@ -98,12 +89,16 @@ def conclusion(summary: dict[str, Any]) -> list[Any]:
             named = [f"{turned['subject']} ({turned['arm_b']} → {turned['arm_a']})" for turned in found[name]]
             more = f", … {len(named) - SHOWN} more in the report" if len(named) > SHOWN else ""
             lines.append(Text(f"{way}, {len(named)}: {', '.join(named[:SHOWN]) or 'none'}{more}"))
-    rows = [row for row in summary["contrasts"] if row["verdict"]]
+    if not (rows := [row for row in summary["contrasts"] if row["verdict"]]):
+        return lines
     units = {row["measure"]: f"{row['measure']} {row['smallest_effect']:g}" for row in rows}
-    judged = f"; {rows[0]['family']} differences are judged together (Holm)" if rows else ""
-    lines.append(Text(f"\nsmallest differences that matter: {', '.join(units.values())} (--smallest){judged}."))
+    judged = f"; {rows[0]['family']} differences are judged together (Holm)"
+    lines.append(Text(f"\nsmallest differences that matter: {', '.join(units.values())} ({how}){judged}."))
     scopes = " or ".join(dict.fromkeys(row["scope"] for row in rows))
-    lines.append(Text(f"They speak of {scopes}, asked other facts; a tuning from another seed may do otherwise.\n"))
+    models = "these two models" in scopes
+    lines.append(
+        Text(f"They speak of {scopes}{', asked other facts; another tuning may do otherwise' if models else ''}.\n")
+    )
     return lines
 
 

@@ -157,7 +157,7 @@ def some_of(table: Any, n: int | None, usual: int | None, seed: int, leave_out_g
         leave_out_given: leave out facts whose name holds the answer, before the draw.
     """
     from subjattn.facts import draw
-    from subjattn.facts.given import answer_in_subject, without_given
+    from subjattn.facts.given import without_given
 
     if leave_out_given:
         found, table = len(table), without_given(table)
@@ -166,11 +166,18 @@ def some_of(table: Any, n: int | None, usual: int | None, seed: int, leave_out_g
     if wanted > len(table):
         note(f"the facts are fewer than {wanted}: all {len(table)} are taken")
     chosen = draw(table, wanted, seed) if wanted < len(table) else table
-    given = chosen[answer_in_subject(chosen)]
+    note_given(chosen)
+    return chosen
+
+
+def note_given(table: Any) -> None:
+    """Say how many facts have their answer in the name."""
+    from subjattn.facts.given import answer_in_subject
+
+    given = table[answer_in_subject(table)]
     if len(given):
         such = f"{given['subject'].iloc[0]} → {given['answers'].iloc[0][0]}"
-        note(f"{len(given)} of {len(chosen)} facts have their answer in the name ({such}): see --leave-out-given")
-    return chosen
+        note(f"{len(given)} of {len(table)} facts have their answer in the name ({such}): see --leave-out-given")
 
 
 def note(text: str) -> None:

@@ -22,6 +22,7 @@ from subjattn.cli.app import (
     app,
     columns_of,
     note,
+    note_given,
     show_styles,
     styles_of,
 )
@@ -102,6 +103,7 @@ def compare(
     pool = load_pool(parse_study(raw, "compare").facts, base, seed)
     styles = styles_of(pool, template)
     show_styles(styles, pool)
+    note_given(pool)
     if n is not None and n > len(pool):
         note(f"there are {len(pool)} facts, fewer than {n}: all are taken")
     raw["facts"]["n_test"] = min(USUAL_N if n is None else n, len(pool))
@@ -116,7 +118,7 @@ def compare(
 
     early = [] if foreseen["finished"] == len(foreseen["stages"]) else list(QUICK)
     summary = run_study(config, out, first=early, show=show)
-    console.print(*tables.conclusion(summary), sep="\n")
+    console.print(*tables.conclusion(summary, "--smallest changes them"), sep="\n")
     typer.echo(out / "report.html")
 
 

@@ -138,8 +138,8 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
     console = Console()
     for style in config.styles:
         console.print(tables.arms_table(summary, style), "")
-        if not summary["claims"] and summary["contrasts"]:
-            console.print(tables.contrasts_table(summary, style), "")
     if summary["claims"]:
         console.print(tables.claims_table(summary), "")
+    elif summary["contrasts"]:
+        console.print(*tables.conclusion(summary), sep="\n")
     typer.echo(out / "report.html")

@@ -110,7 +110,9 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
             f"facts.split.held_out: no relation {missing[0]!r} among the facts", field="facts.split.held_out.relations"
         )
     split = _try_split(config, facts, any(present.values()))
-    return f", {len(facts)} in {facts['relation'].nunique()} relations{_given(facts)}{split}", facts
+    relations = facts["relation"].nunique()
+    many = f"{relations} relation{'s' if relations > 1 else ''}"
+    return f", {len(facts)} in {many}{_given(facts)}{split}", facts
 
 
 def _given(facts: pd.DataFrame) -> str:
