@@ -81,7 +81,7 @@ def _changed(summary: dict[str, Any], title: str, rows: list[dict[str, Any]]) ->
 
 
 def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes them") -> list[Any]:
-    """What a comparison without claims ends with: differences and verdicts, facts that turned by name, and what all that speaks of."""
+    """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     for found in summary["flips"]:
         lines.append(Text(f"\nanswers that turned, style “{found['style']}”, {found['n_facts']} facts", "bold"))

@@ -72,6 +72,7 @@ def compare(
     Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
     runs/pair`
     """
+    from subjattn.models import resolve_adapter, resolve_model
     from subjattn.study.foresee import foresee
     from subjattn.study.read import parse_study
     from subjattn.study.run import run_study
@@ -79,6 +80,9 @@ def compare(
 
     if (tuned is None) == (adapter is None):
         raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
+    resolve_model(base)
+    if adapter is not None:
+        resolve_adapter(adapter)
     if tuned is not None:
         _refuse_same(base, tuned)
     raw: dict[str, Any] = {
