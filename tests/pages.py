@@ -1,7 +1,7 @@
 """Pages of documentation as programs: their blocks are run in order, and what they print is what the page shows.
 
 A `sh` or `python` block that a `text` block follows prints what that shows: words as they stand, numbers within
-rounding, times of day and durations whatever they are; a line of `…` stands for any lines. `python pages.py --write
+rounding, durations and numbers of workers whatever they are; a line of `…` stands for any lines. `python pages.py --write
 PAGE FOLDER` runs a page in a folder and writes what came out into its `text` blocks.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?")
-_CLOCK = re.compile(r"\b\d+:\d\d(?::\d\d)?\b")
+_MACHINE = re.compile(r"\b\d+:\d\d(?::\d\d)?\b|\d+ workers? \(.*\)")
 _SPACES = re.compile(r"[ ─━]+")
 
 
@@ -82,7 +82,7 @@ def differences(shown: str, printed: str) -> list[str]:
 
 def same(shown: str, printed: str) -> bool:
     """Whether two lines have the same words, and numbers that differ by rounding at most."""
-    texts = [_CLOCK.sub("·", line) for line in (shown, printed)]
+    texts = [_MACHINE.sub("·", line) for line in (shown, printed)]
     words = [_SPACES.sub(" ", _NUMBER.sub("#", text)).strip() for text in texts]
     numbers = [[float(one.replace("−", "-")) for one in _NUMBER.findall(text)] for text in texts]
     return words[0] == words[1] and all(abs(a - b) <= max(0.011, 0.02 * abs(a)) for a, b in zip(*numbers, strict=True))
