@@ -1,8 +1,8 @@
 """Pages of documentation as programs: their blocks are run in order, and what they print is what the page shows.
 
 A `sh` or `python` block that a `text` block follows prints what that shows: words as they stand, numbers within
-rounding, durations and numbers of workers whatever they are; a line of `…` stands for any lines. `python pages.py --write
-PAGE FOLDER` runs a page in a folder and writes what came out into its `text` blocks.
+rounding, durations and numbers of workers whatever they are; a line of `…` stands for any lines. `python pages.py
+--write PAGE FOLDER` runs a page in a folder and writes what came out into its `text` blocks.
 """
 
 from __future__ import annotations

@@ -16,16 +16,23 @@ def table(title: str) -> Table:
 
 
 def arms_table(summary: dict[str, Any], style: str) -> Table:
-    """A row an arm; as many quantities as fit are shown, the report has them all."""
-    made = table(f"arms, style “{style}”")
+    """A column an arm, a row a quantity: its mean and, beneath, its interval; `route` says how the subject arrives."""
     arms = {name: arm["styles"][style] for name, arm in summary["arms"].items()}
-    names = [name for name in next(iter(arms.values())) if name.partition(".")[0] in summary["quantities"]][:5]
-    for heading in ("arm", *(name.replace("_", " ") for name in names), "route"):
-        made.add_column(heading, justify="left" if heading in ("arm", "route") else "right")
-    for name, found in arms.items():
-        shown = ("–" if found[quantity] is None else f"{found[quantity]:.3f}" for quantity in names)
-        made.add_row(Text(name), *shown, found["route"]["reading"])
+    first = next(iter(arms.values()))
+    made = table(f"style “{style}”, {first['n_test']} facts: means and 95 % intervals")
+    for heading in ("quantity", *arms):
+        made.add_column(Text(heading), justify="left" if heading == "quantity" else "right")
+    for name in (name for name in first if name.partition(".")[0] in summary["quantities"]):
+        made.add_row(Text(name), *(Text(_mean_of(found, name)) for found in arms.values()))
+    made.add_row(Text("route"), *(found["route"]["reading"] for found in arms.values()))
     return made
+
+
+def _mean_of(found: dict[str, Any], name: str) -> str:
+    if found[name] is None:
+        return "–"
+    ends = found["intervals"][name]
+    return f"{found[name]:.3f}" + (f"\n[{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
 
 
 def claims_table(summary: dict[str, Any]) -> Table:

@@ -136,10 +136,11 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
 
     summary = run_study(config, out, workers=workers, on=on)
     console = Console()
-    for style in config.styles:
-        console.print(tables.arms_table(summary, style), "")
+    if summary["contrasts"] and not summary["claims"]:
+        console.print(*tables.conclusion(summary), sep="\n")
+    else:
+        for style in config.styles:
+            console.print(tables.arms_table(summary, style), "")
     if summary["claims"]:
         console.print(tables.claims_table(summary), "")
-    elif summary["contrasts"]:
-        console.print(*tables.conclusion(summary), sep="\n")
     typer.echo(out / "report.html")
