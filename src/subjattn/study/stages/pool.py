@@ -37,16 +37,16 @@ def load_pool(asked: FactsConfig, model: str, seed: int) -> pd.DataFrame:
         facts = without_given(facts)
     if asked.trained_on is not None:
         facts = without_subjects(facts, asked.trained_on)
-    if asked.pool is not None and asked.pool < len(facts):
-        facts = draw(facts, asked.pool, seed)
-    if asked.popularity:
-        facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     if asked.knowledge:
         facts = join_labels(facts, asked.knowledge, model)
     if asked.where not in (None, "correct"):
         facts = facts[[fits(label, asked.where) for label in facts["category"]]].reset_index(drop=True)
         if facts.empty:
             raise BadInput(f"facts.where: no fact is {asked.where}", field="facts.where")
+    if asked.pool is not None and asked.pool < len(facts):
+        facts = draw(facts, asked.pool, seed)
+    if asked.popularity:
+        facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     return facts
 
 
