@@ -90,6 +90,7 @@ def test_changes_judged_together_are_one_family() -> None:
     assert judge_changes([(edge, 0.2)])[0].verdict == "rises"
     among = judge_changes([(edge, 0.2), *[(around(0.0), 0.2)] * 49])
     assert among[0].verdict == "undecided" and among[0].family == 50
+    assert "among 50 differences" in among[0].reason
     assert {one.verdict for one in among[1:]} == {"no change that matters"}
 
 

@@ -27,8 +27,8 @@ _VERDICTS: dict[str, Direction] = {
 
 class _Either(Claim):
     @property
-    def directions(self) -> tuple[str, str, str]:
-        return "upward", "downward", ""
+    def words(self) -> tuple[str, str, str, str]:
+        return "upward", "downward", "", "differences"
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,9 @@ class Claim(_Part):
         return f"{about}, {verb} {self.against:g} by {self.smallest_effect:g} or more"
 
     @property
-    def directions(self) -> tuple[str, str, str]:
-        """How reasons name the claimed direction, the other one, and what a sign means."""
-        return "in the claimed direction", "in the other direction", " (positive is the claimed direction)"
+    def words(self) -> tuple[str, str, str, str]:
+        """How reasons name the claimed direction, the other one, what a sign means, and what is judged together."""
+        return "in the claimed direction", "in the other direction", " (positive is the claimed direction)", "claims"
 
     def turned(self, value: float) -> float:
         """A value as an effect in the claimed direction."""
@@ -190,19 +190,19 @@ def _judged(claim: Claim, interval: Interval, p: float, family: int) -> Judged:
     verdict, reason = _verdict(claim, interval, p, family)
     many = interval.drawn and family > 1 and interval.n_replicates < FAMILY_REPLICATES
     if many and verdict in ("supported", "contradicted"):
-        reason += f"; {interval.n_replicates} replicates, where a family of claims wants {FAMILY_REPLICATES}"
+        reason += f"; {interval.n_replicates} replicates, where a family of {claim.words[-1]} wants {FAMILY_REPLICATES}"
     low, high = interval.ends(1 - (1 - CONFIDENCE) / family)
     return Judged(verdict, reason, low, high, p, family)
 
 
 def _verdict(claim: Claim, interval: Interval, p: float, family: int) -> tuple[Verdict, str]:
     smallest, effect = f"{claim.smallest_effect:g}", claim.turned(interval.estimate)
-    claimed, other, signs = claim.directions
+    claimed, other, signs, judged = claim.words
     if interval.n_facts < MIN_FACTS:
         return "undecided", f"{interval.n_facts} facts: under {MIN_FACTS} an interval is too narrow to be believed"
     if interval.drawn and interval.n_replicates < MIN_REPLICATES:
         return "undecided", f"two {interval.kind} are a screen: {MIN_REPLICATES} decide"
-    among = f", among {family} claims (Holm's p = {p:.2g})" if family > 1 else ""
+    among = f", among {family} {judged} (Holm's p = {p:.2g})" if family > 1 else ""
     if p <= 1 - CONFIDENCE:
         verdict: Verdict = "supported" if effect > 0 else "contradicted"
         return verdict, f"an effect of at least {smallest} {claimed if effect > 0 else other}{among}"
