@@ -61,8 +61,8 @@ def pairs(page: Path) -> list[tuple[str, str, str | None]]:
 def differences(shown: str, printed: str) -> list[str]:
     """Lines that a page shows and that were not printed in this order; empty where all were."""
     left = iter(printed.splitlines())
-    missing = []
     lines = [line for line in shown.splitlines() if line.strip()]
+    missing = [] if lines else ["nothing is shown"]
     for i, line in enumerate(lines):
         if line.strip() == "…":
             continue
@@ -77,15 +77,22 @@ def differences(shown: str, printed: str) -> list[str]:
                 break
         else:
             missing.append(f"{line!r} is shown and not printed")
-    return missing
+    more = [line for line in left if line.strip()] if lines and lines[-1].strip() != "…" else []
+    return [*missing, *(f"{line!r} is printed and not shown" for line in more)]
 
 
 def same(shown: str, printed: str) -> bool:
     """Whether two lines have the same words, and numbers that differ by rounding at most."""
     texts = [_MACHINE.sub("·", line) for line in (shown, printed)]
     words = [_SPACES.sub(" ", _NUMBER.sub("#", text)).strip() for text in texts]
-    numbers = [[float(one.replace("−", "-")) for one in _NUMBER.findall(text)] for text in texts]
-    return words[0] == words[1] and all(abs(a - b) <= max(0.011, 0.02 * abs(a)) for a, b in zip(*numbers, strict=True))
+    numbers = [_NUMBER.findall(text) for text in texts]
+    return words[0] == words[1] and all(close(*pair) for pair in zip(*numbers, strict=True))
+
+
+def close(shown: str, printed: str) -> bool:
+    """Whether two numbers differ by two in the last digit shown, or by 1 %, at most."""
+    a, b = (float(one.replace("−", "-")) for one in (shown, printed))
+    return abs(a - b) <= max(2.01 * 10.0 ** -len(shown.partition(".")[2]) if "." in shown else 0, 0.01 * abs(a))
 
 
 def write(page: Path, folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_changes_judged_together_are_one_family() -> None:
     edge = next(one for one in (around(0.2 + 0.001 * i) for i in range(100)) if one.p_value(0.2) < 0.04)
     assert judge_changes([(edge, 0.2)])[0].verdict == "rises"
     among = judge_changes([(edge, 0.2), *[(around(0.0), 0.2)] * 49])
-    assert among[0].verdict == "undecided" and among[0].family == 50
+    assert among[0].verdict == "undecided" and among[0].judged_together == 50
     assert "among 50 differences" in among[0].reason
     assert {one.verdict for one in among[1:]} == {"no change that matters"}
 
@@ -137,7 +137,7 @@ def test_where_nothing_is_known_nothing_is_measured(study: dict[str, Any], tmp_p
 def test_only_facts_with_a_label(study: dict[str, Any], facts: Path, tmp_path: Path) -> None:
     every = sa.load_facts(str(facts))
     categories = [("Unknown", "HighlyKnown", None)[i % 3] for i in range(len(every))]
-    labels = every[["fact_id", "subject", "relation"]].assign(category=categories, adapter=None)
+    labels = every[["fact_id", "subject", "relation", "answers"]].assign(category=categories, adapter=None)
     labels = labels.assign(model=study["model"], model_identity=identity(study["model"]))
     labels[[name for name in LABELS if name != "category"]] = 0.0
     labels.to_parquet(tmp_path / "labels.parquet")

@@ -135,7 +135,7 @@ def test_only_facts_that_are_answered_rightly(
 
 def labels(prompts: PromptSet, model: LoadedModel, **changed: object) -> pd.DataFrame:
     rows = [
-        {"fact_id": prompt.fact_id, "subject": prompt.subject, "category": category}
+        {"fact_id": prompt.fact_id, "subject": prompt.subject, "answers": [*prompt.answers], "category": category}
         for prompt, category in zip(prompts, ["HighlyKnown", "WeaklyKnown", "Unknown"] * 3, strict=False)
     ]
     who = {"model": model.name, "model_identity": identity(model.name), "adapter": None, "adapter_identity": None}
@@ -165,7 +165,9 @@ def test_only_facts_of_a_category(
 def test_a_label_never_lands_on_another_fact(model: LoadedModel, prompts: PromptSet, tmp_path: Path) -> None:
     path, good = tmp_path / "knowledge.parquet", labels(prompts, model)
     wrong = good.assign(subject=good["subject"].where(good.index != 1, "Atlantis"))
+    answers = good["answers"].where(good.index != 1, pd.Series([["shilling"]] * len(good)))
     for table, condition, message in [
+        (good.assign(answers=answers), "known", f"{path}: labels 'shilling' as {prompts[1].fact_id}, and here that is"),
         (wrong, "known", f"{path}: labels 'Atlantis' as {prompts[1].fact_id}, and here that is"),
         (pd.concat([good, good[:1]]), "known", f"{path}: labels a fact twice: it is not as"),
         (good.drop(columns="category"), "known", f"{path}: has no column 'category': give the knowledge.parquet of"),

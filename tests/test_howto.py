@@ -81,6 +81,11 @@ def test_the_readmes_commands_run_and_its_numbers_are_theirs(tmp_path: Path) -> 
         ("a\n…\nc", "a\nb\nb\nc", True),
         ("a\nc", "a\nb\nc", False),
         ("a\nb", "a", False),
+        ("a", "a\nb", False),
+        ("a\n…", "a\nb", True),
+        ("", "", False),
+        ("+0.0050 rises", "-0.0050 rises", False),
+        ("+0.0050 rises", "+0.0051 rises", True),
     ],
 )
 def test_pages_are_held_against_what_is_printed(shown: str, printed: str, same: bool) -> None:

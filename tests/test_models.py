@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +175,10 @@ def test_a_model_in_parts_is_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "them by 'subjattn models --accept gemma3-270m'"
     )
     gemma.accept()
+    with pytest.raises(BadInput, match="gemma3-270m: its parts do not make the file they should"):
+        resolve_model("gemma3-270m")
+    whole_digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(packaged.PACKAGES, "gemma3-270m", replace(gemma, sha256=whole_digest))
     found = load_file(Path(resolve_model("gemma3-270m")) / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert identity("gemma3-270m").startswith("gemma3-270m-")

@@ -54,42 +54,64 @@ def claims_table(summary: dict[str, Any]) -> Table:
     return made
 
 
+def _without(summary: dict[str, Any]) -> list[str]:
+    """Why there are no numbers, or no verdicts, where there are none."""
+    found = {
+        f"style “{style}”: no {name}: {reason}"
+        for name, styles in summary["not_defined"].items()
+        for style, reason in styles.items()
+    }
+    reasons: dict[str, list[str]] = {}
+    for row in summary["contrasts"]:
+        key = (row["style"], row["measure"])
+        if row["verdict"] is None and row.get("reason") and row["measure"] not in summary["not_defined"]:
+            reasons.setdefault(row["reason"], []).append(f"{key[1]} (“{key[0]}”)")
+    return [*sorted(found), *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())]
+
+
 SHOWN = 8
 """Facts that are named on the terminal; the report has them all."""
 
 
-def changes(summary: dict[str, Any], title: str) -> list[Table]:
-    """What changed between two arms: a table a style and contrast, a row a quantity, with its verdict if it has one."""
+def changes(summary: dict[str, Any], title: str, judged: bool = True) -> list[Table]:
+    """What changed between two arms: a table a style and contrast, a row a quantity, with its verdict if it has one.
+
+    While other measures are still to come nothing is judged, for all differences are judged together.
+    """
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in summary["contrasts"]:
         if row["estimate"] is not None:
             rows.setdefault((row["style"], row["arm_a"], row["arm_b"]), []).append(row)
     many = len({(a, b) for _, a, b in rows}) > 1
     return [
-        _changed(summary, f"{title}, {f'{a} − {b}, ' if many else ''}style “{style}”", own)
+        _changed(summary, f"{title}, {f'{a} − {b}, ' if many else ''}style “{style}”", own, judged)
         for (style, a, b), own in rows.items()
     ]
 
 
-def _changed(summary: dict[str, Any], title: str, rows: list[dict[str, Any]]) -> Table:
+def _changed(summary: dict[str, Any], title: str, rows: list[dict[str, Any]], judged: bool) -> Table:
     from subjattn.evidence.changes import difference
 
     made = table(title)
     made.padding = (0, 1, 0, 0)
     names, style = [rows[0]["arm_b"], rows[0]["arm_a"]], rows[0]["style"]
-    for heading in ("quantity", *names, "difference, 95 % interval", "n", "verdict"):
-        made.add_column(Text(heading), justify="right" if heading in (*names, "n") else "left", no_wrap=True)
+    for heading in ("quantity", *names, "difference, 95 % interval", "n", *(["verdict"] if judged else [])):
+        left = heading in ("quantity", "difference, 95 % interval", "verdict")
+        made.add_column(
+            Text(heading), justify="left" if left else "right", no_wrap=heading != "quantity", overflow="fold"
+        )
     for row in rows:
         arms = (summary["arms"][name]["styles"][style].get(row["measure"]) for name in names)
-        shown = ("–" if value is None else f"{value:.3f}" for value in arms)
-        verdict = (row["verdict"] or "–").removesuffix(" that matters")
-        made.add_row(Text(row["measure"]), *shown, Text(difference(row)), str(row["n_facts"]), verdict)
+        shown = ("–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" for value in arms)
+        verdict = [(row["verdict"] or "–").removesuffix(" that matters")] if judged else []
+        made.add_row(Text(row["measure"]), *shown, Text(difference(row)), str(row["n_facts"]), *verdict)
     return made
 
 
 def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes them") -> list[Any]:
     """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
+    lines += [Text(f"\n{text}") for text in _without(summary)]
     for found in summary["flips"]:
         lines.append(Text(f"\nanswers that turned, style “{found['style']}”, {found['n_facts']} facts", "bold"))
         for name, way in (("lost", "right to wrong"), ("won", "wrong to right")):
@@ -99,8 +121,10 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     if not (rows := [row for row in summary["contrasts"] if row["verdict"]]):
         return lines
     units = {row["measure"]: f"{row['measure']} {row['smallest_effect']:g}" for row in rows}
-    judged = f"; {rows[0]['family']} differences are judged together (Holm)"
-    lines.append(Text(f"\nsmallest differences that matter: {', '.join(units.values())} ({how}){judged}."))
+    judged = f"rises and falls are corrected for all {rows[0]['judged_together']} that are judged (Holm)"
+    lines.append(Text(f"\nsmallest differences that matter: {', '.join(units.values())} ({how}); {judged}."))
+    if any(row["registered"] is not True for row in rows):
+        lines.append(Text("Post hoc: what is compared, or what matters, was changed after measuring."))
     scopes = " or ".join(dict.fromkeys(row["scope"] for row in rows))
     models = "these two models" in scopes
     lines.append(

@@ -162,12 +162,17 @@ def some_of(table: Any, n: int | None, usual: int | None, seed: int, leave_out_g
     if leave_out_given:
         found, table = len(table), without_given(table)
         note(f"{found - len(table)} of {found} facts have their answer in the name and are left out")
-    wanted = n or usual or len(table)
-    if wanted > len(table):
-        note(f"the facts are fewer than {wanted}: all {len(table)} are taken")
+    wanted = how_many(n, usual, table)
     chosen = draw(table, wanted, seed) if wanted < len(table) else table
     note_given(chosen)
     return chosen
+
+
+def how_many(n: int | None, usual: int | None, table: Any) -> int:
+    """As many facts as were asked for, or the usual number; all where there are fewer, which is said."""
+    if n is not None and n > len(table):
+        note(f"the facts are fewer than {n}: all {len(table)} are taken")
+    return min(n or usual or len(table), len(table))
 
 
 def note_given(table: Any) -> None:

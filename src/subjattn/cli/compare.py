@@ -21,7 +21,7 @@ from subjattn.cli.app import (
     WhereOption,
     app,
     columns_of,
-    note,
+    how_many,
     note_given,
     show_styles,
     styles_of,
@@ -34,8 +34,8 @@ USUAL_N = 100
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
-DEEP: dict[str, dict[str, Any]] = {"knockout": {"by": "layer"}, "patching": {}, "token_attention": {}}
-"""What `--deep` adds, or makes anew with these settings."""
+DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}}
+"""What `--deep` adds."""
 
 
 @app.command()
@@ -58,7 +58,8 @@ def compare(
     knowledge: KnowledgeOption = None,
     leave_out_given: LeaveOutOption = False,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also patch, knock out layer by layer, and show attention token by token.")
+        bool,
+        typer.Option("--deep", help="Also patch the residual stream by layer, and show attention token by token."),
     ] = False,
     smallest: Annotated[
         list[str] | None,
@@ -73,7 +74,7 @@ def compare(
     runs/pair`
     """
     from subjattn.facts import draw
-    from subjattn.models import resolve_adapter, resolve_model
+    from subjattn.models import check_adapter, load_model, resolve_adapter, resolve_model
     from subjattn.study.foresee import foresee
     from subjattn.study.read import parse_study
     from subjattn.study.run import run_study
@@ -106,9 +107,7 @@ def compare(
         "measures": USUAL | (DEEP if deep else {}),
     }
     pool = load_pool(parse_study(raw, "compare").facts, base, seed)
-    if n is not None and n > len(pool):
-        note(f"there are {len(pool)} facts, fewer than {n}: all are taken")
-    asked = min(USUAL_N if n is None else n, len(pool))
+    asked = how_many(n, USUAL_N, pool)
     table = draw(pool, asked, seed)
     styles = styles_of(table, template)
     show_styles(styles, table)
@@ -116,15 +115,18 @@ def compare(
     raw["facts"] |= {"pool": asked, "n_test": asked}
     raw["styles"] = styles
     raw["measures"]["accuracy"] = {"scorer": "letters" if table["choices"].notna().any() else "answer_start"}
+    if adapter is not None and not check_adapter(base, adapter):
+        load_model(base, adapter=adapter, dtype=dtype)  # what such adapters do shows once they are loaded
     config, console = parse_study(raw, "compare"), Console()
     foreseen = foresee(config, out)
     console.print(Text(tables.foreseen_line(foreseen, config.facts.n_test)), soft_wrap=True)
 
     def show(summary: dict[str, Any]) -> None:
-        console.print(*tables.changes(summary, "so far"), sep="\n")
+        console.print(*tables.changes(summary, "so far", judged=False), sep="\n")
 
     early = [] if foreseen["finished"] == len(foreseen["stages"]) else list(QUICK)
     summary = run_study(config, out, first=early, show=show)
+    _refuse_equal(out, tuned)
     console.print(*tables.conclusion(summary, "--smallest changes them"), sep="\n")
     typer.echo(out / "report.html")
 
@@ -139,6 +141,15 @@ def effects_of(given: list[str]) -> dict[str, float]:
         except ValueError:
             raise BadInput(f"--smallest: {text!r} is not QUANTITY=VALUE, such as knockout_drop=0.5") from None
     return found
+
+
+def _refuse_equal(out: Path, tuned: str | None) -> None:
+    """Refuse a checkpoint that turns out to be the base model saved anew."""
+    from subjattn.study.files import open_run
+
+    run = open_run(out)
+    if tuned is not None and run.provenance("base")["weights_sha256"] == run.provenance("tuned")["weights_sha256"]:
+        raise BadInput(f"--tuned {tuned!r} has the same weights as the base model: nothing was compared")
 
 
 def _refuse_same(base: str, tuned: str) -> None:

@@ -39,7 +39,7 @@ class Change:
     reason: str
     smallest_effect: float
     adjusted_p: float
-    family: int
+    judged_together: int
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self).copy()

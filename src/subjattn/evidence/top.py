@@ -17,6 +17,8 @@ from subjattn.measures.patching import mostly_trivial
 
 By = Literal["absolute", "highest", "lowest"]
 _REPLICATES = ("draw", "seed")
+MOST = 0.5
+"""Share of the facts in which a cell has a value at least."""
 
 
 class Top(pd.DataFrame):
@@ -24,13 +26,14 @@ class Top(pd.DataFrame):
 
     @property
     def _constructor(self) -> type[pd.DataFrame]:
-        return pd.DataFrame
+        return Top
 
     def __repr__(self) -> str:
-        return "\n".join([super().__repr__(), *self.attrs["notes"]])
+        return "\n".join([super().__repr__(), *self.attrs.get("notes", ())])
 
     def _repr_html_(self) -> str:
-        return self.to_html(notebook=True) + "".join(f"<p>{html.escape(note)}</p>" for note in self.attrs["notes"])
+        notes = self.attrs.get("notes", ())
+        return self.to_html(notebook=True) + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
 def top(array: xr.DataArray, n: int = 10, *, by: By = "absolute", split: int | None = None) -> Top:
@@ -67,13 +70,18 @@ def top(array: xr.DataArray, n: int = 10, *, by: By = "absolute", split: int | N
     chosen_on = measured_on = array.stack(cell=cells).transpose("cell", "fact", ...).reset_index("cell")
     if split is not None:
         chosen_on, measured_on = _halves(chosen_on, split)
-    means = chosen_on.mean([dim for dim in chosen_on.dims if dim != "cell"]).values
+    across = [dim for dim in chosen_on.dims if dim != "cell"]
+    means, held = chosen_on.mean(across).values, chosen_on.notnull().mean(across).values
+    seldom = (held > 0) & ((held < MOST) | ~np.isfinite(means))
+    means = np.where(seldom, np.nan, means)
     size = {"absolute": np.abs(means), "highest": means, "lowest": -means}[by]
     order = np.argsort(-np.where(np.isnan(size), -np.inf, size), kind="stable")[: min(n, int((~np.isnan(size)).sum()))]
     if not len(order):
         raise BadInput("no cell has a value")
     rows = [_row(measured_on.isel(cell=int(cell)), cells) for cell in order]
     notes = [note for *_, own in rows for note in own]
+    if seldom.any():
+        notes.append(f"{int(seldom.sum())} cells without a value in most facts, or not finite, are left out")
     n_cells = int((~np.isnan(size)).sum())
     chosen = "nothing" if len(order) == n_cells else "the same facts" if split is None else "other facts"
     table = Top([row for row, _ in rows])

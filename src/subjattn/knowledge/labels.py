@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score  # type: ignore[import-untyped]
@@ -64,7 +65,7 @@ def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame
     if not Path(path).is_file():
         raise BadInput(f"facts.knowledge: no such file: {path!r}")
     labels = read_parquet(Path(path))
-    needed = ["fact_id", "subject", "relation", "model", "model_identity", "adapter", *LABELS]
+    needed = ["fact_id", "subject", "relation", "answers", "model", "model_identity", "adapter", *LABELS]
     if missing := [name for name in needed if name not in labels]:
         raise BadInput(
             f"facts.knowledge: {path} has no column {missing[0]!r}: it is not from `subjattn knowledge` of this "
@@ -76,8 +77,9 @@ def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame
     present = own["category"].notna().to_numpy()
     if not present.any():
         raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
-    for name in ("subject", "relation"):
-        differ = present & (own[name].to_numpy() != facts[name].to_numpy())
+    for name in ("subject", "relation", "answers"):
+        pairs = zip(own[name], facts[name], strict=True)
+        differ = present & np.array([not np.array_equal(theirs, ours) for theirs, ours in pairs])
         if differ.any():
             fact = facts[differ].iloc[0]
             raise BadInput(

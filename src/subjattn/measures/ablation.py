@@ -169,6 +169,10 @@ def _values(
         return [_zeros(kept.new_zeros(len(positions), kept.shape[-1])) for positions in where]
     if to == "mean":
         return _means(states(hf, prompts, component), prompts, where)
+    if len({prompt.fact_id for prompt in prompts}) < len(prompts):
+        raise BadInput(
+            "to='resample' takes prompts of one style, and a fact stands twice among these: ablate them apart"
+        )
     pairs = swap_subjects(prompts, np.random.default_rng(seed))
     runs = answered_pairs(pairs, whole_answer=True) if pairs else []
     others = {clean.fact_id: other for clean, other, _ in runs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONDITIONS = ("correct", "known", *CATEGORIES)
-_NEEDED = ("fact_id", "subject", "category", "model", "model_identity", "adapter", "adapter_identity")
+_NEEDED = ("fact_id", "subject", "answers", "category", "model", "model_identity", "adapter", "adapter_identity")
 
 
 def fits(label: object, condition: str) -> bool:
@@ -103,12 +103,14 @@ def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, st
     labels = {}
     for prompt in prompts:
         if prompt.fact_id in rows.index:
-            subject, category = rows.loc[prompt.fact_id, ["subject", "category"]]
-            if (subject or "") != prompt.subject:
-                raise BadInput(
-                    f"{path}: labels {subject!r} as {prompt.fact_id}, and here that is {prompt.subject!r}: the facts "
-                    "have changed, label them again"
-                )
+            label: Any = rows.loc[prompt.fact_id]
+            category, theirs_ours = label["category"], [(label["subject"] or "", prompt.subject)]
+            for theirs, ours in [*theirs_ours, (" | ".join(label["answers"]), " | ".join(prompt.answers))]:
+                if theirs != ours:
+                    raise BadInput(
+                        f"{path}: labels {theirs!r} as {prompt.fact_id}, and here that is {ours!r}: the facts have "
+                        "changed, label them again"
+                    )
             if isinstance(category, str):
                 labels[prompt.fact_id] = category
     if not labels:
@@ -118,9 +120,11 @@ def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, st
 
 def _check_whose(table: pd.DataFrame, path: Path, model: LoadedModel) -> None:
     """Refuse labels of another model, or of another adapter on it; its base model's are welcome."""
-    first = table.iloc[0]
-    own = identity(model.name) == first["model_identity"]
-    adapted = isinstance(first["adapter"], str)
-    if not own or (adapted and (model.adapter is None or identity(model.adapter) != first["adapter_identity"])):
+    own = {identity(model.name)}
+    for first in (row for _, row in table.drop_duplicates(["model_identity", "adapter_identity"]).iterrows()):
+        adapted = isinstance(first["adapter"], str)
+        other = adapted and (model.adapter is None or identity(model.adapter) != first["adapter_identity"])
+        if first["model_identity"] in own and not other:
+            continue
         who = f"{first['model']!r}" + (f" with the adapter {first['adapter']!r}" if adapted else "")
         raise BadInput(f"{path}: says what {who} knows, and the model here is {model.name!r}: label the facts with it")

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+NOTHING = 1e-6
+"""Of the largest logit: what putting a module around another may move by rounding."""
+
+
 def with_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapter: str
 ) -> PreTrainedModel:
@@ -42,14 +46,17 @@ def with_adapter(
         _refuse_misfit(tuned, base, adapter)
         tuned.load_adapter(folder, "default")
         after = tuned.eval()(ids).logits
-    if torch.equal(before, after):
+    if float((after - before).abs().max()) <= NOTHING * float(before.abs().max()):
         raise _changes_nothing(adapter)
     _warn_of_base(config, base, adapter)
     return tuned.get_base_model()  # type: ignore[return-value]
 
 
-def check_adapter(base: str, adapter: str) -> None:
+def check_adapter(base: str, adapter: str) -> bool:
     """Refuse an adapter that does not fit a model or changes nothing in it, before any weights are loaded.
+
+    Returns:
+        Whether that is all there is to check, as it is for plain LoRA; what others do only shows once they are loaded.
 
     Raises:
         AdapterMismatch: modules without a partner, other shapes, or nothing but zeros.
@@ -64,11 +71,16 @@ def check_adapter(base: str, adapter: str) -> None:
     source, commit = located(base)
     with reading(f"adapter {adapter!r}", AdapterMismatch):
         config = _adapter_config(adapter)
+        _warn_of_base(config, base, adapter)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=commit))
-            tuned = PeftModel(model, config)
+            try:
+                tuned = PeftModel(model, config)
+            except (NotImplementedError, RuntimeError):  # a kind that computes with weights as it is put on
+                return False
         _refuse_misfit(tuned, base, adapter)
-    _warn_of_base(config, base, adapter)
+    plain = not (getattr(config, "modules_to_save", None) or getattr(config, "use_dora", False))
+    return plain and str(config.peft_type).endswith("LORA") and not getattr(config, "trainable_token_indices", None)
 
 
 def _warn_of_base(config: Any, base: str, adapter: str) -> None:
@@ -88,6 +100,12 @@ def _adapter_config(adapter: str) -> Any:
     config = PeftConfig.from_pretrained(resolve_adapter(adapter))
     if config.is_prompt_learning:
         raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
+    begun = getattr(config, "init_lora_weights", True)
+    if str(begun).startswith("pissa_niter"):
+        raise AdapterMismatch(
+            f"adapter {adapter!r} begins with {begun!r}, which draws another base at each loading: save it as plain "
+            "LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     return config
 
 

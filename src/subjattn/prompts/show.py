@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Collection
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -55,16 +54,20 @@ def notice_relations(style: str | Style, facts: pd.DataFrame) -> None:
     relations = tuple(facts["relation"].value_counts().index) if "relation" in facts else ()
     if "{subject}" in style.template and len(relations) > 1:
         other = facts[facts["relation"] != relations[0]].iloc[[0]]
-        _say_once(relations, on_line(style.body(other.iloc[0].to_dict())[0]))  # type: ignore[arg-type]
+        _say_once(style.template, relations, on_line(style.body(other.iloc[0].to_dict())[0]))  # type: ignore[arg-type]
 
 
-@cache
-def _say_once(relations: tuple[str, ...], asked: str) -> None:
-    named = ", ".join(relations[:3]) + (", …" if len(relations) > 3 else "")
-    log.warning(
-        'note: one template asks %d relations (%s): "%s"; give {question}, or facts of one relation',
-        *(len(relations), named, asked),
-    )
+_said: set[str] = set()
+
+
+def _say_once(template: str, relations: tuple[str, ...], asked: str) -> None:
+    if template not in _said:
+        _said.add(template)
+        named = ", ".join(relations[:3]) + (", …" if len(relations) > 3 else "")
+        log.warning(
+            'note: one template asks %d relations (%s): "%s"; give {question}, or facts of one relation',
+            *(len(relations), named, asked),
+        )
 
 
 def pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -55,4 +56,5 @@ def _begin(gpu: int | None) -> None:
     if gpu is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu].strip() if seen else str(gpu)
+    logging.getLogger("subjattn").setLevel(logging.ERROR)  # notes are the first process's
     watch_parent()

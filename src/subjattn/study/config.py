@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     ConfigDict,
     Field,
@@ -191,7 +192,7 @@ class StudyConfig(_Section):
         default_factory=lambda: {name: measure_of(name).parse({}) for name in MEASURED}
     )
     contrasts: list[tuple[str, str]] = Field([], description="each the first arm minus the second")
-    smallest_effects: dict[str, PositiveFloat] = Field(
+    smallest_effects: dict[str, Annotated[PositiveFloat, AllowInfNan(False)]] = Field(
         {}, description="of quantities, in place of the measures' own: the least difference that matters"
     )
     claims: list[Claim] = []
@@ -213,6 +214,12 @@ class StudyConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.facts.where == "correct" and self.facts.split.held_out:
+            raise BadInput(
+                "'correct' chooses among the facts that are not held out: leave out facts.split.held_out, or choose by "
+                "labels",
+                field="facts.where",
+            )
         if not self.trained and (self.facts.split.held_out or self.facts.split.controlled):
             raise BadInput(
                 "facts.split holds facts out of training ('held_out', 'controlled'), and no arm is trained",
@@ -328,6 +335,11 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
     if len({name in study.replicates.first_only for name in measured}) > 1:
         raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
     involved = {arm for side in claim.sides for arm in side[2]}
+    if study.facts.where == "correct" and study.untrained in involved and set(measured) != {"accuracy"}:
+        raise ValueError(
+            f"{where} compares with arm {study.untrained!r}, whose right answers chose the facts (facts.where), so it "
+            "would fall by chance: claim it of other arms, or choose facts by labels"
+        )
     trained = involved & set(study.trained)
     if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
         raise ValueError(

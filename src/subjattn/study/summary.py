@@ -35,6 +35,7 @@ INTERVAL = (
     *("adjusted_ci_low", "adjusted_ci_high"),
 )
 """Of contrasts and claims; null where they are not defined."""
+LEANS = "facts were chosen by the right answers of {}, so differences from it lean away from them: no verdict"
 OF_ARMS = ("accuracy", "answer_logprob")
 """Quantities shown by third of the ranking."""
 
@@ -188,21 +189,27 @@ class Summary:
         least = {quantity.name: self._smallest(quantity) for _, quantity in self._quantities()}
         judged = self._changes([(row, tested) for row, tested, _ in rows], least)
         for i, (row, tested, reason) in enumerate(rows):
-            registered = {"registered": self.registered.contrast(row, self.config)}
-            yield row | _interval(tested, family, reason) | judged.get(i, {"verdict": None}) | registered
+            found = _interval(tested, family, reason) | judged.get(i, {"verdict": None})
+            if tested is not None and self._leans(row):
+                found["reason"] = LEANS.format(self.config.untrained)
+            yield row | found | {"registered": self.registered.contrast(row, self.config)}
+
+    def _leans(self, row: Mapping[str, Any]) -> bool:
+        """Whether the facts of a contrast were chosen by the answers of one of its arms."""
+        chosen = self.config.facts.where == "correct" and row["measure"] != "accuracy"
+        return chosen and self.config.untrained in (row["arm_a"], row["arm_b"])
 
     def _smallest(self, quantity: Quantity) -> float | None:
         return self.config.smallest_effects.get(quantity.name, quantity.smallest_effect)
 
-    @staticmethod
     def _changes(
-        rows: Sequence[tuple[Mapping[str, Any], Tested | None]], least: Mapping[str, float | None]
+        self, rows: Sequence[tuple[Mapping[str, Any], Tested | None]], least: Mapping[str, float | None]
     ) -> dict[int, dict[str, Any]]:
         """Verdicts on contrasts with a value and a smallest effect, by number."""
         found: dict[int, tuple[Interval, float]] = {}
         for i, (row, tested) in enumerate(rows):
             smallest = least[row["measure"].partition(".")[0]]
-            if tested is not None and smallest is not None:
+            if tested is not None and smallest is not None and not self._leans(row):
                 found[i] = (tested.interval, smallest)
         return {i: change.to_dict() for i, change in zip(found, judge_changes([*found.values()]), strict=True)}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -20,6 +23,9 @@ from subjattn.run.plan import Context
 from subjattn.study.config import FactsConfig
 
 
+log = logging.getLogger(__name__)
+
+
 def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
     """Write `facts.parquet`."""
     asked = FactsConfig.model_validate(settings["facts"])
@@ -34,9 +40,11 @@ def load_pool(asked: FactsConfig, model: str, seed: int) -> pd.DataFrame:
     """Facts of the source, and what is known of them from elsewhere."""
     facts = only_relations(load_facts(asked.source, columns=asked.columns or None), asked.relations)
     if asked.leave_out_given:
-        facts = without_given(facts)
+        left = without_given(facts)
+        _say_once(f"note: {len(facts) - len(left)} of {len(facts)} facts hold their answer in the name: left out")
+        facts = left
     if asked.trained_on is not None:
-        facts = without_subjects(facts, asked.trained_on)
+        facts = without_subjects(facts, asked.trained_on, asked.columns)
     if asked.knowledge:
         facts = join_labels(facts, asked.knowledge, model)
     if asked.where not in (None, "correct"):
@@ -60,15 +68,35 @@ def check_scorer(facts: pd.DataFrame, letters: bool) -> None:
         )
 
 
-def without_subjects(facts: pd.DataFrame, trained_on: str) -> pd.DataFrame:
-    """Facts whose subject, whatever is asked of it, is in no fact of the file that a model was tuned on."""
-    learnt = set(load_facts(trained_on)["subject"].dropna().map(plain_name))
+@cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def without_subjects(
+    facts: pd.DataFrame, trained_on: str, columns: Mapping[str, str] = MappingProxyType({})
+) -> pd.DataFrame:
+    """Facts whose subject, whatever is asked of it, is in no fact of the file that a model was tuned on.
+
+    The file has columns of the usual names, or else those that the facts have.
+    """
+    try:
+        learnt_from = load_facts(trained_on)
+    except BadInput as error:
+        if not columns:
+            raise BadInput(f"facts.trained_on: {error}", field="facts.trained_on") from None
+        learnt_from = load_facts(trained_on, columns=columns)
+    learnt = set(learnt_from["subject"].dropna().map(plain_name))
+    answers = {plain_name(answer) for own in learnt_from["answers"] for answer in own}
     left = facts[~facts["subject"].map(plain_name).isin(learnt)].reset_index(drop=True)
     if left.empty:
         raise BadInput(
             f"facts.trained_on: {trained_on} holds every subject of {facts['source'].iloc[0]}: none is left",
             field="facts.trained_on",
         )
+    named = left["subject"].dropna().map(plain_name).isin(answers).sum()
+    also = f"; {named} of the others are answers there" if named else ""
+    _say_once(f"note: {len(facts) - len(left)} of {len(facts)} facts are of subjects in {trained_on}: left out{also}")
     return left
 
 
