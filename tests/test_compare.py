@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from rich.console import Console
 
 import subjattn as sa
+from subjattn import tables
 from subjattn.cli import main
 from subjattn.errors import BadInput
 from subjattn.evidence.changes import difference, judge_changes
@@ -20,7 +23,7 @@ from subjattn.models import identity
 from subjattn.study.config import StudyConfig
 from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
-from subjattn.study.stages.pool import load_pool
+from subjattn.study.stages.pool import load_pool, without_subjects
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -218,3 +221,55 @@ def test_compare_refuses(
     given = [text.format(model=model, adapter=adapter) for text in arguments]
     assert compare(monkeypatch, "--base", model, "--n", 9, "--out", tmp_path / "pair", *given) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "pair").exists()
+
+
+def test_facts_chosen_by_an_arm_give_no_verdict_against_it(study: dict[str, Any], tmp_path: Path) -> None:
+    """Chosen where base is right by chance, it looks better than it is: an interval, and why there is no verdict."""
+    asked = study | {"facts": study["facts"] | {"where": "correct"}}
+    summary = run_study(StudyConfig.model_validate(asked), tmp_path)
+    rows = {row["measure"]: row for row in summary["contrasts"]}
+    assert rows["accuracy"]["verdict"] and rows["accuracy"]["judged_together"] == 1
+    assert rows["answer_logprob"]["estimate"] is not None and rows["answer_logprob"]["verdict"] is None
+    assert "chosen by the right answers of base" in rows["answer_logprob"]["reason"]
+    shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(*tables.conclusion(summary), sep="\n")
+    text = shown.export_text()
+    assert "facts were chosen by the right answers of base" in " ".join(text.split())
+    claim = {"id": "c", "statement": "s", "measure": "answer_logprob", "arms": ["tuned", "base"]}
+    claim |= {"direction": "decrease", "smallest_effect": 0.1}
+    with pytest.raises(BadInput, match="compares with arm 'base', whose right answers chose the facts"):
+        parse_study(asked | {"claims": [claim]}, "pair")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_number_is_cut(study: dict[str, Any], tmp_path: Path, columns: int) -> None:
+    summary = run_study(StudyConfig.model_validate(study), tmp_path)
+    for row in summary["contrasts"]:
+        if row["estimate"] is not None:
+            row |= {"estimate": -14.02, "ci_low": -19.27, "ci_high": -11.04}
+    for arm in summary["arms"].values():
+        arm["styles"]["list"] |= {row["measure"]: -14.0213 for row in summary["contrasts"]}
+    shown = Console(width=columns, record=True, file=io.StringIO())
+    shown.print(*tables.changes(summary, "what changed"), *[tables.arms_table(summary, "list")], sep="\n")
+    text = shown.export_text()
+    assert "…" not in text and text.count("-14.02 [-19.27, -11.04]") >= 3
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "-1"])
+def test_a_smallest_effect_is_a_positive_number(study: dict[str, Any], value: str) -> None:
+    with pytest.raises(BadInput, match="smallest_effects.accuracy"):
+        parse_study(study | {"smallest_effects": {"accuracy": float(value)}}, "pair")
+
+
+def test_what_a_model_was_tuned_on_is_counted_and_named(
+    facts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = sa.load_facts(str(facts))
+    rows = [(every["subject"][0], "x"), (every["subject"][1], every["subject"][2])]
+    learnt = tmp_path / "learnt.csv"
+    learnt.write_text("name,country\n" + "".join(f'"{name}","{answer}"\n' for name, answer in rows))
+    left = without_subjects(every, str(learnt), {"subject": "name", "answer": "country"})
+    assert set(every["subject"]) - set(left["subject"]) == {name for name, _ in rows}
+    assert f"note: 2 of {len(every)} facts are of subjects in {learnt}: left out; 1 of the others are" in caplog.text
+    with pytest.raises(BadInput, match=r"facts.trained_on: .*learnt.csv:1: no column 'subject'"):
+        without_subjects(every, str(learnt))

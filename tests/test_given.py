@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import subjattn as sa
@@ -39,6 +39,7 @@ def plain(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFD", text.upper()) if unicodedata.category(c) != "Mn")
 
 
+@settings(deadline=None)
 @given(subject=WORDS, answer=WORDS, between=st.sampled_from([" ", "-", ", ", "’"]), loud=st.booleans())
 def test_an_answer_in_the_name_is_found(subject: list[str], answer: list[str], between: str, loud: bool) -> None:
     """The slow way: fold both, and look for the answer between spaces."""

@@ -478,3 +478,44 @@ def test_the_packaged_model_says_what_it_is(tiny_folders: dict[str, Path], smoll
     assert describe(folder) == f"LlamaForCausalLM (folder {folder})"
     with pytest.raises(BadInput, match="unknown model 'nosuch'"):
         describe("nosuch")
+
+
+@pytest.mark.parametrize("kind", ["boft", "dora", "ia3", "modules_to_save"])
+def test_kinds_that_only_loading_can_judge(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """The check before loading does not refuse them, and does not vouch for them; loading refuses what does nothing."""
+    from peft import BOFTConfig
+
+    config: PeftConfig = {
+        "boft": BOFTConfig(boft_block_size=8, target_modules=["q_proj"]),
+        "dora": LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]),
+        "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "modules_to_save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    }[kind]
+    base = tiny_folders["llama"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "untrained")
+    assert not check_adapter(str(base), str(tmp_path / "untrained"))
+    with pytest.raises(AdapterMismatch, match="changes nothing"):
+        load_model(str(base), adapter=tmp_path / "untrained")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "trained")
+    assert not check_adapter(str(base), str(tmp_path / "trained"))
+    ids = torch.arange(20)[None]
+    loaded = load_model(str(base), adapter=tmp_path / "trained")
+    torch.testing.assert_close(loaded.model(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_adapter_that_draws_its_base_anew_is_refused(
+    tiny_folders: dict[str, Path], adapter: Path, tmp_path: Path
+) -> None:
+    folder = changed(adapter, tmp_path / "pissa")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa_niter_4"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for refuse in (load_model, check_adapter):
+        with pytest.raises(
+            AdapterMismatch, match="begins with 'pissa_niter_4', which draws another base at each loading"
+        ):
+            refuse(str(tiny_folders["llama"]), adapter=str(folder))

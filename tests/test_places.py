@@ -79,7 +79,7 @@ def test_as_many_workers_as_suit_the_machine(
 ) -> None:
     monkeypatch.setattr(places, "_gpus", lambda: gpus)
     monkeypatch.setattr(places, "_free_memory", lambda: free)
-    monkeypatch.setattr(places, "_cores", lambda: cores)
+    monkeypatch.setattr(places, "cores", lambda: cores)
     found = Place.of(asked, Folder(tmp_path))
     assert (found.workers, found.why) == (workers, why)
     assert Place.of(asked, Folder(tmp_path), workers=3).workers == 3

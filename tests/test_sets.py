@@ -207,6 +207,12 @@ def test_ablation_refuses_in_one_line(llama: LoadedModel, prompts: PromptSet, se
         ablation(llama, prompts[:2], **settings)
 
 
+def test_prompts_of_two_styles_are_not_taken_for_each_other(llama: LoadedModel, prompts: PromptSet) -> None:
+    """By its fact alone a prompt would be given the states of the other style, at its own positions."""
+    with pytest.raises(BadInput, match="takes prompts of one style, and a fact stands twice among these"):
+        ablation(llama, [*prompts[:3], *prompts[:3]], heads=[(0, 1)], to="resample")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -56,6 +56,7 @@ def test_the_note_is_printed() -> None:
     said = "chosen among 200 cells and measured on the same 60 facts: means are too large"
     assert said in repr(top(array)) and said in top(array)._repr_html_()
     assert repr(top(array)).endswith("moving is not reading")
+    assert said in repr(top(array).round(2)) and said in repr(top(array).head(3))
     assert "chosen among 200 cells on 30 other facts (split=7)" in repr(top(array, split=7))
     assert repr(top(array.isel(fact=slice(8)))).count("8 facts, where 20 are needed for a verdict") == 1
 
@@ -105,3 +106,13 @@ def test_top_refuses_what_it_cannot_do() -> None:
         top(array * np.nan)
     table = top(xr.zeros_like(array), 2)
     assert table["low"].isna().all() and "no interval of layer 0, head 0: every one of the 60 facts" in repr(table)
+
+
+def test_a_cell_with_few_values_is_no_top_cell() -> None:
+    array = noise(3, layers=4, heads=3)
+    array[1:, 0, 0] = np.nan
+    array[0, 0, 0] = 9.0
+    array[4, 1, 1] = np.inf
+    table = top(array, 12)
+    assert (0, 0) not in (cells := set(zip(table["layer"], table["head"], strict=True))) and (1, 1) not in cells
+    assert table.attrs["n_cells"] == 10 and "2 cells without a value in most facts, or not finite" in repr(table)
