@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from rich.console import Console
@@ -20,6 +21,7 @@ from subjattn.errors import BadInput
 from subjattn.evidence.changes import difference, judge_changes
 from subjattn.knowledge.labels import LABELS
 from subjattn.models import identity
+from subjattn.prompts import Style, notice_first
 from subjattn.study.config import StudyConfig
 from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
@@ -235,6 +237,7 @@ def test_facts_chosen_by_an_arm_give_no_verdict_against_it(study: dict[str, Any]
     shown.print(*tables.conclusion(summary), sep="\n")
     text = shown.export_text()
     assert "facts were chosen by the right answers of base" in " ".join(text.split())
+    assert "style “list”: all but accuracy is of the" in text and "of 30 facts that base" in text
     claim = {"id": "c", "statement": "s", "measure": "answer_logprob", "arms": ["tuned", "base"]}
     claim |= {"direction": "decrease", "smallest_effect": 0.1}
     with pytest.raises(BadInput, match="compares with arm 'base', whose right answers chose the facts"):
@@ -273,3 +276,28 @@ def test_what_a_model_was_tuned_on_is_counted_and_named(
     assert f"note: 2 of {len(every)} facts are of subjects in {learnt}: left out; 1 of the others are" in caplog.text
     with pytest.raises(BadInput, match=r"facts.trained_on: .*learnt.csv:1: no column 'subject'"):
         without_subjects(every, str(learnt))
+
+
+def test_a_comparison_is_not_replaced_by_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    asked = ("--base", model, "--adapter", adapter, "--n", 8, "--out", tmp_path / "pair")
+    assert compare(monkeypatch, *asked, "--template", "City: {subject}\\nCountry:") == 0
+    before = (tmp_path / "pair" / "summary.json").read_text()
+    capsys.readouterr()
+    assert compare(monkeypatch, *asked, "--template", "{subject} lies in") == 2
+    said = capsys.readouterr().err
+    assert "holds a comparison of its own (made anew: facts/pool: style.template was" in " ".join(said.split())
+    assert (tmp_path / "pair" / "summary.json").read_text() == before
+    assert compare(monkeypatch, *asked, "--template", "City: {subject}\\nCountry:", "--deep") == 0
+    assert any((tmp_path / "pair").rglob("token_attention/array.nc")), "more measures are welcome"
+
+
+def test_a_subject_that_stands_first_is_noticed(cities: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
+    for style in ("City: {subject}\nCountry:", "late", Style(template="{subject} lies in", prefix=8)):
+        notice_first(style, cities[:3])
+    assert not caplog.records
+    for _ in range(2):
+        notice_first("{subject} lies where? In", cities[:3])
+    (record,) = caplog.records
+    assert "the subject stands first, where attention rests whatever the name is" in record.getMessage()

@@ -172,7 +172,7 @@ def test_a_label_never_lands_on_another_fact(model: LoadedModel, prompts: Prompt
         (wrong, "known", f"{path}: labels 'Atlantis' as {prompts[1].fact_id}, and here that is"),
         (pd.concat([good, good[:1]]), "known", f"{path}: labels a fact twice: it is not as"),
         (good.drop(columns="category"), "known", f"{path}: has no column 'category': give the knowledge.parquet of"),
-        (good.assign(fact_id=range(9)), "known", f"{path}: labels none of these 12 facts: it is of other facts"),
+        (good.assign(fact_id=range(9)), "known", f"{path}: labels none of these 12 facts, by their ids (0 there"),
         (good.assign(model_identity="x", model="gpt2"), "known", f"{path}: says what 'gpt2' knows, and the model here"),
         (good.assign(adapter="a", adapter_identity="b"), "known", f"says what '{model.name}' with the adapter 'a' kn"),
         (good, "MaybeKnown", "where 'MaybeKnown': none of 12 facts is left: MaybeKnown by"),

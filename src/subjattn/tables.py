@@ -56,6 +56,15 @@ def claims_table(summary: dict[str, Any]) -> Table:
 
 def _without(summary: dict[str, Any]) -> list[str]:
     """Why there are no numbers, or no verdicts, where there are none."""
+    known = []
+    if summary["where"] == "correct":
+        chooser, who = summary["arms"][summary["untrained"]]["styles"].items(), summary["untrained"]
+        known = [
+            f"style “{style}”: all but accuracy is of the {round(arm['accuracy'] * arm['n_test'])} of {arm['n_test']} "
+            f"facts that {who} answers rightly"
+            for style, arm in chooser
+        ]
+    few = {row["reason"] for row in summary["contrasts"] if "an interval is too narrow" in (row.get("reason") or "")}
     found = {
         f"style “{style}”: no {name}: {reason}"
         for name, styles in summary["not_defined"].items()
@@ -66,7 +75,12 @@ def _without(summary: dict[str, Any]) -> list[str]:
         key = (row["style"], row["measure"])
         if row["verdict"] is None and row.get("reason") and row["measure"] not in summary["not_defined"]:
             reasons.setdefault(row["reason"], []).append(f"{key[1]} (“{key[0]}”)")
-    return [*sorted(found), *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())]
+    return [
+        *known,
+        *sorted(few),
+        *sorted(found),
+        *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
+    ]
 
 
 SHOWN = 8
@@ -112,8 +126,10 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     lines += [Text(f"\n{text}") for text in _without(summary)]
+    many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
-        lines.append(Text(f"\nanswers that turned, style “{found['style']}”, {found['n_facts']} facts", "bold"))
+        pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
+        lines.append(Text(f"\nanswers that turned, {pair}style “{found['style']}”, {found['n_facts']} facts", "bold"))
         for name, way in (("lost", "right to wrong"), ("won", "wrong to right")):
             named = [f"{turned['subject']} ({turned['arm_b']} → {turned['arm_a']})" for turned in found[name]]
             more = f", … {len(named) - SHOWN} more in the report" if len(named) > SHOWN else ""

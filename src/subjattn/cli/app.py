@@ -139,11 +139,12 @@ def decoded(template: str) -> str:
 
 def show_styles(styles: Mapping[str, Any], table: Any) -> None:
     """Each style as the model sees it, the first fact filled in; notes where it cannot fit all facts."""
-    from subjattn.prompts import example, notice_relations
+    from subjattn.prompts import example, notice_first, notice_relations
 
     for name, style in styles.items():
         typer.echo(f"asked as {name}: {example(style, table)}")
         notice_relations(style, table)
+        notice_first(style, table)
 
 
 def some_of(table: Any, n: int | None, usual: int | None, seed: int, leave_out_given: bool = False) -> Any:

@@ -75,7 +75,10 @@ def compare(
     """
     from subjattn.facts import draw
     from subjattn.models import check_adapter, load_model, resolve_adapter, resolve_model
+    from subjattn.run.changes import replaced
+    from subjattn.run.folder import Folder
     from subjattn.study.foresee import foresee
+    from subjattn.study.plan import plan_study
     from subjattn.study.read import parse_study
     from subjattn.study.run import run_study
     from subjattn.study.stages.pool import load_pool
@@ -119,6 +122,8 @@ def compare(
         load_model(base, adapter=adapter, dtype=dtype)  # what such adapters do shows once they are loaded
     config, console = parse_study(raw, "compare"), Console()
     foreseen = foresee(config, out)
+    if out.is_dir() and (made := replaced(plan_study(config), Folder(out))):
+        raise BadInput(f"--out {str(out)!r} holds a comparison of its own ({made[0]}): choose another folder")
     console.print(Text(tables.foreseen_line(foreseen, config.facts.n_test)), soft_wrap=True)
 
     def show(summary: dict[str, Any]) -> None:

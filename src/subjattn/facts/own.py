@@ -70,7 +70,9 @@ def is_own(facts: pd.DataFrame) -> bool:
 def _columns(table: Table, columns: dict[str, str]) -> dict[str, str]:
     """The table's column for each of FIELDS; those that are needed, or named, are there."""
     if unknown := [field for field in columns if field not in FIELDS]:
-        raise BadInput(f"columns maps {unknown[0]!r}, which is none of {', '.join(FIELDS)}")
+        turned = columns[unknown[0]] in FIELDS
+        hint = f": turn it round, {columns[unknown[0]]}={unknown[0]}" if turned else ""
+        raise BadInput(f"columns maps {unknown[0]!r}, which is none of {', '.join(FIELDS)}{hint}")
     there = [str(name) for name in table.cells]
     names = {field: field for field in FIELDS} | columns
     if "answer" not in columns and "answer" not in there and "answers" in there:

@@ -76,7 +76,10 @@ def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame
     own = labels.set_index("fact_id").reindex(facts["fact_id"])
     present = own["category"].notna().to_numpy()
     if not present.any():
-        raise BadInput(f"facts.knowledge: {path} labels none of these facts: it is of another source")
+        raise BadInput(
+            f"facts.knowledge: {path} labels none of these facts, by their ids ({labels['fact_id'].iloc[0]} there, "
+            f"{facts['fact_id'].iloc[0]} here): label these, or give both tables a column fact_id"
+        )
     for name in ("subject", "relation", "answers"):
         pairs = zip(own[name], facts[name], strict=True)
         differ = present & np.array([not np.array_equal(theirs, ours) for theirs, ours in pairs])

@@ -114,7 +114,10 @@ def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, st
             if isinstance(category, str):
                 labels[prompt.fact_id] = category
     if not labels:
-        raise BadInput(f"{path}: labels none of these {len(prompts)} facts: it is of other facts")
+        raise BadInput(
+            f"{path}: labels none of these {len(prompts)} facts, by their ids ({table['fact_id'].iloc[0]} there, "
+            f"{prompts[0].fact_id} here): label these, or give both tables a column fact_id"
+        )
     return labels
 
 

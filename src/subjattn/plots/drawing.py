@@ -25,7 +25,7 @@ NOTE = "note"
 INCHES: dict[str, float] = {"column": 3.25, "page": 6.75}
 PIXELS = 96
 """Of an inch in SVG and PDF; a point is 4/3 of one."""
-NARROWEST = 64
+NARROWEST = 76
 """Pixels that a panel of a paper's figure takes at least."""
 
 

@@ -2,7 +2,7 @@
 
 from subjattn.prompts.make import make_prompts, subject_lengths
 from subjattn.prompts.prompt import ROLES, Prompt, PromptSet
-from subjattn.prompts.show import example, notice_relations, on_line, pieces
+from subjattn.prompts.show import example, notice_first, notice_relations, on_line, pieces
 from subjattn.prompts.spans import subject_spans, token_span
 from subjattn.prompts.style import Style, check_template, default_styles
 from subjattn.prompts.swaps import ablate, aligned, swap_subjects
@@ -19,6 +19,7 @@ __all__ = [
     "default_styles",
     "example",
     "make_prompts",
+    "notice_first",
     "notice_relations",
     "on_line",
     "pieces",

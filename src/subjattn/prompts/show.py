@@ -57,7 +57,20 @@ def notice_relations(style: str | Style, facts: pd.DataFrame) -> None:
         _say_once(style.template, relations, on_line(style.body(other.iloc[0].to_dict())[0]))  # type: ignore[arg-type]
 
 
+def notice_first(style: str | Style, facts: pd.DataFrame) -> None:
+    """Say once where the subject stands first, where attention rests whatever the name is."""
+    style = Style.of(style)
+    start = style.body(facts.iloc[0].to_dict())[1]  # type: ignore[arg-type]
+    if start == 0 and not (style.prefix or style.shots or style.chat) and style.template not in _said_first:
+        _said_first.add(style.template)
+        log.warning(
+            "note: the subject stands first, where attention rests whatever the name is: attention and knock-out are "
+            "confounded there; put words before it, or use the style 'late' or a prefix"
+        )
+
+
 _said: set[str] = set()
+_said_first: set[str] = set()
 
 
 def _say_once(template: str, relations: tuple[str, ...], asked: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
@@ -13,7 +14,7 @@ from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
-from subjattn.prompts import Style, example, notice_relations, on_line, subject_lengths
+from subjattn.prompts import Style, example, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.config import Arm, FactsConfig, StudyConfig
 from subjattn.study.plan import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
@@ -59,6 +60,7 @@ def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:
     if pool is None:
         return on_line(f"style {name}: {style}") + typed
     notice_relations(style, pool)
+    notice_first(style, pool)
     return f"style {name}: {example(style, pool)}{typed}"
 
 
@@ -123,8 +125,10 @@ def _given(facts: pd.DataFrame) -> str:
 def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> str:
     """Make the split that the study will make, where no model has to say something first."""
     split = config.facts.split
-    if config.facts.scored or incomplete or (split.held_out and split.held_out.farthest):
+    if incomplete or (split.held_out and split.held_out.farthest):
         return ", not split yet (a model or a file has to rank them first)"
+    if asked_of_model := config.facts.scored:  # whatever the ranking, its thirds are as large
+        facts = facts.assign(answer_logprob=np.random.default_rng(0).permutation(len(facts)).astype(float))
     if "n_tokens" in split.match:
         try:
             tokenizer = load_tokenizer(config.model)
@@ -137,7 +141,12 @@ def _try_split(config: StudyConfig, facts: pd.DataFrame, incomplete: bool) -> st
     for spec, number in product(settings["specs"], range(settings["draws"])):
         with naming_fields():
             taught(training_facts(table, spec, number), spec, config.seed, number)
-    return ", split as asked"
+    if asked_of_model:
+        return ", can be split (once the model has ranked them)"
+    trained = table.loc[table.filter(like="train_").any(axis=1), "relation"]
+    tested = table.loc[table["test"] & ~table["out_of_distribution"], "relation"]
+    missed = sorted({*tested} - {*trained}) if config.trained else []
+    return f", split as asked{f', no arm trains on {missed[0]}, which is tested' if missed else ''}"
 
 
 def at_hand(facts: FactsConfig) -> bool:

@@ -135,8 +135,7 @@ def _facts(facts: pd.DataFrame, source: str, columns: dict[str, str], size: Size
         lines.append(f"  n_test: {min(300, len(facts))}   # drawn at random; under {MIN_FACTS} nothing is decided")
         lines.append("  # trained_on: FILE   # facts that the adapter was tuned on: their subjects are left out")
         return "\n".join([*lines, ""])
-    if len(facts) > POOL:
-        lines.append(f"  pool: {POOL}   # facts that the model ranks; the others are left aside")
+    lines.append(f"  pool: {min(POOL, len(facts))}   # facts that the model ranks; others are left aside")
     same = " and ".join(size.within)
     listed = ", ".join(size.within)
     return "\n".join(
@@ -145,7 +144,7 @@ def _facts(facts: pd.DataFrame, source: str, columns: dict[str, str], size: Size
             f"  n_train: {size.n_train}   # for each arm; about what the split can give, whatever the ranking",
             f"  n_test: {size.n_test}   # held out, in no arm; under {MIN_FACTS} nothing is decided",
             f"  # ranked by how likely the model itself finds the answer, among facts of the same {same};",
-            f"  # every arm gets equally many facts of each {same}",
+            f"  # every arm gets as many facts of each {same} as the other arms do",
             f"  split: {{by: answer_logprob, within: [{listed}], match: [{listed}]}}",
             "",
         ]

@@ -351,7 +351,9 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not (folder / SUMMARY).is_file():
-        raise BadInput(f"{str(folder)!r} holds no finished study (no summary.json): run 'subjattn run' first")
+        raise BadInput(
+            f"{str(folder)!r} holds no finished study (no summary.json): run its command again, which goes on"
+        )
     if not (folder / PLAN).is_file():
         raise BadInput(wrong_schema(repr(str(folder)), None))
     return Run(folder)

@@ -75,6 +75,8 @@ class Summary:
             "registered": self.registered.digest,
             "dropped": self.registered.dropped(config),
             "scorer": config.scorer,
+            "where": config.facts.where,
+            "untrained": config.untrained,
             "quantities": self._described(),
             "not_defined": self._not_defined,
             "arms": {arm: self._arm(self.inside, arm) for arm in config.arms},
@@ -171,6 +173,8 @@ class Summary:
         if means.get("knockout_drop_total") is None:
             return {"reading": NOT_DEFINED, "direct_share": None}
         share = means.get("direct_share")
+        if share is not None and share > 1 + DIRECT_SHARE:
+            return {"reading": "not additive", "direct_share": share}
         if share is not None:
             return {"reading": "direct" if share >= DIRECT_SHARE else "relay", "direct_share": share}
         same = all(bool(one["routes_coincide"].all()) for one in self.inside.datasets(arm, style, "knockout").values())
