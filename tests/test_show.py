@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from subjattn.cli.app import decoded
 from subjattn.facts import load_facts
 from subjattn.prompts import Style, example, make_prompts, notice_relations, on_line, pieces
-from subjattn.prompts.show import _say_once
+from subjattn.prompts.show import _said
 
 
 NAMES = [*TRICKY, "Phở", "Pho\u031b\u0309", "नई दिल्ली", "กรุงเทพ", "👩‍👩‍👧", "Ünder\u0308"]
@@ -76,7 +76,7 @@ def test_breaks_written_in_a_shell(typed: str, meant: str) -> None:
 
 
 def test_one_template_for_several_relations_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
-    _say_once.cache_clear()
+    _said.clear()
     facts = pd.concat(
         [facts_of("Kenya", "Peru", relation="capital"), facts_of("the light bulb", relation="inventor")],
         ignore_index=True,

@@ -203,7 +203,7 @@ def test_the_farthest_relation_is_that_of_plain_arithmetic(people: Path, tiny: L
 
 def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     facts = load_facts(str(people))
-    labels = facts[["fact_id", "subject", "relation"]].assign(
+    labels = facts[["fact_id", "subject", "relation", "answers"]].assign(
         p_greedy=0.0,
         p_sampled=0.0,
         confidence=0.5,
