@@ -25,8 +25,8 @@ SHARE = 0.75
 """Of the matrix rate that whole stages reach, loading and waiting counted in, where nothing was run yet."""
 
 
-STARTING = 10.0
-"""Seconds that a process takes to import what it needs, and to load a model of ordinary size."""
+STARTING = 18.0
+"""Seconds in which processes start, load a model, and in the end write the report; of a small one."""
 
 
 def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[str, Any]:
