@@ -145,7 +145,7 @@ def test_measure_shows_intervals_and_only_what_is_known(
     assert share == [None, None, None, 24] and "direct_share not defined, n 24; no interval: what it is a" in shown.out
     assert run(monkeypatch, "measure", "accuracy", *arguments, "--where", "correct") == 2
     shown = capsys.readouterr().err.splitlines()
-    assert shown[1] == "note: 1 of 25 facts have their answer in the name (A b → b): see --leave-out-given"
+    assert shown[0] == "note: 1 of 25 facts have their answer in the name (A b → b): see --leave-out-given"
     assert shown[-1].startswith(
         "error: where 'correct': none of 25 facts is left: answered rightly (answer_start); ask"
     )
