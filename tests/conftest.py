@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ TRICKY = [
 """Names that have broken span finders: bytes of one character, quotes, braces, a prefix space, punctuation."""
 USUAL = ("llama", "gpt2", "mistral")
 """Architectures that every measure is tested on; test_engine.py goes through all of the zoo."""
+
+
+@pytest.fixture(autouse=True)
+def notes() -> None:
+    """Notes are said, though a test may have set a worker up in this process, where they are not."""
+    logging.getLogger("subjattn").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
