@@ -480,12 +480,13 @@ def test_the_packaged_model_says_what_it_is(tiny_folders: dict[str, Path], smoll
         describe("nosuch")
 
 
-@pytest.mark.parametrize("kind", ["boft", "dora", "ia3", "modules_to_save"])
+@pytest.mark.parametrize("kind", ["adalora", "boft", "dora", "ia3", "modules_to_save"])
 def test_kinds_that_only_loading_can_judge(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """The check before loading does not refuse them, and does not vouch for them; loading refuses what does nothing."""
-    from peft import BOFTConfig
+    from peft import AdaLoraConfig, BOFTConfig
 
     config: PeftConfig = {
+        "adalora": AdaLoraConfig(target_modules=["q_proj"], total_step=10),
         "boft": BOFTConfig(boft_block_size=8, target_modules=["q_proj"]),
         "dora": LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]),
         "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -65,7 +65,7 @@ def check_adapter(base: str, adapter: str) -> bool:
     Warns:
         UserWarning: the adapter's own configuration names another base than `base`.
     """
-    from peft import PeftModel
+    from peft import PeftModel, PeftType
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, commit = located(base)
@@ -79,8 +79,8 @@ def check_adapter(base: str, adapter: str) -> bool:
             except (NotImplementedError, RuntimeError):  # a kind that computes with weights as it is put on
                 return False
         _refuse_misfit(tuned, base, adapter)
-    plain = not (getattr(config, "modules_to_save", None) or getattr(config, "use_dora", False))
-    return plain and str(config.peft_type).endswith("LORA") and not getattr(config, "trainable_token_indices", None)
+    more = ("modules_to_save", "use_dora", "trainable_token_indices")
+    return config.peft_type == PeftType.LORA and not any(getattr(config, name, None) for name in more)
 
 
 def _warn_of_base(config: Any, base: str, adapter: str) -> None:
