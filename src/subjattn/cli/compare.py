@@ -73,7 +73,6 @@ def compare(
     Example: `subjattn compare --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 60 --out
     runs/pair`
     """
-    from subjattn.facts import draw
     from subjattn.models import check_adapter, load_model, resolve_adapter, resolve_model
     from subjattn.run.changes import replaced
     from subjattn.run.folder import Folder
@@ -81,7 +80,6 @@ def compare(
     from subjattn.study.plan import plan_study
     from subjattn.study.read import parse_study
     from subjattn.study.run import run_study
-    from subjattn.study.stages.pool import load_pool
 
     if (tuned is None) == (adapter is None):
         raise BadInput("compare needs the tuned model: give either --tuned or --adapter")
@@ -103,24 +101,14 @@ def compare(
             "knowledge": None if knowledge is None else str(knowledge),
             "leave_out_given": leave_out_given,
         },
-        "styles": {"any": "{subject}:"},
         "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
         "contrasts": [["tuned", "base"]],
         "smallest_effects": effects_of(smallest or []),
         "measures": USUAL | (DEEP if deep else {}),
     }
-    pool = load_pool(parse_study(raw, "compare").facts, base, seed)
-    asked = how_many(n, USUAL_N, pool)
-    table = draw(pool, asked, seed)
-    styles = styles_of(table, template)
-    show_styles(styles, table)
-    note_given(table)
-    raw["facts"] |= {"pool": asked, "n_test": asked}
-    raw["styles"] = styles
-    raw["measures"]["accuracy"] = {"scorer": "letters" if table["choices"].notna().any() else "answer_start"}
+    config, console = parse_study(raw | _asked(raw, n, template), "compare"), Console()
     if adapter is not None and not check_adapter(base, adapter):
         load_model(base, adapter=adapter, dtype=dtype)  # what such adapters do shows once they are loaded
-    config, console = parse_study(raw, "compare"), Console()
     foreseen = foresee(config, out)
     if out.is_dir() and (made := replaced(plan_study(config), Folder(out))):
         raise BadInput(f"--out {str(out)!r} holds a comparison of its own ({made[0]}): choose another folder")
@@ -134,6 +122,27 @@ def compare(
     _refuse_equal(out, tuned)
     console.print(*tables.conclusion(summary, "--smallest changes them"), sep="\n")
     typer.echo(out / "report.html")
+
+
+def _asked(raw: dict[str, Any], n: int | None, template: list[str] | None) -> dict[str, Any]:
+    """The fields of a study that the facts decide: how many, asked how, judged by what; shown before anything runs."""
+    from subjattn.facts import draw
+    from subjattn.study.read import parse_study
+    from subjattn.study.stages.pool import load_pool
+
+    stated = parse_study(raw | {"styles": {"any": "{subject}:"}}, "compare")
+    pool = load_pool(stated.facts, stated.model, stated.seed)
+    asked = how_many(n, USUAL_N, pool)
+    table = draw(pool, asked, stated.seed)
+    styles = styles_of(table, template)
+    show_styles(styles, table)
+    note_given(table)
+    scorer = "letters" if table["choices"].notna().any() else "answer_start"
+    return {
+        "facts": raw["facts"] | {"pool": asked, "n_test": asked},
+        "styles": styles,
+        "measures": raw["measures"] | {"accuracy": {"scorer": scorer}},
+    }
 
 
 def effects_of(given: list[str]) -> dict[str, float]:
