@@ -19,6 +19,7 @@ from nnsight.intervention.interleaver import OutOfOrderError  # type: ignore[imp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subjattn.engine.arms import check_arms
 from subjattn.engine.checks import PROBE, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import (
     COMPONENTS,
@@ -74,6 +75,7 @@ class NNsight:
     def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:  # noqa: ARG002
         """Outputs of single rows, the plain ones first; see interventions.py."""
         check_rows(rows, len(self.layers), self.n_heads)
+        check_arms(None, rows)
         wanted: dict[Run, set[tuple[int, Component]]] = {}
         for row in rows:
             for patch in row.patches:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
+from subjattn.engine.arms import check_arms
 from subjattn.engine.checks import PROBE, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import (
     Block,
@@ -69,6 +70,7 @@ class TransformerLens:
     def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:  # noqa: ARG002
         """Outputs of single rows, the plain ones first; see interventions.py."""
         check_rows(rows, self.n_layers, self.n_heads)
+        check_arms(None, rows)
         states = self._states(rows)
         changed = [i for i, row in enumerate(rows) if not row.plain]
         for i, row in enumerate(rows):

@@ -22,6 +22,7 @@ from subjattn.engine.anatomy import (
     only_positions,
     padded_ids,
 )
+from subjattn.engine.arms import routed
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.forward import predicting_positions
 from subjattn.engine.interventions import OUTPUTS, Component, Row, Run, wide
@@ -105,13 +106,17 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
         base.parts[component, layer] = state
 
     layers = decoder_layers(model)
+    predicting = predicting_positions([Row(prompt) for prompt in prompts])
     with ExitStack() as stack:
+        routes = stack.enter_context(routed(model, [run.arm for run in runs]))
+        codes = routes.of_runs(runs, max(map(len, prompts)))
+        routes.choose(codes, codes[predicting][None])
         for i, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(keep_call, with_kwargs=True).remove)
             for component in OUTPUTS & set(components):
                 stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(on_output(layers[-1], base.streams.append))
-        stack.enter_context(only_positions(model, *predicting_positions([Row(prompt) for prompt in prompts])))
+        stack.enter_context(only_positions(model, *predicting))
         tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)
         stack.enter_context(tapped(model, tap, range(len(layers))))
         base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])

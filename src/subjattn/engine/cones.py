@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
+from subjattn.engine.arms import check_arms, routed
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
@@ -87,6 +88,7 @@ def forward(
     check_model(model)
     budget = budget or Budget()
     check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    check_arms(model, rows)
     if rows and model not in _checked:
         _check_exact(model, run_base(model, [rows[0].run], {"z"}), budget)
         _checked.add(model)
@@ -203,7 +205,8 @@ def _advance(
         hidden[flat] = stream[run, position]
 
     tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
-    with tapped(model, tap, range(first, len(layers))):
+    with routed(model, [run.arm for run in base.runs]) as routes, tapped(model, tap, range(first, len(layers))):
+        codes = routes.of_runs(base.runs, base.streams[0].shape[1])[tokens.run, tokens.position]
         for layer in range(first, len(layers)):
             device = layer_device(layers[layer])
             hidden = hidden.to(device)
@@ -213,6 +216,7 @@ def _advance(
             sizes = [len(cones[i].suffix) for i in running]
             for a, b in pieces(sizes, chunk_tokens):
                 tokens.select(tokens.suffixes(running[a:b]), sizes[a:b], device)
+                routes.choose(codes[None, tokens.selected])
                 hidden[tokens.flat] = _call(model, base, tokens, patches, layer, hidden[tokens.flat])
             narrow = [i for i in joining if cones[i].narrow]
             hidden = hidden.to(base.streams[layer + 1].device)
@@ -221,6 +225,7 @@ def _advance(
             for a, b in pieces(sizes, chunk_tokens):
                 flat = torch.tensor([origins[i] + p for i in narrow[a:b] for p in cones[i].touched])
                 tokens.select(flat, sizes[a:b], device)
+                routes.choose(codes[None, tokens.selected])
                 before = base.streams[layer][tokens.run_at, tokens.position_at]
                 behind = _call(model, base, tokens, patches, layer, before)
                 hidden[tokens.flat.to(hidden.device)] = behind.to(hidden.device)
@@ -297,10 +302,12 @@ def _check_layers(model: PreTrainedModel, base: Base) -> None:
     kept: dict[int, Tensor] = {}
     gaps = []
     tap = Tap(attend=partial(attend, base, tokens), change_z=kept.__setitem__)
-    with tapped(model, tap, range(len(layers))):
+    with routed(model, [run.arm]) as routes, tapped(model, tap, range(len(layers))):
+        codes = routes.of_runs([run], base.streams[0].shape[1])[0]
         for layer in range(len(layers)):
             device = layer_device(layers[layer])
             tokens.select(torch.tensor(flat), [len(some) for some in chosen], device)
+            routes.choose(codes[None, tokens.position[tokens.selected]])
             at = tokens.position_at
             before, expected = base.streams[layer][0, at], base.streams[layer + 1].to(device)[0, at]
             found = _call(model, base, tokens, Patches(base, tokens, ()), layer, before)

@@ -30,6 +30,7 @@ from subjattn.engine.anatomy import (
     output_projections,
     padded_ids,
 )
+from subjattn.engine.arms import check_arms, routed
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import (
@@ -62,6 +63,7 @@ def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 
     """
     check_model(model)
     check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    check_arms(model, rows)
     for plain in (True, False):
         members = [i for i, row in enumerate(rows) if row.plain == plain]
         for batch in batches([len(rows[i].prompt) for i in members], batch_tokens):
@@ -120,26 +122,27 @@ def _value_norms(
 
 
 @torch.inference_mode()
-def states(
-    model: PreTrainedModel, prompts: Sequence[Prompt], component: Component
-) -> list[Float[Tensor, "layer pos ..."]]:
-    """A component's output in every layer, one tensor per prompt; `z` is `[layer, pos, head, d_head]`."""
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+def states(model: PreTrainedModel, runs: Sequence[Run], component: Component) -> list[Float[Tensor, "layer pos ..."]]:
+    """A component's output in every layer, one tensor per run; `z` is `[layer, pos, head, d_head]`."""
+    found: list[Tensor] = [torch.empty(0)] * len(runs)
     layers = decoder_layers(model)
-    for index in batches([len(prompt) for prompt in prompts], BATCH_TOKENS):
+    for index in batches([len(run.prompt) for run in runs], BATCH_TOKENS):
         kept: dict[int, Tensor] = {}
         tap = Tap(change_z=kept.__setitem__ if component == "z" else None)
         with ExitStack() as stack:
+            none, some = torch.zeros(0, dtype=torch.long), [runs[i] for i in index]
+            ids = padded_ids([run.prompt for run in some], model.device)
+            routes = stack.enter_context(routed(model, [run.arm for run in some]))
+            routes.choose(routes.of_runs(some, ids.shape[1]), none[None])
             if component != "z":
                 for layer, module in enumerate(layers):
                     stack.enter_context(on_component(component, module, partial(kept.__setitem__, layer)))
-            none = torch.zeros(0, dtype=torch.long)
             stack.enter_context(only_positions(model, none, none))
             stack.enter_context(tapped(model, tap, range(len(layers))))
-            model(input_ids=padded_ids([prompts[i] for i in index], model.device), use_cache=False)
+            model(input_ids=ids, use_cache=False)
         stacked = torch.stack([kept[layer] for layer in range(len(layers))], dim=1)
         for i, state in zip(index, stacked, strict=True):
-            found[i] = state[:, : len(prompts[i])].clone()
+            found[i] = state[:, : len(runs[i].prompt)].clone()
     return found
 
 
@@ -180,10 +183,13 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
         return state
 
     with ExitStack() as stack:
+        routes = stack.enter_context(routed(model, [row.arm for row in rows]))
         for component, layer in patches:
             if component != "z":
                 stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
-        stack.enter_context(only_positions(model, *predicting_positions(rows)))
+        codes, predicting = routes.of_runs([row.run for row in rows], ids.shape[1]), predicting_positions(rows)
+        routes.choose(codes, codes[predicting][None])
+        stack.enter_context(only_positions(model, *predicting))
         stack.enter_context(tapped(model, Tap(blocked, change_z=partial(put, "z")), range(len(layers))))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
@@ -202,7 +208,7 @@ def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, 
     taken: dict[tuple[Run, Component], Tensor] = {}
     for component in {component for _, component in wanted}:
         sources = [source for source, its in wanted if its == component]
-        found = states(model, [source.prompt for source in sources], component)
+        found = states(model, sources, component)
         taken |= zip([(source, component) for source in sources], found, strict=True)
     by_place: dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]] = {}
     for i, row in enumerate(rows):

@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from subjattn.errors import NotFired, UnsupportedModel
+from subjattn.errors import NotFired
 from subjattn.prompts import Prompt
 
 
 Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+Part = Literal["qk", "vo", "mlp", "rest"]
+"""Parts of a model's weights: what makes attention patterns, what they move, the MLP, and all others."""
 OUTPUTS: frozenset[Component] = frozenset({"resid_post", "attn_out", "mlp_out"})
 """Components that a layer, or a module of one, returns."""
 BATCH_TOKENS = 2048
@@ -72,14 +74,40 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Place:
+    """What a module with weights is: its layer (-1: outside), and its parts with the output columns that are theirs.
+
+    No columns stand for all of them; no parts, for a module whose parts cannot be told apart. `by_head` modules are
+    given `[row, head, pos, d_head]`, all others positions as their second dimension.
+    """
+
+    layer: int
+    columns: dict[Part, Bool[Tensor, " column"] | None]
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Whose weights a run goes by: those of a tuned model (see arms.py), all of them or only some.
+
+    `cells` are the parts (layer, part) that are tuned, -1 being outside the decoder layers; `positions` the tokens
+    that go by tuned weights, which the others read as they are. None: all.
+    """
+
+    name: str
+    cells: frozenset[tuple[int, Part]] | None = None
+    positions: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """A prompt under one arm: what base runs, controls and the sources of patches are known by.
 
-    `arm` names one of several models in a batch; None is the model itself.
+    An `arm` of None is the model itself.
     """
 
     prompt: Prompt
-    arm: str | None = None
+    arm: Arm | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +132,7 @@ class Patch:
         """Positions of the run that values are taken from."""
         return self.positions if self.source_positions is None else self.source_positions
 
-    def source(self, arm: str | None) -> Run | None:
+    def source(self, arm: Arm | None) -> Run | None:
         """The run that gives the values, in a row of this arm; None where they are brought along."""
         if isinstance(self.values, Prompt):
             return Run(self.values, arm)
@@ -119,7 +147,7 @@ class Row:
     block: Block | None = None
     patches: tuple[Patch, ...] = ()
     contrast: tuple[int, int] | None = None
-    arm: str | None = None
+    arm: Arm | None = None
 
     @property
     def run(self) -> Run:
@@ -191,9 +219,7 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
 
     Raises:
         NotFired: such an intervention.
-        UnsupportedModel: a row of another arm than the model's own.
     """
-    check_arms(rows)
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
         if (block := row.block) is not None:
@@ -227,16 +253,6 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
         if twice := [place for place, n in places.items() if n > 1]:
             raise NotFired(
                 f"fact {row.prompt.fact_id}: two patches write to one place, {twice[0]}: leave one of them out"
-            )
-
-
-def check_arms(rows: Sequence[Row]) -> None:
-    """Refuse arms that a model by itself has not: their numbers would be its own."""
-    for run in (run for row in rows for run in (row.run, *row.sources)):
-        if run.arm is not None:
-            raise UnsupportedModel(
-                f"fact {run.prompt.fact_id}: a row of arm {run.arm!r} was asked of a single model, which would answer "
-                "in its place: measure each arm with its own model, and leave the row's arm out"
             )
 
 

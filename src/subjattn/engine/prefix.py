@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
+from subjattn.engine.arms import routed
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.base import Base, run_base
@@ -65,7 +66,7 @@ def _run_suffixes(
         n_heads=n_heads(model),
     )
     sizes = [len(suffix) for suffix in suffixes]
-    hidden = embed(model, prompts)
+    hidden = embed(model, runs)
     hidden = hidden[tokens.cone.to(hidden.device), tokens.position.to(hidden.device)]
 
     def at() -> tuple[Tensor, Tensor]:
@@ -82,6 +83,8 @@ def _run_suffixes(
 
     tap = Tap(keep=keep, attend=partial(attend, root, tokens), change_z=partial(keep_part, "z"))
     with ExitStack() as stack:
+        routes = stack.enter_context(routed(model, [run.arm for run in runs]))
+        codes = routes.of_runs(runs, max(map(len, prompts)))
         for i, layer in enumerate(layers):
             for component in OUTPUTS & set(components):
                 stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
@@ -92,6 +95,7 @@ def _run_suffixes(
             base.streams[i][tokens.cone.to(device), tokens.position.to(device)] = hidden
             for a, b in pieces(sizes, budget.chunk_tokens):
                 tokens.select(tokens.suffixes(list(range(a, b))), sizes[a:b], device)
+                routes.choose(codes[tokens.cone, tokens.position][None, tokens.selected])
                 args, kwargs = root.arguments(i, tokens.run_at, tokens.position_at)
                 result = layer(hidden[tokens.flat][None], *args, **kwargs)
                 hidden[tokens.flat] = (result[0] if isinstance(result, tuple) else result)[0]

@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import decoder_layers, on_input, only_positions, padded_ids
-from subjattn.engine.interventions import Row, wide
-from subjattn.prompts import Prompt
+from subjattn.engine.arms import routed
+from subjattn.engine.interventions import Row, Run, wide
 
 
 @torch.inference_mode()
-def embed(model: PreTrainedModel, prompts: list[Prompt]) -> Float[Tensor, "row pos d_model"]:
+def embed(model: PreTrainedModel, runs: list[Run]) -> Float[Tensor, "row pos d_model"]:
     """What the first layer is given, positions and scales included."""
     kept: list[Tensor] = []
+    prompts = [run.prompt for run in runs]
     layers, none = decoder_layers(model), torch.zeros(0, dtype=torch.long)
     ids = padded_ids(prompts, model.device)
     nothing = torch.zeros(
         *ids.shape, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device
     )
-    with on_input(layers[0], kept.append), layers_giving(layers, nothing), only_positions(model, none, none):
+    with ExitStack() as stack:
+        routes = stack.enter_context(routed(model, [run.arm for run in runs]))
+        routes.choose(routes.of_runs(runs, ids.shape[1]), torch.zeros(1, 0, dtype=torch.long))
+        stack.enter_context(on_input(layers[0], kept.append))
+        stack.enter_context(layers_giving(layers, nothing))
+        stack.enter_context(only_positions(model, none, none))
         model(input_ids=ids, use_cache=False)
     return kept[0]
 
@@ -35,18 +41,23 @@ def unembed(
 ) -> Tensor:
     """Final norm, unembedding and whatever the model does after its last layer, by the model's own forward."""
     contrast: Tensor | None = None
+    of = [(row.run, at) for row in rows for at in row.prompt.predicting]
     if only_contrast:
         ends = list(accumulate(len(row.prompt.predicting) for row in rows))
-        hidden = hidden[torch.tensor([0, *ends[:-1]], device=hidden.device)]
+        first = [0, *ends[:-1]]
+        hidden, of = hidden[torch.tensor(first, device=hidden.device)], [of[i] for i in first]
         contrast = torch.tensor([row.contrast for row in rows], device=hidden.device)
     with ExitStack() as stack:
+        routes = stack.enter_context(routed(model, [row.arm for row in rows]))
+        routes.choose(routes.of_positions(of)[:, None])
         stack.enter_context(layers_giving(decoder_layers(model), hidden[:, None]))
         head = model.get_output_embeddings()
-        if contrast is not None and type(head) is nn.Linear:
+        whole = contrast is None or type(head) is not nn.Linear or routes.changes_head
+        if contrast is not None and not whole:
             stack.enter_context(_only_tokens(head, contrast))
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=model.device)
         logits = wide(model(input_ids=ids, use_cache=False).logits[:, 0])
-    if contrast is not None and type(head) is not nn.Linear:
+    if contrast is not None and whole:
         logits = logits.gather(1, contrast.to(logits.device))
     return logits
 

@@ -25,9 +25,14 @@ NOTHING = 1e-6
 
 
 def with_adapter(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapter: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    adapter: str,
+    *,
+    may_be_identical: bool = False,
 ) -> PreTrainedModel:
-    """The model with a live adapter, after checks that the adapter fits and does something.
+    """The model with a live adapter, after checks that the adapter fits and (unless it may not) does something.
 
     Warns:
         UserWarning: the adapter's own configuration names another base than `base`.
@@ -38,15 +43,15 @@ def with_adapter(
     from peft import PeftModel
 
     folder = resolve_adapter(adapter)
-    ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+    ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
     with reading(f"adapter {adapter!r}", AdapterMismatch), torch.inference_mode():
         config = _adapter_config(adapter)
         before = model(ids).logits
         tuned = PeftModel(model, config)
-        _refuse_misfit(tuned, base, adapter)
+        _refuse_misfit(tuned, base, adapter, may_be_identical=may_be_identical)
         tuned.load_adapter(folder, "default")
         after = tuned.eval()(ids).logits
-    if float((after - before).abs().max()) <= NOTHING * float(before.abs().max()):
+    if not may_be_identical and float((after - before).abs().max()) <= NOTHING * float(before.abs().max()):
         raise _changes_nothing(adapter)
     _warn_of_base(config, base, adapter)
     return tuned.get_base_model()  # type: ignore[return-value]
@@ -109,7 +114,7 @@ def _adapter_config(adapter: str) -> Any:
     return config
 
 
-def _refuse_misfit(tuned: PeftModel, base: str, adapter: str) -> None:
+def _refuse_misfit(tuned: PeftModel, base: str, adapter: str, *, may_be_identical: bool = False) -> None:
     """Compare the keys and shapes of an adapter's file with those that this model would save."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -134,7 +139,9 @@ def _refuse_misfit(tuned: PeftModel, base: str, adapter: str) -> None:
                 f"adapter {adapter!r} has other shapes than model {base!r}: {name.removeprefix('base_model.model.')} "
                 f"is {sizes[0]} in it and would be {sizes[1]} here ({len(differing)} such){origin}"
             )
-        if not any(bool(file.get_tensor(name).any()) for name in shapes if not _multiplied(name)):
+        if not may_be_identical and not any(
+            bool(file.get_tensor(name).any()) for name in shapes if not _multiplied(name)
+        ):
             raise _changes_nothing(adapter)
 
 

@@ -1,0 +1,291 @@
+"""A base model and its tuned ones side by side, on one copy of the base's weights."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subjattn.engine.anatomy import decoder_layers, mlp_module
+from subjattn.engine.arms import Change, Changed, Tuned, attach, detach, routed, tuned_of
+from subjattn.engine.checks import check_model, probe_ids, relative_gap, tolerance
+from subjattn.engine.interventions import Arm, Part, Place
+from subjattn.engine.parts import parts_of, with_weights
+from subjattn.errors import BadInput, UnsupportedModel
+from subjattn.models.adapter import with_adapter
+from subjattn.models.load import LoadedModel, load_model
+from subjattn.models.names import identity
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASE = "base"
+PARTS: tuple[Part, ...] = ("qk", "vo", "mlp", "rest")
+_NAMES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+"""Fields of a configuration that say nothing of what a model computes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tuned model comes from: an adapter, live and unmerged, or a checkpoint of its own."""
+
+    name: str
+    kind: Literal["adapter", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Arms:
+    """A base model, and tuned models that share its weights; rows of any of them run in one batch.
+
+    The base's modules are untouched: `base` is measured as ever. `arm` names one in rows of the engine, and in
+    `transfer`, `swap_weights` and others that compare.
+    """
+
+    base: LoadedModel
+    sources: Mapping[str, Source]
+
+    def arm(
+        self,
+        name: str,
+        parts: Collection[Part] | None = None,
+        layers: Collection[int] | None = None,
+        positions: Collection[int] | None = None,
+    ) -> Arm | None:
+        """A model by its name, `base` included; or only some parts of its update, in some layers or at some positions.
+
+        Args:
+            name: of a tuned model, or `base`.
+            parts: of `qk` (projections and norms of queries and keys), `vo`, `mlp` and `rest` (other norms,
+                embeddings, unembedding); None: all.
+            layers: with parts; None: all, what lies outside the layers included.
+            positions: tokens that go by the tuned weights; None: all.
+
+        Raises:
+            BadInput: no such model, part or layer.
+        """
+        if name == BASE:
+            return None
+        if name not in self.sources:
+            raise BadInput(f"there is no arm {name!r}: there are {', '.join([BASE, *self.sources])}")
+        cells = None
+        if parts is not None or layers is not None:
+            cells = self.cells(name)
+            for what, asked, held in (("part", parts, {part for _, part in cells}), ("layer", layers, dict(cells))):
+                if missing := [one for one in asked or () if one not in held]:
+                    raise BadInput(f"arm {name!r} changes nothing in {what} {missing[0]!r}")
+            cells = frozenset(
+                (layer, part)
+                for layer, part in cells
+                if (parts is None or part in parts) and (layers is None or layer in layers)
+            )
+        return Arm(name, cells, None if positions is None else frozenset(positions))
+
+    def cells(self, name: str) -> frozenset[tuple[int, Part]]:
+        """Every (layer, part) that a tuned model changes; -1 lies outside the layers.
+
+        Raises:
+            UnsupportedModel: where its weights cannot be told into parts.
+        """
+        return tuned_of(self.base.model)[name].cells()
+
+    def provenance(self) -> dict[str, Any]:
+        """What a reader needs to get the same numbers: the base's, and what each tuned model is and how it is held."""
+        tuned = {
+            name: {
+                "source": source.name,
+                "identity": identity(source.name),
+                "kind": source.kind,
+                "held": "update alone, unmerged" if source.kind == "adapter" else "whole, beside the base",
+            }
+            for name, source in self.sources.items()
+        }
+        return self.base.provenance() | {"arms": tuned}
+
+
+def load_arms(
+    base: str | LoadedModel,
+    adapters: Mapping[str, str] | None = None,
+    checkpoints: Mapping[str, str] | None = None,
+    *,
+    identical: Collection[str] = (),
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Arms:
+    """Load a base model and tuned ones, so that their runs share batches and weights.
+
+    Args:
+        base: name of the base model, as for `load_model`; or one that is loaded, without an adapter.
+        adapters: PEFT adapters by the names of their arms. Of a plain LoRA the update alone is kept.
+        checkpoints: whole tuned models by the names of their arms, held beside the base.
+        identical: arms that may change nothing, as controls.
+        dtype: as for `load_model`.
+        device: as for `load_model`.
+
+    Raises:
+        BadInput: no arms, a name twice or `base`, a checkpoint that is another kind of model or has another tokenizer.
+        AdapterMismatch: see `load_model`.
+        UnsupportedModel: an update that cannot be put on single tokens.
+    """
+    adapters, checkpoints = dict(adapters or {}), dict(checkpoints or {})
+    names = [*adapters, *checkpoints]
+    if not names or BASE in names or len(set(names)) < len(names):
+        raise BadInput(f"arms {names}: give at least one, each a name of its own, and not {BASE!r}")
+    loaded = load_model(base, dtype=dtype, device=device) if isinstance(base, str) else base
+    if loaded.adapter is not None or getattr(loaded.model, "peft_config", None):
+        raise BadInput(f"model {loaded.name!r} carries an adapter: give the base alone, and the adapter as an arm")
+    check_model(loaded.model)
+    for name, adapter in adapters.items():
+        _attach_adapter(loaded, name, str(adapter), may_be_identical=name in identical)
+    for name, checkpoint in checkpoints.items():
+        other = load_model(str(checkpoint), dtype=str(loaded.model.dtype).removeprefix("torch."), device=device)
+        _attach_checkpoint(loaded, name, other, may_be_identical=name in identical)
+    sources = {name: Source(str(of), "adapter") for name, of in adapters.items()}
+    return Arms(loaded, sources | {name: Source(str(of), "checkpoint") for name, of in checkpoints.items()})
+
+
+class _Lora:
+    """A plain LoRA's update, added as peft adds it."""
+
+    def __init__(self, layer: Any) -> None:
+        (name,) = layer.lora_A
+        self.down, self.up, self.scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        update = self.up(self.down(inputs.to(self.down.weight.dtype)))
+        return (output + update * self.scaling).to(output.dtype)  # type: ignore[no-any-return]
+
+
+class _Other:
+    """A module in place of the base's: another checkpoint's, or one that peft puts around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:  # noqa: ARG002
+        found = self.module(inputs[None])
+        return (found[0] if isinstance(found, tuple) else found)[0]  # type: ignore[no-any-return]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy with the same weights, whose modules are replaced, and hooks hung up, by themselves."""
+    copied = copy(module)
+    copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
+    copied._modules = {name: None if child is None else _shallow(child) for name, child in module._modules.items()}
+    return copied
+
+
+def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identical: bool) -> None:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    model = base.model
+    places = parts_of(model)
+    try:
+        with_adapter(model, base.tokenizer, base.name, adapter, may_be_identical=may_be_identical)
+        model.eval().requires_grad_(False)
+        expected = _probe(model)
+        mlps = [mlp_module(layer) for layer in decoder_layers(model)]
+        tuned_mlps = [_shallow(mlp) for mlp in mlps]
+    finally:
+        put_on = [
+            (parent, child, module)
+            for parent in model.modules()
+            for child, module in parent.named_children()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        for parent, child, module in put_on:
+            own = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+            setattr(parent, child, own)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+    changes: dict[nn.Module, Change] = {}
+    for parent, child, module in put_on:
+        own = getattr(parent, child)
+        plain = isinstance(module, LoraLayer) and not module.lora_variant and isinstance(own, nn.Linear | Conv1D)
+        changes[own] = _Lora(module) if plain else _Other(module)
+    for mlp, with_all in zip(mlps, tuned_mlps, strict=True):
+        inside = [changes.get(one) for one in mlp.modules()]
+        if any(isinstance(one, _Other) for one in inside):  # experts take more than their tokens
+            changes = {one: change for one, change in changes.items() if one not in set(mlp.modules())}
+            changes[mlp], places[mlp] = _Other(with_all), places[next(with_weights(mlp))]
+    _attach(model, name, changes, places, expected)
+
+
+def _attach_checkpoint(base: LoadedModel, name: str, other: LoadedModel, *, may_be_identical: bool) -> None:
+    _refuse_other_kind(base, other)
+    ours, theirs = base.model, other.model
+    path = {module: where for where, module in ours.named_modules()}
+    units = {module: module for module in with_weights(ours)}
+    for layer in decoder_layers(ours):
+        mlp = mlp_module(layer)
+        units |= dict.fromkeys(with_weights(mlp), mlp)
+    changed = {
+        unit: theirs.get_submodule(path[unit])
+        for module, unit in units.items()
+        if not _equal(module, theirs.get_submodule(path[module]))
+    }
+    if not changed and not may_be_identical:
+        raise BadInput(f"checkpoint {other.name!r} is the base itself: name it in `identical` if it should be")
+    parts = parts_of(ours) | {mlp_module(one): Place(i, {"mlp": None}) for i, one in enumerate(decoder_layers(ours))}
+    _attach(ours, name, {unit: _Other(module) for unit, module in changed.items()}, parts, _probe(theirs))
+
+
+def _attach(
+    model: PreTrainedModel,
+    name: str,
+    changes: Mapping[nn.Module, Change],
+    places: Mapping[nn.Module, Place],
+    expected: Tensor,
+) -> None:
+    """Attach after a check: in one batch with the base, a tuned row gives what the tuned model gives by itself."""
+    attach(model, name, Tuned({module: Changed(change, places[module]) for module, change in changes.items()}))
+    try:
+        own = _probe(model)
+        base, tuned = _probe(model, [None, Arm(name)])
+    except Exception:
+        detach(model, name)
+        raise
+    gap = max(relative_gap(base, own[0]), relative_gap(tuned, expected[0]))
+    if not gap <= tolerance(model):
+        detach(model, name)
+        raise UnsupportedModel(
+            f"arm {name!r}: in one batch with the base its logits part by {gap:.1e} of their size from those it has by "
+            "itself: measure each model by itself"
+        )
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, arms: Iterable[Arm | None] = (None,)) -> Tensor:
+    """Logits of the probe under each arm, in one batch."""
+    arms = list(arms)
+    ids = probe_ids(model).expand(len(arms), -1)
+    with routed(model, arms) as routes:
+        codes = torch.tensor([[0 if arm is None else routes.code[arm]] for arm in arms]).expand_as(ids)
+        routes.choose(codes)
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _equal(ours: nn.Module, theirs: nn.Module) -> bool:
+    pairs = zip(ours.named_parameters(recurse=False), theirs.named_parameters(recurse=False), strict=True)
+    return all(a == b and torch.equal(one, other.to(one.device)) for (a, one), (b, other) in pairs)
+
+
+def _refuse_other_kind(base: LoadedModel, other: LoadedModel) -> None:
+    """Refuse a checkpoint that is no tuned version of the base: of another shape, or that reads other tokens."""
+    ours, theirs = ({k: v for k, v in of.model.config.to_dict().items() if k not in _NAMES} for of in (base, other))
+    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if type(base.model) is not type(other.model) or differ:
+        what = f"its configuration differs in {', '.join(differ[:3])}" if differ else "it is another architecture"
+        raise BadInput(f"checkpoint {other.name!r} is no tuned version of {base.name!r}: {what}")
+    if base.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise BadInput(
+            f"checkpoint {other.name!r} has another tokenizer than {base.name!r}: the two would read different tokens"
+        )
