@@ -12,6 +12,7 @@ import oracles
 import pandas as pd
 import pytest
 import torch
+from conftest import NAMES, adapted, moved
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from zoo import CONFIGS, parts
@@ -28,57 +29,6 @@ from subjattn.models import LoadedModel, load_model
 from subjattn.models import arms as model_arms
 from subjattn.models.arms import Arms, load_arms
 from subjattn.prompts import Prompt, PromptSet, Style, make_prompts
-
-
-NAMES = ("one", "two", "other")
-"""Two adapters and a checkpoint."""
-
-
-def adapted(folder: Path, out: Path, seed: int, **config: Any) -> Path:
-    """An adapter whose update is not zero."""
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, **config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name or "trainable_tokens_delta" in name:
-            with torch.no_grad():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(out)
-    return out
-
-
-def moved(folder: Path, out: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A checkpoint all of whose weights differ from the folder's."""
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
-
-
-@pytest.fixture(scope="session")
-def tuned(
-    tiny_folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Arms, dict[str, LoadedModel]]]:
-    """Of an architecture, a base with three arms, and the same four models loaded apart; each made once."""
-    made: dict[str, tuple[Arms, dict[str, LoadedModel]]] = {}
-
-    def make(name: str) -> tuple[Arms, dict[str, LoadedModel]]:
-        if name not in made:
-            folder, out = tiny_folders[name], tmp_path_factory.mktemp(f"arms_{name}")
-            adapters = {
-                arm: str(adapted(folder, out / arm, seed, target_modules="all-linear"))
-                for seed, arm in enumerate(NAMES[:2])
-            }
-            checkpoint = str(moved(folder, out / "other", tokenizer))
-            apart = {arm: load_model(str(folder), adapter=path) for arm, path in adapters.items()}
-            apart |= {"base": load_model(str(folder)), "other": load_model(checkpoint)}
-            made[name] = load_arms(str(folder), adapters, {"other": checkpoint}), apart
-        return made[name]
-
-    return make
 
 
 @pytest.fixture(scope="module")

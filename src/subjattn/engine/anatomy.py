@@ -36,6 +36,12 @@ def n_heads(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_attention_heads)
 
 
+def n_kv_heads(model: PreTrainedModel) -> tuple[int, ...]:
+    """Key/value heads of each layer."""
+    config = model.config.get_text_config()
+    return (getattr(config, "num_key_value_heads", None) or n_heads(model),) * len(decoder_layers(model))
+
+
 def attention_module(layer: nn.Module) -> nn.Module:
     """The child of a decoder layer that dispatches to the attention interface."""
     found = [child for child in layer.children() if hasattr(child, "layer_idx")]

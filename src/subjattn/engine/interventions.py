@@ -26,6 +26,8 @@ Part = Literal["qk", "vo", "mlp", "rest"]
 """Parts of a model's weights: what makes attention patterns, what they move, the MLP, and all others."""
 OUTPUTS: frozenset[Component] = frozenset({"resid_post", "attn_out", "mlp_out"})
 """Components that a layer, or a module of one, returns."""
+BY_HEAD: frozenset[Component] = frozenset({"z"})
+"""Components that belong to one head: a query head, or of `k` and `v` a key/value head."""
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25

@@ -1,6 +1,7 @@
 """Metrics of a run's answer, several from one pass, and how far an intervention moves them.
 
 * `answer_logprob`: log-probability of the first accepted answer, summed over its tokens, in nats;
+* `answer_logit`: logit of the answer's first token as it stands;
 * `logit_diff`: logit of the answer's first token minus that of a foil;
 * `kl`: KL divergence in nats of the run from the same run without the intervention, over the next token;
 * `rank`: rank of the answer's first token among the vocabulary, 1 the most likely;
@@ -27,11 +28,18 @@ from subjattn.prompts import Prompt
 
 
 Own = Callable[[Float[Tensor, "answer vocab"], Prompt], float]
-Metric = Literal["answer_logprob", "logit_diff", "kl", "rank"] | Own
-METRICS: tuple[str, ...] = ("answer_logprob", "logit_diff", "kl", "rank")
-UNITS: dict[str, str] = {"answer_logprob": "nats", "logit_diff": "logits", "kl": "nats", "rank": "rank"}
+Metric = Literal["answer_logprob", "answer_logit", "logit_diff", "kl", "rank"] | Own
+METRICS: tuple[str, ...] = ("answer_logprob", "answer_logit", "logit_diff", "kl", "rank")
+UNITS: dict[str, str] = {
+    "answer_logprob": "nats",
+    "answer_logit": "logits",
+    "logit_diff": "logits",
+    "kl": "nats",
+    "rank": "rank",
+}
 MEANINGS: dict[str, str] = {
     "answer_logprob": "log-probability of the first accepted answer, summed over its tokens",
+    "answer_logit": "logit of the answer's first token",
     "logit_diff": "logit of the answer's first token minus that of the foil",
     "kl": "KL divergence of the next token from the run without the intervention",
     "rank": "rank of the answer's first token, 1 the most likely",
@@ -180,6 +188,8 @@ def _metric(output: Output, metric: str, metrics: Metrics) -> Float[Tensor, " ro
         picked = logits.gather(1, answers[:, None])[:, 0].double() - logits.logsumexp(-1).double()
         of = torch.repeat_interleave(torch.tensor(counts)).to(logits.device)
         return torch.zeros(len(counts), dtype=torch.float64, device=logits.device).index_add(0, of, picked)
+    if metric == "answer_logit":
+        return logits[first].gather(1, answers[first][:, None])[:, 0].double()
     if metric == "rank":
         own = logits[first].gather(1, answers[first][:, None])
         return (logits[first] > own).sum(-1).double() + 1

@@ -1,0 +1,333 @@
+"""What one model's states do in another: a component of a tuned model put into its base, and the reverse.
+
+Both models read the same prompts, so a state can be put from a run of one into the run of the other at the same place.
+One such number alone misleads: the other model's later layers meet a state that they never give themselves. So what
+is returned are all four cells, state of one or the other × later layers of one or the other, in raw logits and
+log-probability, and beside every place a placebo of equal size; `returned` reads shares of the gap off them.
+
+After cross-model activation patching (CMAP; Prakash et al. 2024).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import xarray as xr
+
+from subjattn.backends import Backend, BackendName
+from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Component, Patch, Row, Run
+from subjattn.errors import BadInput
+from subjattn.measures import check_askable, labelled, opened, shortened, some_layers, tokens_of
+from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
+from subjattn.measures.sets import Heads, parse_sets
+from subjattn.measures.swapping import only_arm
+from subjattn.models.arms import BASE, Arms
+from subjattn.prompts import ROLES
+
+
+if TYPE_CHECKING:
+    from subjattn.prompts import Prompt
+
+At = Literal["role", "position", "prediction", "subject", "all"]
+By = Literal["layer", "head"]
+_GROUPS: tuple[str, ...] = ("k", "v")
+"""Components of a key/value head, which several query heads read."""
+PATCHES = ("real", "placebo")
+
+
+def transfer(
+    arms: Arms,
+    prompts: Sequence[Prompt],
+    component: Component | Sequence[Component] = "resid_pre",
+    tuned: str | None = None,
+    *,
+    at: At = "role",
+    by: By | None = "layer",
+    window: int = 1,
+    layers: Sequence[int] | None = None,
+    heads: Heads | None = None,
+    hold: bool = False,
+    random_sets: int = 0,
+    seed: int = 0,
+    metric: Metric | list[Metric] = ("answer_logprob", "answer_logit"),  # type: ignore[assignment]
+    backend: BackendName | Backend = "engine",
+    memory_budget: int | None = None,
+) -> xr.Dataset:
+    """A component's states of base and tuned model, each under the later layers of both.
+
+    Args:
+        arms: a base and its tuned models, from `load_arms`.
+        prompts: whom to ask.
+        component: `resid_pre`, `resid_post`, `attn_out`, `mlp_out`; of heads `q`, `k`, `v`, `pattern` or `z`; several
+            are put together.
+        tuned: the arm; None: the only one.
+        at: `role` puts all positions of a role together, `position` each by itself; `prediction` (all positions that
+            predict an answer token), `subject` and `all` put there alone and give no such dimension.
+        by: `layer`: one layer, or `window` of them around each, all heads together; `head`: one head of one layer
+            (one key/value head, of `k` and `v`); None: `layers` (None: all) or the set `heads` together.
+        window: layers of a window.
+        layers: those to compute; None: all.
+        heads: a set `(layer, head)`, put together.
+        hold: keep what is off the route at the receiving model's own values: the attention outputs of all positions
+            but those put and those that predict, so that a state is read directly and not by relay.
+        random_sets: of `heads`: as many random sets of the same size (see `sets.parse_sets`), its placebo.
+        seed: of the random sets and of the placebo's positions.
+        metric: one of `answer_logprob` (nats), `answer_logit`, `rank`, or a function of your own; or several.
+        backend: what computes it; the engine alone knows arms.
+        memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
+
+    Returns:
+        A Dataset with a variable for each metric, `(fact, patch, state, late[, layer][, head][, set][, role or
+        position])`: the metric itself where the component is `state`'s and what follows is `late`'s, each `base` or
+        the arm's name; where both are the same it is that model's own. `patch` is `real` or the `placebo`: as many
+        other positions of the same prompt, drawn at random; NaN where there are too few, by head (where the other
+        heads of the layer say it) and for sets (whose random ones do).
+
+    Raises:
+        BadInput: an argument that does not fit.
+        UnsupportedModel, NotFired: the states could not be put.
+    """
+    check_askable(prompts)
+    name = only_arm(arms, tuned)
+    metrics = parse_metrics(list(metric) if isinstance(metric, tuple) else metric)
+    if wrong := {*metrics} & {"kl", "logit_diff"}:
+        raise BadInput(f"metric {min(wrong)!r} takes a foil or a run of one model: use answer_logprob or answer_logit")
+    components = [component] if isinstance(component, str) else list(component)
+    parts = _parts(arms, components, by, window, layers, heads, random_sets, seed)
+    if at not in get_args(At):
+        raise BadInput(f"at {at!r} is not one of {', '.join(get_args(At))}")
+    asked = list(prompts)
+    if {*metrics} <= {*AS_THEY_ARE, "answer_logit"}:
+        asked = [shortened(prompt) for prompt in prompts]
+    rng = np.random.default_rng(seed)
+    models: dict[str, Arm | None] = {BASE: None, name: arms.arm(name)}
+    places = [_places(prompt, at) for prompt in asked]
+    n_place = max(map(len, places))
+    shape = (len(asked), len(PATCHES), 2, 2, len(parts.groups), n_place)
+    rows = [Row(prompt, arm=arm) for prompt in asked for arm in models.values()]
+    cells: list[tuple[int, ...]] = []
+    own = np.zeros(shape, bool)
+    for fact, prompt in enumerate(asked):
+        for place, positions in enumerate(places[fact]):
+            where = [positions, _elsewhere(prompt, positions, rng) if parts.placebo else ()]
+            for kind, (late, into), group in product((0, 1), enumerate(models.values()), range(len(parts.groups))):
+                if not where[kind]:
+                    continue
+                own[fact, kind, late, late, group, place] = True
+                source = Run(prompt, list(models.values())[1 - late])
+                patches = tuple(_patches(parts.groups[group], where[kind], source, prompt, parts.n_layers))
+                if patches and hold:
+                    patches += tuple(_held(patches, prompt, into, parts.n_layers))
+                if not patches:
+                    own[fact, kind, 1 - late, late, group, place] = True
+                    continue
+                rows.append(Row(prompt, patches=patches, arm=into))
+                cells.append((fact, kind, 1 - late, late, group, place))
+    run = opened(backend, arms.base.model, memory_budget, asked)
+    found = measure_rows(run.forward(rows), rows, metrics)
+    arrays = {}
+    for one in metrics:
+        plain, changed = np.split(found.values[one], [2 * len(asked)])
+        by_model = plain.reshape(len(asked), 1, 1, 2, 1, 1)
+        grid = np.where(own, by_model, np.nan)
+        if cells:
+            grid[tuple(np.array(cells).T)] = changed
+        grid = grid.reshape(*shape[:4], *parts.shape, n_place)
+        dims = ("patch", "state", "late", *parts.dims, at)
+        if at not in ("role", "position"):
+            grid, dims = grid[..., 0], dims[:-1]
+        array = labelled(
+            one,
+            grid,
+            prompts,
+            dims,
+            unit=unit_of(one),
+            definition=f"{meaning_of(one)}, {' and '.join(components)} of one model at {parts.where} under the later "
+            "layers of another" + (", what is off the route held" if hold else ""),
+            paper="Prakash et al. 2024",
+            component=" and ".join(components),
+            n_layers=parts.n_layers,
+            tuned=name,
+            held=int(hold),
+            noise_floor=found.noise_floor[one],
+            backend=run.name,
+        )
+        coords: dict[str, Any] = {"patch": list(PATCHES), "state": list(models), "late": list(models), **parts.coords}
+        if at == "role":
+            coords["role"] = list(ROLES)
+        elif at == "position":
+            coords |= tokens_of(asked, n_place)
+        arrays[one] = array.assign_coords(coords)
+    return xr.Dataset(arrays)
+
+
+class _Cell(NamedTuple):
+    component: Component
+    layer: int
+    head: int | None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is put together: groups of (component, layer, head), in the order of the dimensions they have."""
+
+    groups: list[list[_Cell]]
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    where: str
+    n_layers: int
+    coords: dict[str, Any]
+    placebo: bool = True
+
+
+def _parts(
+    arms: Arms,
+    components: Sequence[Component],
+    by: By | None,
+    window: int,
+    layers: Sequence[int] | None,
+    heads: Heads | None,
+    random_sets: int,
+    seed: int,
+) -> _Parts:
+    hf = arms.base.model
+    n_layers = len(decoder_layers(hf))
+    if unknown := [one for one in components if one not in COMPONENTS]:
+        raise BadInput(f"component {unknown[0]!r} is not one of {', '.join(COMPONENTS)}")
+    if by not in (None, "layer", "head") or window < 1 or not components:
+        raise BadInput(f"by {by!r} with windows of {window}: by is 'layer', 'head' or None, a window 1 or more")
+    if heads is not None:
+        if layers is not None or by != "layer" or not {*components} <= BY_HEAD - {*_GROUPS}:
+            raise BadInput("heads=[(layer, head), …] go with q, pattern and z, and without by and layers")
+        sets = parse_sets(heads, None, n_layers, n_heads(hf), random_sets=random_sets, seed=seed)
+        groups = [[_Cell(one, *cell) for one in components for cell in cells] for cells in sets.cells.values()]
+        coords = {"set": list(sets.cells), "cells": ("set", sets.in_words)}
+        return _Parts(groups, ("set",), (len(groups),), "a set of heads", n_layers, coords, placebo=False)
+    if random_sets:
+        raise BadInput("random_sets are compared with a set: give heads=[(layer, head), …]")
+    some = some_layers(layers, n_layers)
+
+    def every(one: Component, layer: int) -> list[int | None]:
+        if one not in BY_HEAD:
+            return [None]
+        return list(range(n_kv_heads(hf)[layer] if one in _GROUPS else n_heads(hf)))
+
+    if by == "head":
+        counts = {len(every(one, layer)) for one in components for layer in some}
+        if not {*components} <= BY_HEAD or len(counts) > 1:
+            raise BadInput("by='head' goes with components of the same heads: q, pattern and z, or k and v")
+        size = counts.pop()
+        groups = [[_Cell(one, layer, head) for one in components] for layer in some for head in range(size)]
+        held: dict[str, Any] = {"layer": some}
+        return _Parts(groups, ("layer", "head"), (len(some), size), "one head", n_layers, held, placebo=False)
+    around = [tuple(range(max(0, c - window // 2), min(n_layers, c - window // 2 + window))) for c in some]
+    if by is None:
+        around = [tuple(some)]
+    groups = [[_Cell(one, at, head) for one in components for at in span for head in every(one, at)] for span in around]
+    if by is None:
+        return _Parts(groups, (), (), "all layers" if layers is None else "some layers together", n_layers, {})
+    where = "one layer" if window == 1 else f"windows of {window} layers"
+    return _Parts(groups, ("layer",), (len(some),), where, n_layers, {"layer": some})
+
+
+def _places(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
+    predicting, last = tuple(prompt.predicting), prompt.predicting[-1]
+    if at == "role":
+        return [predicting if role == "prediction" else tuple(prompt.role(role)) for role in ROLES]
+    if at == "position":
+        return [(position,) for position in range(prompt.prediction + 1)]
+    return [{"prediction": predicting, "subject": tuple(prompt.subject_positions), "all": tuple(range(last + 1))}[at]]
+
+
+def _elsewhere(prompt: Prompt, positions: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
+    """As many other positions, none of which predicts the answer or is put; nothing where there are too few."""
+    others = [at for at in range(prompt.prediction) if at not in positions]
+    if not positions or len(others) < len(positions):
+        return ()
+    return tuple(sorted(int(at) for at in rng.choice(others, len(positions), replace=False)))
+
+
+def _patches(
+    group: Sequence[_Cell],
+    positions: Sequence[int],
+    source: Run,
+    prompt: Prompt,
+    n_layers: int,
+) -> Iterator[Patch]:
+    """Patches that can change anything: the last layer's outputs do only where they predict."""
+    for component, layer, head in group:
+        dead = layer == n_layers - 1 and component not in ("resid_pre", "k", "v")
+        at = tuple(one for one in positions if not dead or one in prompt.predicting)
+        if at:
+            yield Patch(layer, at, source, component, head)
+
+
+def _held(patches: Sequence[Patch], prompt: Prompt, arm: Arm | None, n_layers: int) -> Iterator[Patch]:
+    """The receiving model's own attention outputs, at all positions but those put and those that predict.
+
+    Keys and values act on their own position's output as on any other's, which is off the route too.
+    """
+    put = {at for patch in patches if patch.component not in _GROUPS for at in patch.positions}
+    first, layer = min(at for patch in patches for at in patch.positions), min(patch.layer for patch in patches)
+    others = tuple(at for at in range(first, prompt.prediction) if at not in put)
+    if others:
+        yield from (Patch(at, others, Run(prompt, arm), "attn_out") for at in range(layer, n_layers - 1))
+
+
+def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: float = 0.1) -> xr.Dataset:
+    """What a `transfer` returns of the gap between the two models, at every place.
+
+    A fact's share is what its metric moves towards the model that the state is from, over the gap between the two.
+    Where a fact's own gap is small its share is not defined, and a mean of shares is nowhere taken: single states and
+    outliers decide it.
+
+    Args:
+        found: from `transfer`.
+        metric: one of its variables.
+        smallest_gap: below which, in the metric's unit, a fact has no share.
+
+    Returns:
+        A Dataset over `patch`, `into` (whose later layers) and the places: `share`, the median over facts that have
+        one; `share_low` and `share_high`, its quartiles; `between`, the part of these facts that land between the two
+        models; `n_defined`; `change` and `gap`, means over all facts in the metric's unit, and `interaction`: how far
+        the four cells are from adding up. Shares are NaN where no fact has one; the attribute `gap_interval` is the
+        95 % interval of the mean gap over facts.
+
+    Raises:
+        BadInput: no such metric, or not from `transfer`.
+    """
+    from subjattn.evidence.intervals import interval
+
+    if metric not in found or not {"state", "late", "patch"} <= set(found[metric].dims):
+        raise BadInput(f"{metric!r} is no metric of a transfer: there are {', '.join(map(str, found.data_vars))}")
+    cells = found[metric]
+    base, tuned = map(str, cells["state"].values)
+    into = []
+    for late, state in ((tuned, base), (base, tuned)):
+        own, other, put = (
+            cells.sel(state=s, late=m, drop=True) for s, m in ((late, late), (state, state), (state, late))
+        )
+        gap, change = other - own, put - own
+        share = (change / gap).where(abs(gap) >= smallest_gap)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # where no fact has a share
+            low, median, high = share.quantile([0.25, 0.5, 0.75], "fact").transpose("quantile", ...)
+        defined = share.notnull()
+        inside = ((share >= 0) & (share <= 1)).where(defined)
+        one = {"share": median, "share_low": low, "share_high": high, "between": inside.mean("fact")}
+        one |= {"n_defined": defined.sum("fact"), "change": change.mean("fact"), "gap": gap.mean("fact")}
+        into.append(xr.Dataset({name: array.drop_vars("quantile", errors="ignore") for name, array in one.items()}))
+    result = xr.concat(into, xr.DataArray([tuned, base], dims="into", name="into"))
+    signs = {(base, base): 1, (tuned, tuned): 1, (base, tuned): -1, (tuned, base): -1}
+    crossed = sum(sign * cells.sel(state=state, late=late, drop=True) for (state, late), sign in signs.items())
+    result["interaction"] = crossed.mean("fact")  # type: ignore[union-attr]
+    gaps = cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
+    by_fact = gaps.max([dim for dim in gaps.dims if dim != "fact"])
+    ends = interval(by_fact.drop_vars([name for name in by_fact.coords if name != "fact"])).ends()
+    about = {"metric": metric, "unit": cells.attrs["unit"], "smallest_gap": smallest_gap, "tuned": tuned}
+    return result.assign_attrs(about | {"gap_interval": list(ends), "component": cells.attrs["component"]})
