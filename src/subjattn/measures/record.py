@@ -21,11 +21,12 @@ from subjattn.registry import discover, named
 if TYPE_CHECKING:
     from subjattn.backends import Backend, BackendName
     from subjattn.models import LoadedModel
+    from subjattn.models.arms import Arms
     from subjattn.prompts import Prompt, PromptSet
 
-Need = Literal["subject", "same_prompts", "known", "swaps"]
+Need = Literal["subject", "same_prompts", "known", "swaps", "base"]
 """`subject`: facts that have one; `same_prompts`: every arm reads the same tokens; `known`: which facts the reference
-model answers rightly; `swaps`: pairs of prompts whose subjects are swapped."""
+model answers rightly; `swaps`: pairs of prompts whose subjects are swapped; `base`: a tuned model beside its base."""
 
 
 class Settings(BaseModel):
@@ -123,6 +124,7 @@ class Asked:
         backend: what computes it.
         memory_budget: bytes of working memory beyond the weights; None: the usual.
         tell: told of forward passes done.
+        arms: the model beside its base, for measures that need `base`.
     """
 
     model: LoadedModel
@@ -133,6 +135,18 @@ class Asked:
     backend: BackendName | Backend = "engine"
     memory_budget: int | None = None
     tell: Callable[[float], None] = field(default=lambda _units: None)
+    arms: Arms | None = None
+
+    @property
+    def both(self) -> Arms:
+        """The model beside its base.
+
+        Raises:
+            BadInput: there is no base; what asks has to say `needs` it.
+        """
+        if self.arms is None:
+            raise BadInput("this measure compares a tuned model with its base: give both")
+        return self.arms
 
     @property
     def computing(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
+from pydantic import Field, PositiveInt
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers
@@ -25,6 +26,7 @@ from subjattn.engine.interventions import Arm, Part, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, labelled, opened, shortened
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
+from subjattn.measures.record import Asked, Measure, Quantity, Settings, one_per_fact
 from subjattn.models.arms import BASE, PARTS, Arms
 
 
@@ -176,3 +178,35 @@ def _arrays(
     if at := [value for (kind, *_), value in values.items() if kind == "at"]:
         words = "with tuned weights at these positions alone"
         yield labelled("_at", np.stack(at, 1), prompts, ("where",), definition=words).assign_coords(where=list(WHERE))
+
+
+class SwapSettings(Settings):
+    facts: PositiveInt = Field(48, description="facts in which every combination of base and tuned parts is asked")
+
+
+def _run(asked: Asked, settings: SwapSettings) -> xr.Dataset:
+    few = asked.by_id(asked.order[: settings.facts]) or list(asked.prompts[: settings.facts])
+    found = swap_weights(asked.both, few, **asked.computing)
+    asked.tell(float(found["answer_logprob"].size))
+    return found.rename(answer_logprob="swapped_weights", answer_logprob_share="update_share")
+
+
+MEASURE = Measure(
+    name="swap_weights",
+    title="which part of the update does it",
+    paper=_PAPER,
+    quantities=(
+        Quantity(
+            "update_share",
+            "nats",
+            "Shapley value of a part of the tuning's update in the answer's log-probability",
+            per_fact=one_per_fact("update_share"),
+            smallest_effect=0.1,
+        ),
+    ),
+    run=_run,
+    cost=lambda shape, settings: 8.0 * min(settings.facts, shape.n_facts),
+    settings=SwapSettings,
+    needs=frozenset({"subject", "same_prompts", "base"}),
+    figure="swap_weights",
+)

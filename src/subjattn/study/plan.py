@@ -190,13 +190,22 @@ class _Builder:
                 inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
-                about = model | {"own_prompts": own}
+                about = model | {"own_prompts": own} | self._beside_base(name, measure)
                 if config.facts.where == "correct" and measure.name != "accuracy":
                     about["where"] = "correct"
                 yield self._measuring(name, replicate, style, measure, about, inputs)
                 is_first = replicate is None or replicate == (0, 0)
                 if measure.name == "accuracy" and name == reference and is_first:
                     yield self._choosing(style, prompts, files.measured(name, replicate, style, "accuracy"))
+
+    def _beside_base(self, name: str, measure: Measure) -> dict[str, Any]:
+        """Whether an arm is a tuned model, and of what, for measures that compare it with its base."""
+        arm, base = self.config.arms[name], self.config.model
+        if "base" not in measure.needs:
+            return {}
+        own = bool(arm.train or arm.adapter)
+        checkpoint = arm.model is not None and arm.model != base and not own
+        return {"tuned": own or checkpoint} | ({"base_model": base} if checkpoint else {})
 
     def _choosing(self, style: str, prompts: str, accuracy: str) -> Stage:
         return Stage(
@@ -281,16 +290,19 @@ class _Builder:
         external["model"] = self.models[model]
         if adapter:
             external["adapter"] = self.adapters[adapter]
+        where: dict[str, Any] = {"model": model, "adapter": adapter}
+        if base := settings.get("base_model"):
+            external["base"], where["base_model"] = self.models[base], base
         return Stage(
             name,
             f"{_WORK}.{module}:{function}",
             version=version,
-            settings={name: of for name, of in settings.items() if name not in ("model", "adapter")},
+            settings={name: of for name, of in settings.items() if name not in ("model", "adapter", "base_model")},
             inputs=inputs,
             external=external,
-            where={"model": model, "adapter": adapter, "identity": list(external.values())},
+            where=where | {"identity": list(external.values())},
             cost=cost,
-            memory=self.memory[model],
+            memory=self.memory[model] + (self.memory[base] if base else 0.0),
             device=True,
             group=group,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from subjattn.models import LoadedModel, load_model
+from subjattn.models.arms import Arms, load_arms
 
 
 _held: dict[tuple[object, ...], LoadedModel] = {}
@@ -27,6 +28,18 @@ def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedMod
             warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)  # said when it was planned
             _held[key] = load_model(settings["model"], adapter=adapter, dtype=settings["dtype"])
     return _held[key]
+
+
+def loaded_arms(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Arms:
+    """The same model beside its base, named `tuned`; the base is then the model that is held."""
+    adapter = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
+    base = settings.get("base_model") or settings["model"]
+    held = loaded({"model": base, "dtype": settings["dtype"], "identity": (adapter, settings["model"])}, {})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)
+        if adapter:
+            return load_arms(held, adapters={"tuned": adapter})
+        return load_arms(held, checkpoints={"tuned": settings["model"]})
 
 
 def provenance() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import xarray as xr
 from subjattn.measures.record import VALUE_COLUMNS, Asked, Measure, measure_of, values_of
 from subjattn.prompts import PromptSet
 from subjattn.run.plan import Context
-from subjattn.study.stages.loading import loaded, provenance
+from subjattn.study.stages.loading import loaded, loaded_arms, provenance
 from subjattn.study.stages.tables import load_prompts
 
 
@@ -30,7 +30,8 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     if reason := _not_defined(measure, prompts, settings, chosen):
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
-    model = loaded(settings, inputs)
+    arms = loaded_arms(settings, inputs) if "base" in measure.needs else None
+    model = loaded(settings, inputs) if arms is None else arms.base
     asked = Asked(
         model,
         prompts,
@@ -39,11 +40,12 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
         pairs=[(clean, corrupt) for clean, corrupt in chosen.get("pairs", ())],
         memory_budget=None if context.memory_share == 1 else _half_of_what_is_free(model),
         tell=context.tell,
+        arms=arms,
     )
     dataset = measure.run(asked, measure.parse(settings["settings"]))
     _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
     pd.DataFrame(values_of(measure, dataset), columns=VALUE_COLUMNS).to_parquet(out / "values.parquet", index=False)
-    (out / "provenance.json").write_text(json.dumps(provenance(), indent=1))
+    (out / "provenance.json").write_text(json.dumps(provenance() if arms is None else arms.provenance(), indent=1))
 
 
 def _known_alone(prompts: PromptSet, chosen: Mapping[str, Any]) -> tuple[PromptSet, dict[str, Any]]:
@@ -78,6 +80,8 @@ def _not_defined(
         return OWN_PROMPTS
     if "swaps" in measure.needs and not chosen.get("pairs"):
         return "no two facts can be swapped: none agree in length and differ in their answer"
+    if "base" in measure.needs and not settings.get("tuned"):
+        return "this arm is the base itself"
     return None
 
 
