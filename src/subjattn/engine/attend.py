@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subjattn.engine.attention import capped, check_all, grouped
+from subjattn.engine.attention import Change, capped, check_all, grouped
 from subjattn.engine.base import Base
 from subjattn.engine.interventions import Row, blocked_edges, wide
 
@@ -77,6 +77,10 @@ class Tokens:
         row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.valid = (steps < sizes[:, None])[row].to(device)
         self.row, self.step = row.to(device), (torch.arange(len(flat)) - starts[row]).to(device)
+        # Of each token, where its cone's own keys stand, and which of the base run's keys they take the place of.
+        own_positions = self.position_at[self.own]
+        in_cone = torch.zeros(len(sizes), self.n_key, dtype=torch.bool, device=device).scatter_(1, own_positions, True)
+        self.own_positions, self.in_cone = own_positions[self.row], in_cone[self.row]
         runs, counts = self.run[flat].unique_consecutive(return_counts=True)
         ends = [0, *accumulate(counts.tolist())]
         self.by_run = [(p, slice(a, b)) for p, a, b in zip(runs.tolist(), ends, ends[1:], strict=False)]
@@ -109,8 +113,12 @@ def attend(
     value: Float[Tensor, "one kv_head token d_head"],
     scale: float,
     softcap: float | None,
+    change: Change | None = None,
 ) -> Float[Tensor, "one token head d_head"]:
-    """`z` of the selected tokens, softmax over base keys and own keys together, in at least float32."""
+    """`z` of the selected tokens, softmax over base keys and own keys together, in at least float32.
+
+    `change` is shown the weights as `[one, token, head, key]`, own keys in their places among the base run's.
+    """
     n_kv, n_key = key.shape[1], tokens.n_key
     queries, keys, values = wide(grouped(query, n_kv)[0]), wide(key[0]), wide(value[0])
     n_group, n_token, d_head = queries.shape[1:]
@@ -127,6 +135,8 @@ def attend(
 
     allowed = _allowed(base, tokens, layer)
     weights = capped(scores.mul_(scale), softcap).masked_fill_(~allowed, -torch.inf).softmax(-1)
+    if change is not None and (changed := change(_in_places(tokens, weights))) is not None:
+        weights = _apart(tokens, changed[0]).view_as(weights)
 
     z = values.new_empty(n_token, n_kv, n_group, d_head)
     for run, some in tokens.by_run:
@@ -139,28 +149,33 @@ def attend(
     return z.flatten(1, 2).to(value)[None]
 
 
+def _apart(tokens: Tokens, seen: Tensor) -> Tensor:
+    """What belongs to keys, for base keys outside the cone and then for the cone's own; 0 (False) where none is."""
+    shape = (len(seen), *[1] * (seen.ndim - 2), -1)
+    own = seen.gather(-1, tokens.own_positions.view(shape).expand(*seen.shape[:-1], -1))
+    return torch.cat([seen * ~tokens.in_cone.view(shape), own * tokens.valid.view(shape)], -1)
+
+
+def _in_places(
+    tokens: Tokens, weights: Float[Tensor, "token kv_head group both"]
+) -> Float[Tensor, "one token head key"]:
+    """Weights of base keys and of the cone's own as those of one row of keys."""
+    base, own = weights.flatten(1, 2).split([tokens.n_key, tokens.own.shape[1]], -1)
+    placed: Tensor = base.scatter_add(-1, tokens.own_positions[:, None].expand_as(own), own)
+    return placed[None]
+
+
 def _allowed(base: Base, tokens: Tokens, layer: int) -> Tensor:
     """What each selected token may read, `[token, 1 or kv_head, 1 or group, base key + own key]`."""
-    n_key, position = tokens.n_key, tokens.position_at
-    allowed = base.visible(layer, tokens.run_at, position, n_key)
-    in_cone = torch.zeros(len(tokens.own), n_key, dtype=torch.bool, device=tokens.device)
-    at = position[tokens.own]
-    in_cone.scatter_(1, at, True)
-
-    def joined(seen: Tensor) -> Tensor:
-        """Base keys outside the cone, then the cone's own."""
-        shape = (len(seen), *[1] * (seen.ndim - 2), -1)
-        own = seen.gather(-1, at[tokens.row].view(shape).expand(*seen.shape[:-1], -1))
-        return torch.cat([seen & ~in_cone[tokens.row].view(shape), own & tokens.valid.view(shape)], -1)
-
+    allowed = base.visible(layer, tokens.run_at, tokens.position_at, tokens.n_key)
     blocked = tokens.blocked_at(layer)
     if blocked is None:
-        return joined(allowed)[:, None, None]
+        return _apart(tokens, allowed)[:, None, None]
     edges, heads = blocked
     if heads is None:
-        allowed = joined(allowed & ~edges)
+        allowed = _apart(tokens, allowed & ~edges)
     else:
-        allowed = joined(allowed[:, None] & ~(edges[:, None] & heads[..., None]))
+        allowed = _apart(tokens, allowed[:, None] & ~(edges[:, None] & heads[..., None]))
     tokens.some_key.append(allowed.any(-1).all())
     if heads is None:
         return allowed[:, None, None]

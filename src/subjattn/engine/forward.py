@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from subjattn.engine.anatomy import (
     decoder_layers,
     n_heads,
+    n_kv_heads,
     on_component,
     only_positions,
     output_gram,
@@ -34,6 +35,7 @@ from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import (
     BATCH_TOKENS,
+    BY_HEAD,
     Component,
     Output,
     Patch,
@@ -43,6 +45,7 @@ from subjattn.engine.interventions import (
     blocked_edges,
     check_rows,
     controls,
+    fitted,
     wide,
 )
 from subjattn.errors import NotFired
@@ -61,7 +64,7 @@ def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 
         UnsupportedModel, NotFired: see errors.py.
     """
     check_model(model)
-    check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    check_rows(rows, len(decoder_layers(model)), n_heads(model), n_kv_heads(model))
     for plain in (True, False):
         members = [i for i, row in enumerate(rows) if row.plain == plain]
         for batch in batches([len(rows[i].prompt) for i in members], batch_tokens):
@@ -123,14 +126,22 @@ def _value_norms(
 def states(
     model: PreTrainedModel, prompts: Sequence[Prompt], component: Component
 ) -> list[Float[Tensor, "layer pos ..."]]:
-    """A component's output in every layer, one tensor per prompt; `z` is `[layer, pos, head, d_head]`."""
+    """A component's output in every layer, one tensor per prompt.
+
+    Those by head are `[layer, pos, head, d_head]`; `pattern` is `[layer, query, head, key]`, whole.
+    """
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     layers = decoder_layers(model)
     for index in batches([len(prompt) for prompt in prompts], BATCH_TOKENS):
         kept: dict[int, Tensor] = {}
-        tap = Tap(change_z=kept.__setitem__ if component == "z" else None)
+
+        def keep(its: Component, layer: int, state: Tensor, kept: dict[int, Tensor] = kept) -> None:
+            if its == component:
+                kept[layer] = state
+
+        tap = Tap(change=keep, patterns=range(len(layers)) if component == "pattern" else ())
         with ExitStack() as stack:
-            if component != "z":
+            if component not in BY_HEAD:
                 for layer, module in enumerate(layers):
                     stack.enter_context(on_component(component, module, partial(kept.__setitem__, layer)))
             none = torch.zeros(0, dtype=torch.long)
@@ -139,7 +150,8 @@ def states(
             model(input_ids=padded_ids([prompts[i] for i in index], model.device), use_cache=False)
         stacked = torch.stack([kept[layer] for layer in range(len(layers))], dim=1)
         for i, state in zip(index, stacked, strict=True):
-            found[i] = state[:, : len(prompts[i])].clone()
+            state = state[:, : len(prompts[i])]
+            found[i] = (state[..., : len(prompts[i])] if component == "pattern" else state).clone()
     return found
 
 
@@ -176,15 +188,16 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
         state = state.clone()
         for i, patch, values in patches[component, layer]:
             at = (i, list(patch.positions)) if patch.head is None else (i, list(patch.positions), patch.head)
-            state[at] = values.to(state)
+            state[at] = fitted(component, values, state)
         return state
 
     with ExitStack() as stack:
         for component, layer in patches:
-            if component != "z":
+            if component not in BY_HEAD:
                 stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
         stack.enter_context(only_positions(model, *predicting_positions(rows)))
-        stack.enter_context(tapped(model, Tap(blocked, change_z=partial(put, "z")), range(len(layers))))
+        patterns = {layer for component, layer in patches if component == "pattern"}
+        stack.enter_context(tapped(model, Tap(blocked, change=put, patterns=patterns), range(len(layers))))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
         raise NotFired(f"patches of {sorted(set(patches) - fired)} were never applied")

@@ -14,16 +14,22 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
 
 
-Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
+Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 OUTPUTS: frozenset[Component] = frozenset({"resid_post", "attn_out", "mlp_out"})
 """Components that a layer, or a module of one, returns."""
+BY_HEAD: frozenset[Component] = frozenset({"z", "q", "k", "v", "pattern"})
+"""Components that belong to one head: a query head, or of `k` and `v` a key/value head."""
+FROM_THE_SAME_PLACE: frozenset[Component] = frozenset({"q", "k", "pattern"})
+"""Components that hold where they stand, so that they are patched at the same position only."""
+_READ_LATER: frozenset[Component] = frozenset({"k", "v"})
+"""Components that every later position of their own layer reads."""
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25
@@ -89,7 +95,11 @@ class Patch:
     `values` are `[position, width]`, or the run that they are taken from, at `source_positions` (None: the
     same positions); a prompt stands for its run under the row's own arm. Components: `resid_pre` and
     `resid_post`, the residual stream before and after the layer; `attn_out` and `mlp_out`, what its
-    attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
+    attention and its MLP return; and of one `head`, as its attention function gets or gives them: `q`, and `k` and
+    `v` of a key/value head (which query heads may share), behind norms and rotary; `pattern`, the attention weights
+    of the query at that position, `[position, key]` over keys 0 to the last of the positions and more where 0, which
+    then meet the patched run's own values; `z`, what the head gives to W_O. `q`, `k` and `pattern` hold where they
+    stand, and are taken from the same positions only.
     """
 
     layer: int
@@ -154,7 +164,7 @@ class Row:
     def touched(self) -> Sequence[int]:
         """Positions of the suffix that leave the first layer changed.
 
-        Only the residual stream before it changes its keys and values, and so every later position.
+        Only the residual stream before it, keys and values change what later positions read in it.
         """
         first, last = self.first_layer, self.prompt.predicting[-1]
         positions: set[int] = set()
@@ -163,6 +173,8 @@ class Row:
                 if patch.component == "resid_pre":
                     return self.suffix
                 positions.update(patch.positions)
+                if patch.component in _READ_LATER:
+                    positions.update(range(min(patch.positions), last + 1))
         if self.block is not None and self.block.acts_at(first):
             positions.update(query for query, _ in self.block.edges if query <= last)
         return sorted(positions)
@@ -186,8 +198,14 @@ class Output:
     value_norms: dict[int, Float[Tensor, "row head key"]] = field(default_factory=dict)
 
 
-def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
+def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int, n_kv_heads: Sequence[int]) -> None:
     """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing.
+
+    Args:
+        rows: what is asked.
+        n_layers: of the model.
+        n_heads: query heads of a layer.
+        n_kv_heads: key/value heads of each layer.
 
     Raises:
         NotFired: such an intervention.
@@ -210,7 +228,10 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
         for patch in row.patches:
             inside = [0 <= patch.layer < n_layers, bool(patch.positions)]
             inside += [0 <= position <= last for position in patch.positions]
-            inside += [(patch.head is not None and 0 <= patch.head < n_heads) == (patch.component == "z")]
+            heads_there = range(n_heads)
+            if all(inside) and patch.component in _READ_LATER:
+                heads_there = range(n_kv_heads[patch.layer])
+            inside += [(patch.head in heads_there) if patch.component in BY_HEAD else patch.head is None]
             if not all(inside):
                 raise NotFired(
                     f"fact {row.prompt.fact_id}: a patch of {patch.component} in layer {patch.layer}, head "
@@ -223,11 +244,30 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
                 raise NotFired(
                     f"fact {row.prompt.fact_id}: the prompt patched from is too short, or its positions do not match"
                 )
+            if patch.component in FROM_THE_SAME_PLACE and tuple(patch.taken_at) != tuple(patch.positions):
+                raise NotFired(
+                    f"fact {row.prompt.fact_id}: a patch of {patch.component} is taken from other positions than it is "
+                    "put at, and holds where it stands (rotary, or the row's keys): leave source_positions out"
+                )
+            if patch.component == "pattern" and source is None:
+                _check_pattern(row, patch)
         places = Counter((p.component, p.layer, p.head, position) for p in row.patches for position in p.positions)
         if twice := [place for place, n in places.items() if n > 1]:
             raise NotFired(
                 f"fact {row.prompt.fact_id}: two patches write to one place, {twice[0]}: leave one of them out"
             )
+
+
+def _check_pattern(row: Row, patch: Patch) -> None:
+    """Refuse weights of keys that a query of a causal model has not."""
+    weights: Tensor = patch.values  # type: ignore[assignment]
+    n_key = weights.shape[-1]
+    later = torch.arange(n_key, device=weights.device) > torch.tensor(patch.positions, device=weights.device)[:, None]
+    if n_key <= max(patch.positions) or bool((weights * later).any()):
+        raise NotFired(
+            f"fact {row.prompt.fact_id}: a pattern of {n_key} keys for positions {patch.positions} lacks keys, or has "
+            "weight on later ones: give [position, key] over keys 0 to the last position, 0 behind the query's own"
+        )
 
 
 def check_arms(rows: Sequence[Row]) -> None:
@@ -281,6 +321,13 @@ def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:
         queries, keys = zip(*row.block.edges, strict=True)
         mask[torch.tensor(queries), torch.tensor(keys)] = True
     return mask
+
+
+def fitted(component: Component, values: Tensor, state: Tensor) -> Tensor:
+    """A component's values in the width and precision of the state they go into: patterns over as many keys."""
+    if component == "pattern":
+        values = nn.functional.pad(values, (0, state.shape[-1] - values.shape[-1]))
+    return values.to(state)
 
 
 def wide(values: Tensor) -> Tensor:
