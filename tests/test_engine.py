@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads, output_
 from subjattn.engine.attention import grouped
 from subjattn.engine.budget import Budget
 from subjattn.engine.forward import attention_rows, forward, states
-from subjattn.engine.interventions import BY_HEAD, COMPONENTS, FROM_THE_SAME_PLACE, Block, Output, Patch, Row
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, FROM_THE_SAME_PLACE, Block, Output, Patch, Row, Scale
 from subjattn.engine.prefix import shared_tokens
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
@@ -78,6 +79,11 @@ def random_rows(model: PreTrainedModel, prompts: Iterable[Prompt], n: int, seed:
             if rng.random() < 0.3:
                 cells = frozenset((int(rng.integers(n_layers)), int(rng.integers(heads))) for _ in range(4))
                 block = Block(block.edges, cells=cells)
+        scale = None
+        if rng.random() < 0.3:
+            queries = map(int, 1 + rng.integers(last, size=rng.integers(1, 4)))
+            where = {} if rng.random() < 0.5 else {"heads": some(heads, heads), "layers": some(n_layers, n_layers)}
+            scale = Scale.between(queries, (0, 1), **where, add=float(rng.normal(scale=3)))
         for _ in range(rng.integers(0, 4)):
             component, layer = COMPONENTS[rng.integers(len(COMPONENTS))], int(rng.integers(n_layers))
             positions = some(min(last, len(source) - 1) + 1, 3)
@@ -92,7 +98,7 @@ def random_rows(model: PreTrainedModel, prompts: Iterable[Prompt], n: int, seed:
             others = tuple(map(int, rng.integers(len(source), size=len(positions)))) if rng.random() < 0.3 else None
             others = None if component in FROM_THE_SAME_PLACE else others
             patches[layer, component, head] = Patch(layer, positions, values, component, head, others)
-        rows.append(Row(prompt, block, tuple(patches.values())))
+        rows.append(Row(prompt, block, tuple(patches.values()), scale=scale))
     return rows
 
 
@@ -144,7 +150,7 @@ def test_prompts_that_begin_alike_share_their_beginning(
 
 def test_only_contrasts_are_those_of_all_logits(model: PreTrainedModel, prompts: PromptSet) -> None:
     rows = [
-        Row(row.prompt, row.block, row.patches, (int(row.prompt.answer_ids[0]), 7 + i))
+        replace(row, contrast=(int(row.prompt.answer_ids[0]), 7 + i))
         for i, row in enumerate(random_rows(model, prompts, 30, seed=4))
     ]
     expected = all_logits(forward(model, rows), rows)

@@ -15,8 +15,8 @@ from subjattn.engine import attend, cones
 from subjattn.engine.anatomy import n_kv_heads
 from subjattn.engine.base import Base
 from subjattn.engine.forward import forward
-from subjattn.engine.interventions import Component, Patch, Row
-from subjattn.errors import NotFired, UnsupportedModel
+from subjattn.engine.interventions import Block, Component, Edges, Patch, Row, Scale, times
+from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
@@ -219,8 +219,117 @@ def test_a_patch_that_is_never_written_is_noticed(
             )
 
 
+def scaled_by_hand(model: PreTrainedModel, row: Row, n_heads: int = 4) -> torch.Tensor:
+    """Logits with numbers added to the scores, or with weights multiplied and their rows divided by the sum."""
+    edits: oracles.Edits = {}
+    for edges in (row.scale, row.block):
+        for layer in range(3):
+            heads = () if edges is None else edges.heads_at(layer)
+            for head in range(n_heads) if heads is None else heads:
+                before = edits.get(("scores", layer), lambda state: state)
+                edits["scores", layer] = lambda state, args=(edges, head), before=before: added(before(state), *args)
+    return oracles.edited_logits(model, row.prompt, edits)[row.prompt.predicting]
+
+
+def added(scores: torch.Tensor, edges: Edges, head: int) -> torch.Tensor:
+    scores = scores.clone()
+    for query, key in edges.edges:
+        scores[0, head, query, key] += edges.add if isinstance(edges, Scale) else -1e30
+    return scores
+
+
+def scaled_rows(prompt: Prompt, source: Prompt) -> list[Row]:
+    """Layers, heads and cells; with a block that overlaps, and with a patch."""
+    queries, keys = (prompt.prediction, prompt.prediction - 2), range(3, 7)
+    edges = Scale.between(queries, keys, add=0.0).edges
+    cells = frozenset({(0, 3), (1, 0), (1, 2)})
+    return [
+        Row(prompt, scale=Scale(edges, add=1.5)),
+        Row(prompt, scale=Scale(edges, (1, 2), (0, 3), add=-2.5)),
+        Row(prompt, scale=Scale(edges, cells=cells, add=times(0.25))),
+        Row(prompt, Block.between([prompt.prediction], [4], (1,)), scale=Scale(edges, add=times(3))),
+        Row(prompt, patches=(Patch(1, (3,), source, "k", 0),), scale=Scale(edges, (1,), add=2.0)),
+    ]
+
+
+def test_a_scale_adds_to_scores(model: PreTrainedModel, two: tuple[Prompt, Prompt]) -> None:
+    target, source = two
+    rows = scaled_rows(target, source)[:4]
+    plain = oracles.logits(model, target)[target.predicting]
+    for row in rows:
+        expected = scaled_by_hand(model, row)
+        assert float((expected - plain).abs().max()) > 1e-3
+        for run in (forward, cones.forward):
+            torch.testing.assert_close(logits(run, model, row), expected, atol=1e-4, rtol=0)
+    row = scaled_rows(target, source)[4]
+    torch.testing.assert_close(logits(cones.forward, model, row), logits(forward, model, row), atol=1e-4, rtol=0)
+
+
+def test_a_factor_multiplies_weights_and_the_row_renormalises(
+    model: PreTrainedModel, two: tuple[Prompt, Prompt]
+) -> None:
+    prompt, _ = two
+    scale = Scale.between([prompt.prediction], range(3, 7), (1,), add=times(0.3))
+
+    def multiplied(pattern: torch.Tensor) -> torch.Tensor:
+        pattern = pattern.clone()
+        pattern[0, :, prompt.prediction, 3:7] *= 0.3
+        return pattern / pattern.sum(-1, keepdim=True)
+
+    expected = oracles.edited_logits(model, prompt, {("pattern", 1): multiplied})[prompt.predicting]
+    for run in (forward, cones.forward):
+        torch.testing.assert_close(logits(run, model, Row(prompt, scale=scale)), expected, atol=1e-4, rtol=0)
+
+
+def test_the_ends_of_a_scale(model: PreTrainedModel, two: tuple[Prompt, Prompt]) -> None:
+    """Nothing added is nothing; far down is blocked; all keys alike is nothing, as a softmax sees differences."""
+    prompt, _ = two
+    plain = oracles.logits(model, prompt)[prompt.predicting]
+    edges = Block.between([prompt.prediction], range(3, 7), (0, 2))
+    for run in (forward, cones.forward):
+        zero = logits(run, model, Row(prompt, scale=Scale(edges.edges, edges.layers, add=0.0)))
+        torch.testing.assert_close(zero, plain, atol=2e-5, rtol=0)
+        down = logits(run, model, Row(prompt, scale=Scale(edges.edges, edges.layers, add=-1e4)))
+        torch.testing.assert_close(down, logits(run, model, Row(prompt, edges)), atol=2e-5, rtol=0)
+        every = Scale.between([prompt.prediction], range(prompt.prediction + 1), add=3.0)
+        torch.testing.assert_close(logits(run, model, Row(prompt, scale=every)), plain, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("run", [forward, cones.forward])
+def test_scales_that_could_not_act_are_refused(
+    tiny_models: dict[str, LoadedModel], prompts: PromptSet, run: Any
+) -> None:
+    model, prompt = tiny_models["llama"].model, prompts[0]
+    for scale in (
+        Scale(frozenset(), add=1.0),
+        Scale.between((3,), (1,), (9,), add=1.0),
+        Scale(frozenset({(1, 3)}), add=1.0),
+        Scale.between((3,), (1,), heads=(4,), add=1.0),
+    ):
+        with pytest.raises(NotFired, match="the scaled edges are empty, or lie outside"):
+            list(run(model, [Row(prompt, scale=scale)]))
+    for number in (torch.inf, -torch.inf, torch.nan):
+        with pytest.raises(NotFired, match="cannot be added to scores"):
+            list(run(model, [Row(prompt, scale=Scale.between((3,), (1,), add=number))]))
+    for factor in (0.0, -1.0, torch.inf, torch.nan):
+        with pytest.raises(BadInput, match="or block the edges"):
+            times(factor)
+
+
+def test_a_scale_before_the_soft_cap_is_seen(
+    tiny_models: dict[str, LoadedModel], two: tuple[Prompt, Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: Gemma 2's cap over what was added."""
+    model, (prompt, source) = tiny_models["gemma2"].model, two
+    row = scaled_rows(prompt, source)[0]
+    expected = logits(cones.forward, model, row)
+    added_at = attend.Tokens.added_at
+    monkeypatch.setattr(attend.Tokens, "added_at", lambda tokens, layer: 2 * (added_at(tokens, layer) / 2).tanh())
+    assert float((logits(cones.forward, model, row) - expected).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["transformer-lens", "nnsight"])
-def test_other_libraries_edit_the_same(
+def test_other_libraries_edit_the_same_edit_the_same(
     arch: str, model: PreTrainedModel, two: tuple[Prompt, Prompt], name: Any
 ) -> None:
     target, source = two
@@ -235,3 +344,6 @@ def test_other_libraries_edit_the_same(
             logits(backend, model, row)
         row = Row(target, patches=tuple(patch for patch in row.patches if patch.component in ("v", "pattern")))
     torch.testing.assert_close(logits(backend, model, row), by_hand(model, target, row.patches), atol=1e-4, rtol=0)
+    for scaled in scaled_rows(target, source)[:4]:
+        expected = scaled_by_hand(model, scaled)
+        torch.testing.assert_close(logits(backend, model, scaled), expected, atol=1e-4, rtol=0)

@@ -30,9 +30,10 @@ from subjattn.engine.interventions import (
     Patch,
     Row,
     Run,
-    blocked_edges,
+    Scale,
     check_rows,
     controls,
+    edge_mask,
     fitted,
     wide,
 )
@@ -153,6 +154,8 @@ class NNsight:
                     for patch in here:
                         if patch.component in _BEFORE_SCORES:
                             self._patch(patch, row, states)
+                    if row.scale is not None and row.scale.acts_at(layer):
+                        self._scale(row, layer, row.scale)
                     if block is not None and block.acts_at(layer):
                         self._block(row, layer, block)
                     for patch in here:
@@ -172,9 +175,15 @@ class NNsight:
         values = patch.values if source is None else states[source][patch.layer, patch.component][taken]
         state[at] = fitted(patch.component, values, state)  # type: ignore[arg-type]
 
+    def _scale(self, row: Row, layer: int, scale: Scale) -> None:
+        """Add to what the softmax gets."""
+        heads, scores = scale.heads_at(layer), self._softmax(layer).input
+        edges = edge_mask(scale, len(row.prompt)).to(scores)
+        scores[0, list(range(self.n_heads) if heads is None else heads)] += scale.add * edges
+
     def _block(self, row: Row, layer: int, block: Block) -> None:
         """Take edges out of what the softmax gets, and look whether what it gives lost them."""
-        edges = blocked_edges(row, len(row.prompt)).to(self.device)
+        edges = edge_mask(block, len(row.prompt)).to(self.device)
         heads_at = block.heads_at(layer)
         heads = list(range(self.n_heads) if heads_at is None else heads_at)
         softmax = self._softmax(layer)

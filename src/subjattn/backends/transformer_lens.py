@@ -28,9 +28,10 @@ from subjattn.engine.interventions import (
     Patch,
     Row,
     Run,
-    blocked_edges,
+    Scale,
     check_rows,
     controls,
+    edge_mask,
     fitted,
     wide,
 )
@@ -124,6 +125,7 @@ class TransformerLens:
     def _run(self, row: Row, taken: dict[Run, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
         fired: list[str] = []
         hooks = [] if row.block is None else self._blocking(row, row.block, fired)
+        hooks += [] if row.scale is None else self._scaling(row, row.scale, fired)
         for patch in row.patches:
             source = patch.source(row.arm)
             name = _name(patch.layer, self.points[patch.component])
@@ -135,7 +137,7 @@ class TransformerLens:
 
     def _blocking(self, row: Row, block: Block, fired: list[str]) -> list[_Hook]:
         """Hooks that take edges out of the scores, and look whether the pattern lost them."""
-        edges = blocked_edges(row, len(row.prompt)).to(self.device)
+        edges = edge_mask(block, len(row.prompt)).to(self.device)
 
         def heads_at(layer: int) -> list[int]:
             heads = block.heads_at(layer)
@@ -160,6 +162,19 @@ class TransformerLens:
             for point, act in ((_SCORES, block_scores), (_PATTERN, check_pattern))
             for layer in layers
         ]
+
+    def _scaling(self, row: Row, scale: Scale, fired: list[str]) -> list[_Hook]:
+        """Hooks that add to the scores."""
+        edges = edge_mask(scale, len(row.prompt)).to(self.device)
+
+        def add(scores: Tensor, hook: Any, heads: tuple[int, ...] | None) -> Tensor:
+            fired.append(hook.name)
+            scores = scores.clone()
+            scores[0, list(range(self.n_heads) if heads is None else heads)] += scale.add * edges.to(scores)
+            return scores
+
+        layers = [layer for layer in range(self.n_layers) if scale.acts_at(layer)]
+        return [(_name(layer, _SCORES), partial(add, heads=scale.heads_at(layer))) for layer in layers]
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:

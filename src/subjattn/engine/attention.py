@@ -2,11 +2,11 @@
 
 It is registered under the name `subjattn` with transformers' attention interface, so every
 architecture that dispatches through it keeps its own projections, norms, rotary embeddings and
-masks. The output is SDPA's, or plain arithmetic where scores are soft-capped or weights are looked at. A `Tap` may,
-layer by layer,
+masks. The output is SDPA's, or plain arithmetic where scores are soft-capped or added to, or weights are looked at.
+A `Tap` may, layer by layer,
 
 * block edges (query, key) of each batch row before the softmax, so that the remaining weights
-  renormalise (Geva et al. 2023);
+  renormalise (Geva et al. 2023), or add to their scores;
 * keep the attention rows of chosen queries, `[row, head, query, key]`, in float32;
 * see keys, values and mask of a base run, or attend in its own way (cones.py);
 * see or change queries, keys and values as the function gets them (behind rotary and norms), the weights before they
@@ -53,6 +53,7 @@ class Tap:
     """
 
     blocked: Callable[[int], Bool[Tensor, "row head query key"] | None] = lambda _layer: None
+    added: Callable[[int], Float[Tensor, "row head query key"] | None] = lambda _layer: None
     keep_queries: Int[Tensor, "row query"] | None = None
     keep: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
     attend: Callable[[int, Tensor, Tensor, Tensor, float, float | None, Change | None], Tensor] | None = None
@@ -109,7 +110,7 @@ def _attention(
             )
     tap, mask = _TAP.get(), attention_mask
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer, change_pattern = -1, None
+    layer, change_pattern, added = -1, None, None
     if tap is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         tap.seen[layer] = module
@@ -119,15 +120,15 @@ def _attention(
         )
         if tap.keep is not None:
             tap.keep(layer, key, value, mask)
-        mask = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2])
+        mask, added = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2]), tap.added(layer)
         if tap.keep_queries is not None:
             tap.weights[layer] = _attention_rows(query, key, mask, tap.keep_queries, scale, softcap)
         if tap.change is not None and layer in tap.patterns:
             change_pattern = partial(tap.change, "pattern", layer)
     if tap is not None and tap.attend is not None:
         z = tap.attend(layer, query, key, value, scale, softcap, change_pattern)
-    elif softcap is not None or change_pattern is not None:
-        z = _plain_attention(query, key, value, mask, scale, softcap, change_pattern)
+    elif softcap is not None or change_pattern is not None or added is not None:
+        z = _plain_attention(query, key, value, mask, scale, softcap, added, change_pattern)
     else:
         z = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
     return z if tap is None else _changed(tap, "z", layer, z), None
@@ -223,9 +224,10 @@ def _plain_attention(
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
+    added: Float[Tensor, "row head query key"] | None,
     change: Change | None,
 ) -> Float[Tensor, "row query head d_head"]:
-    """What SDPA has not: soft-caps, some queries at a time, and weights to be changed, all of them at once."""
+    """What SDPA has not: soft-caps and added scores, some queries at a time; changed weights, all of them at once."""
     n_kv, at_once = key.shape[1], QUERIES_AT_ONCE if change is None else query.shape[2]
     parts = []
     for start in range(0, query.shape[2], at_once):
@@ -233,6 +235,8 @@ def _plain_attention(
         positions = torch.arange(start, start + some.shape[2], device=query.device).expand(len(query), -1)
         scores = grouped(some, n_kv) @ key.transpose(2, 3)[:, :, None]
         scores = capped(wide(scores).flatten(1, 2) * scale, softcap)
+        if added is not None:
+            scores = scores + added[:, :, start : start + at_once].to(scores)
         weights = scores.masked_fill(~_mask_rows(mask, positions, len(query), key.shape[2]), -torch.inf).softmax(-1)
         if change is not None and (changed := change(weights.transpose(1, 2))) is not None:
             weights = changed.transpose(1, 2)

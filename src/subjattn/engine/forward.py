@@ -37,14 +37,15 @@ from subjattn.engine.interventions import (
     BATCH_TOKENS,
     BY_HEAD,
     Component,
+    Edges,
     Output,
     Patch,
     Row,
     Run,
     batches,
-    blocked_edges,
     check_rows,
     controls,
+    edge_mask,
     fitted,
     wide,
 )
@@ -166,20 +167,23 @@ def predicting_positions(rows: Sequence[Row]) -> tuple[Int[Tensor, " prediction"
 def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction vocab"]:
     layers, device = decoder_layers(model), model.device
     ids = padded_ids([row.prompt for row in rows], device)
-    edges = torch.stack([blocked_edges(row, ids.shape[1]) for row in rows]).to(device)
-    heads = n_heads(model)
     patches = _by_place(rows, model)
     fired: set[tuple[Component, int]] = set()
 
-    def blocked(layer: int) -> Tensor | None:
-        if not any(row.block is not None and row.block.acts_at(layer) for row in rows):
+    def chosen(edges: Sequence[Edges | None], layer: int) -> Tensor | None:
+        if not any(its is not None and its.acts_at(layer) for its in edges):
             return None
-        mask = torch.zeros(len(rows), heads, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            if row.block is not None and row.block.acts_at(layer):
-                heads_at = row.block.heads_at(layer)
-                mask[i, slice(None) if heads_at is None else list(heads_at)] = True
-        return edges[:, None] & mask.to(device)[:, :, None, None]
+        mask = torch.zeros(len(rows), n_heads(model), ids.shape[1], ids.shape[1], dtype=torch.bool)
+        for i, its in enumerate(edges):
+            if its is not None and its.acts_at(layer):
+                heads = its.heads_at(layer)
+                mask[i, slice(None) if heads is None else list(heads)] = edge_mask(its, ids.shape[1])
+        return mask.to(device)
+
+    def added(layer: int) -> Tensor | None:
+        mask = chosen([row.scale for row in rows], layer)
+        add = torch.tensor([0.0 if row.scale is None else row.scale.add for row in rows], device=device)
+        return None if mask is None else mask * add[:, None, None, None]
 
     def put(component: Component, layer: int, state: Tensor) -> Tensor | None:
         if (component, layer) not in patches:
@@ -197,7 +201,8 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
                 stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
         stack.enter_context(only_positions(model, *predicting_positions(rows)))
         patterns = {layer for component, layer in patches if component == "pattern"}
-        stack.enter_context(tapped(model, Tap(blocked, change=put, patterns=patterns), range(len(layers))))
+        tap = Tap(partial(chosen, [row.block for row in rows]), added, change=put, patterns=patterns)
+        stack.enter_context(tapped(model, tap, range(len(layers))))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
         raise NotFired(f"patches of {sorted(set(patches) - fired)} were never applied")

@@ -1,22 +1,23 @@
-"""Interventions as data: which edges to block, which states to replace, in which run.
+"""Interventions as data: which edges to block or scale, which states to replace, in which run.
 
-A run is one prompt under one arm; a row is a run under at most one block and any patches. An
+A run is one prompt under one arm; a row is a run under at most one block, one scale and any patches. An
 intervention reaches only the layers and positions of its cone: from its first layer up, and from its
 first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from subjattn.errors import NotFired, UnsupportedModel
+from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
 
 
@@ -39,11 +40,8 @@ SMALL = 256
 
 
 @dataclass(frozen=True)
-class Block:
-    """Attention edges (query, key) blocked before the softmax.
-
-    Either in `heads` of `layers` (None: all), or in the very `cells` (layer, head).
-    """
+class Edges:
+    """Attention edges (query, key), in `heads` of `layers` (None: all) or in the very `cells` (layer, head)."""
 
     edges: frozenset[tuple[int, int]]
     layers: tuple[int, ...] | None = None
@@ -57,13 +55,14 @@ class Block:
         keys: Iterable[int],
         layers: tuple[int, ...] | None = None,
         heads: tuple[int, ...] | None = None,
-    ) -> Block:
-        """Every edge from `queries` to `keys` that a causal model has."""
+        **how: Any,
+    ) -> Self:
+        """Every edge from `queries` to `keys` that a causal model has; `how` is what the kind of edges asks for."""
         keys = tuple(keys)
-        return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads)
+        return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads, **how)
 
     def heads_at(self, layer: int) -> tuple[int, ...] | None:
-        """Heads that lose the edges in a layer; None: all of them."""
+        """Heads whose edges these are in a layer; None: all of them."""
         if self.cells is not None:
             return tuple(sorted(head for at, head in self.cells if at == layer))
         return self.heads if self.layers is None or layer in self.layers else ()
@@ -75,6 +74,32 @@ class Block:
     def first_layer(self) -> int:
         layers = self.layers if self.cells is None else [layer for layer, _ in self.cells]
         return 0 if layers is None else min(layers)
+
+
+@dataclass(frozen=True)
+class Block(Edges):
+    """Edges blocked before the softmax, so that the remaining weights renormalise (Geva et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Scale(Edges):
+    """Edges to whose attention score `add` is added: behind scaling and soft-cap, before the softmax.
+
+    `add=times(2)` doubles their weights, and the row renormalises.
+    """
+
+    add: float = field(kw_only=True)
+
+
+def times(factor: float) -> float:
+    """What added to scores multiplies the weights, before the row renormalises: log `factor`.
+
+    Raises:
+        BadInput: the factor is not positive; 0 is a `Block`.
+    """
+    if not 0 < factor < math.inf:
+        raise BadInput(f"weights times {factor}: give a positive factor, or block the edges (factor 0)")
+    return math.log(factor)
 
 
 @dataclass(frozen=True)
@@ -123,21 +148,30 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt and arm under at most one block and any patches; `contrast` is a token and its foil."""
+    """One prompt and arm under at most one block, one scale and any patches; `contrast` is a token and its foil.
+
+    Where a block and a scale take the same edge, it is blocked.
+    """
 
     prompt: Prompt
     block: Block | None = None
     patches: tuple[Patch, ...] = ()
     contrast: tuple[int, int] | None = None
     arm: str | None = None
+    scale: Scale | None = None
 
     @property
     def run(self) -> Run:
         return Run(self.prompt, self.arm)
 
     @property
+    def edges(self) -> list[Edges]:
+        """Its block and its scale, where it has them."""
+        return [edges for edges in (self.block, self.scale) if edges is not None]
+
+    @property
     def plain(self) -> bool:
-        return self.block is None and not self.patches
+        return not self.edges and not self.patches
 
     @property
     def sources(self) -> list[Run]:
@@ -148,8 +182,7 @@ class Row:
     @property
     def first_layer(self) -> int:
         """The lowest layer whose computation differs from the base run's."""
-        layers = [patch.layer for patch in self.patches]
-        layers += [] if self.block is None else [self.block.first_layer]
+        layers = [patch.layer for patch in self.patches] + [edges.first_layer for edges in self.edges]
         return min(layers, default=0)
 
     @property
@@ -157,7 +190,7 @@ class Row:
         """Positions from the first that differs from the base run to the last that predicts an answer token."""
         positions = [self.prompt.prediction]
         positions += [position for patch in self.patches for position in patch.positions]
-        positions += [] if self.block is None else [query for query, _ in self.block.edges]
+        positions += [query for edges in self.edges for query, _ in edges.edges]
         return range(min(positions), self.prompt.predicting[-1] + 1)
 
     @property
@@ -175,8 +208,9 @@ class Row:
                 positions.update(patch.positions)
                 if patch.component in _READ_LATER:
                     positions.update(range(min(patch.positions), last + 1))
-        if self.block is not None and self.block.acts_at(first):
-            positions.update(query for query, _ in self.block.edges if query <= last)
+        for edges in self.edges:
+            if edges.acts_at(first):
+                positions.update(query for query, _ in edges.edges if query <= last)
         return sorted(positions)
 
 
@@ -214,17 +248,23 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int, n_kv_heads: Seq
     check_arms(rows)
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
-        if (block := row.block) is not None:
-            cells = block.cells or ()
-            layers, heads = [*(block.layers or ()), *dict(cells)], [*(block.heads or ()), *(head for _, head in cells)]
-            inside = [0 <= key <= query < length for query, key in block.edges]
+        for its in row.edges:
+            cells = its.cells or ()
+            layers, heads = [*(its.layers or ()), *dict(cells)], [*(its.heads or ()), *(head for _, head in cells)]
+            inside = [0 <= key <= query < length for query, key in its.edges]
             inside += [0 <= layer < n_layers for layer in layers] + [0 <= head < n_heads for head in heads]
-            inside += [block.cells is None or block.layers is None is block.heads]
-            empty = not block.edges or block.layers == () or block.heads == () or block.cells == frozenset()
-            if empty or not all(inside) or min(query for query, _ in block.edges) > last:
+            inside += [its.cells is None or its.layers is None is its.heads]
+            empty = not its.edges or its.layers == () or its.heads == () or its.cells == frozenset()
+            if empty or not all(inside) or min(query for query, _ in its.edges) > last:
                 raise NotFired(
-                    f"fact {row.prompt.fact_id}: the blocked edges are empty, or lie outside the prompt or model"
+                    f"fact {row.prompt.fact_id}: the {'blocked' if its is row.block else 'scaled'} edges are empty, or "
+                    "lie outside the prompt or model"
                 )
+        if row.scale is not None and not math.isfinite(row.scale.add):
+            raise NotFired(
+                f"fact {row.prompt.fact_id}: {row.scale.add} cannot be added to scores: give a finite number, or block "
+                "the edges"
+            )
         for patch in row.patches:
             inside = [0 <= patch.layer < n_layers, bool(patch.positions)]
             inside += [0 <= position <= last for position in patch.positions]
@@ -314,11 +354,11 @@ def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return [Row(run.prompt, contrast=contrast, arm=run.arm) for run, contrast in found], of
 
 
-def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:
-    """The edges a row blocks, as a mask over the whole prompt."""
+def edge_mask(edges: Edges | None, length: int) -> Bool[Tensor, "query key"]:
+    """Edges as a mask over the whole prompt."""
     mask = torch.zeros(length, length, dtype=torch.bool)
-    if row.block is not None:
-        queries, keys = zip(*row.block.edges, strict=True)
+    if edges is not None:
+        queries, keys = zip(*edges.edges, strict=True)
         mask[torch.tensor(queries), torch.tensor(keys)] = True
     return mask
 
