@@ -329,7 +329,7 @@ def test_a_scale_before_the_soft_cap_is_seen(
 
 
 @pytest.mark.parametrize("name", ["transformer-lens", "nnsight"])
-def test_other_libraries_edit_the_same_edit_the_same(
+def test_other_libraries_edit_the_same(
     arch: str, model: PreTrainedModel, two: tuple[Prompt, Prompt], name: Any
 ) -> None:
     target, source = two
