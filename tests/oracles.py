@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 from subjattn.prompts import Prompt
 
@@ -42,6 +43,72 @@ def answer_logprob(model: PreTrainedModel, prompt: Prompt, mask: Mask | None = N
 
 
 Mask = Tensor | dict[str, Tensor]
+Edits = dict[tuple[str, int], Callable[[Tensor], Tensor]]
+"""By what (`q`, `k`, `v`, `scores`, `pattern`) and layer: a state `[1, head, …, …]` to what goes on in its place."""
+_EDITS: Edits = {}
+
+
+def _by_hand(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention step by step, each step open to an edit; scores are those behind scaling and soft-cap."""
+
+    def edited(name: str, state: Tensor) -> Tensor:
+        return _EDITS.get((name, module.layer_idx), lambda same: same)(state)
+
+    query, key, value = edited("q", query), edited("k", key), edited("v", value)
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    pattern = edited("pattern", (edited("scores", scores) + attention_mask).softmax(-1))
+    return (pattern @ value).transpose(1, 2), pattern
+
+
+AttentionInterface.register("by_hand", _by_hand)
+AttentionMaskInterface.register("by_hand", eager_mask)
+
+
+@torch.no_grad()
+def edited_logits(model: PreTrainedModel, prompt: Prompt, edits: Edits) -> Tensor:
+    """All logits of one prompt, attending by hand with edits."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("by_hand")
+    _EDITS.update(edits)
+    try:
+        return model(torch.tensor([prompt.ids]), use_cache=False).logits[0]
+    finally:
+        _EDITS.clear()
+        model.set_attn_implementation(before)
+
+
+def seen_inside(model: PreTrainedModel, prompt: Prompt, name: str, layer: int) -> Tensor:
+    """What attention gets or gives there, `[head, …, …]`."""
+    kept: list[Tensor] = []
+    edited_logits(model, prompt, {(name, layer): lambda state: kept.append(state.clone()) or state})
+    return kept[0][0]
+
+
+def put_inside(values: Tensor, positions: tuple[int, ...], head: int) -> Callable[[Tensor], Tensor]:
+    """An edit: rows of one head become others, `[position, …]`, whose keys may be fewer or more."""
+
+    def put(state: Tensor) -> Tensor:
+        state = state.clone()
+        for row, position in zip(values, positions, strict=True):
+            width = min(len(row), state.shape[-1])
+            state[0, head, position] = 0
+            state[0, head, position, :width] = row[:width]
+        return state
+
+    return put
 
 
 def hand_mask(model: PreTrainedModel, length: int, edges: set[tuple[int, int]], heads: list[int] | None = None) -> Mask:

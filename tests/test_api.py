@@ -37,6 +37,7 @@ def test_public_names_are_pinned() -> None:
         "read_facts",
         "reason",
         "recovery",
+        "rescale",
         "run_study",
         "significant",
         "slick",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from subjattn.backends import BackendName, nnsight, open_backend, transformer_lens
 from subjattn.backends.nnsight import NNsight
 from subjattn.engine.forward import forward
-from subjattn.engine.interventions import COMPONENTS, Block, Component, Output, Patch, Row
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Block, Component, Output, Patch, Row
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
@@ -81,7 +81,7 @@ def logits_of(outputs: Iterable[Output]) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_patching(tiny: LoadedModel, pairs: Pairs, component: Component, backend: BackendName) -> None:
-    at = "subject" if component == "z" else "position"
+    at = "subject" if component in BY_HEAD else "position"
     agree(patch_grid(tiny, pairs, component, at=at, backend=backend), patch_grid(tiny, pairs, component, at=at))
 
 

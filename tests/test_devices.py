@@ -23,7 +23,7 @@ from subjattn.engine import attend, attention, checks, cones
 from subjattn.engine.anatomy import decoder_layers
 from subjattn.engine.budget import Budget
 from subjattn.engine.forward import attention_rows
-from subjattn.engine.interventions import COMPONENTS, Block, Patch, Row
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Block, Patch, Row
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.metrics import METRICS, _metric
@@ -114,7 +114,7 @@ def grid(pairs: Pairs, n_layers: int) -> list[Row]:
         rows += [Row(prompt, contrast=contrast) for prompt in (clean, corrupt)]
         for layer in range(n_layers):
             for component in COMPONENTS:
-                head = 2 if component == "z" else None
+                head = 1 if component in BY_HEAD else None
                 for position in (clean.subject_span[0], clean.prediction):
                     patch = Patch(layer, (position,), clean, component, head)
                     rows.append(Row(corrupt, patches=(patch,), contrast=contrast))

@@ -63,7 +63,7 @@ def by_hand(logits: torch.Tensor, base: torch.Tensor, prompt: Prompt, foil: int)
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", [its for its in COMPONENTS if its not in ("q", "k", "v", "pattern")])
 def test_every_cell_of_a_grid_by_position(
     llama: LoadedModel, pairs: list[tuple[Prompt, Prompt]], component: Any, direction: Any
 ) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
+    from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
     from subjattn.plots.choose import plot as plot
@@ -83,6 +84,7 @@ _HOMES = {
     "ratio": "evidence.ratios",
     "reason": "measures.answers",
     "recovery": "measures.patching",
+    "rescale": "measures.rescale",
     "run_study": "study.run",
     "significant": "evidence.maps",
     "slick": "knowledge.slick",

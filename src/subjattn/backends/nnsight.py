@@ -1,8 +1,8 @@
 """nnsight as a reference: a copy of the model traced one row at a time.
 
 States are read and written in place inside the trace, at the modules of a decoder layer; inside its
-attention, at the operations that `.source` makes of transformers' eager attention: what its softmax
-gets and gives, and what the whole call returns.
+attention, at the operations that `.source` makes of transformers' eager attention: what the whole call
+gets and returns, and what its softmax gets and gives.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from nnsight.intervention.interleaver import OutOfOrderError  # type: ignore[imp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subjattn.engine.anatomy import n_kv_heads
 from subjattn.engine.arms import check_arms
 from subjattn.engine.checks import PROBE, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import (
+    BY_HEAD,
     COMPONENTS,
     Block,
     Component,
@@ -29,9 +31,11 @@ from subjattn.engine.interventions import (
     Patch,
     Row,
     Run,
-    blocked_edges,
+    Scale,
     check_rows,
     controls,
+    edge_mask,
+    fitted,
     wide,
 )
 from subjattn.errors import NotFired, UnsupportedModel
@@ -44,7 +48,8 @@ _NAMES = {
     "gpt_neox.layers": ("attention", "mlp"),
 }
 """Decoder layers, and the attention and the MLP inside, as architectures call them."""
-_ORDER: tuple[Component, ...] = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
+_BEFORE_SCORES: tuple[Component, ...] = ("resid_pre", "q", "k", "v")
+_ORDER: tuple[Component, ...] = (*_BEFORE_SCORES, "pattern", "z", "attn_out", "mlp_out", "resid_post")
 """Components of a layer as the model computes them."""
 _States = dict[tuple[int, Component], Tensor]
 
@@ -69,12 +74,13 @@ class NNsight:
         path, self.attention, self.mlp = names[0]
         self.layers: list[Any] = list(attrgetter(path)(self.traced))
         self.device, self.n_heads = model.device, int(model.config.get_text_config().num_attention_heads)
+        self.n_kv_heads = n_kv_heads(model)
         self._check(model)
 
     @torch.no_grad()
     def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:  # noqa: ARG002
         """Outputs of single rows, the plain ones first; see interventions.py."""
-        check_rows(rows, len(self.layers), self.n_heads)
+        check_rows(rows, len(self.layers), self.n_heads, self.n_kv_heads)
         check_arms(None, rows)
         wanted: dict[Run, set[tuple[int, Component]]] = {}
         for row in rows:
@@ -115,10 +121,18 @@ class NNsight:
         """The softmax inside that call."""
         return _operation(self._attend(layer).source, "softmax")
 
+    def _heads_of(self, component: Component) -> Sequence[int]:
+        return self.n_kv_heads if component in ("k", "v") else [self.n_heads] * len(self.layers)
+
     def _state(self, layer: int, component: Component) -> Tensor:
         """What a component gives, to be read or written in place inside a trace."""
         if component == "resid_pre":
             return self.layers[layer].input  # type: ignore[no-any-return]
+        if component in ("q", "k", "v"):
+            (_, *given), _ = self._attend(layer).inputs
+            return given["qkv".index(component)].transpose(1, 2)  # type: ignore[no-any-return]
+        if component == "pattern":
+            return self._softmax(layer).output.transpose(1, 2)  # type: ignore[no-any-return]
         if component == "z":
             return self._attend(layer).output[0]  # type: ignore[no-any-return]
         name = {"attn_out": self.attention, "mlp_out": self.mlp}.get(component)
@@ -140,12 +154,14 @@ class NNsight:
                 for layer in range(len(self.layers)):
                     here = [patch for patch in patches if patch.layer == layer]
                     for patch in here:
-                        if patch.component == "resid_pre":
+                        if patch.component in _BEFORE_SCORES:
                             self._patch(patch, row, states)
+                    if row.scale is not None and row.scale.acts_at(layer):
+                        self._scale(row, layer, row.scale)
                     if block is not None and block.acts_at(layer):
                         self._block(row, layer, block)
                     for patch in here:
-                        if patch.component != "resid_pre":
+                        if patch.component not in _BEFORE_SCORES:
                             self._patch(patch, row, states)
                 logits: Tensor = nnsight.save(wide(self.traced.output.logits[0, list(row.prompt.predicting)]))
         except OutOfOrderError as error:
@@ -159,11 +175,17 @@ class NNsight:
         at, taken = ((0, list(positions), *head) for positions in (patch.positions, patch.taken_at))
         state, source = self._state(patch.layer, patch.component), patch.source(row.arm)
         values = patch.values if source is None else states[source][patch.layer, patch.component][taken]
-        state[at] = values.to(state)  # type: ignore[union-attr]
+        state[at] = fitted(patch.component, values, state)  # type: ignore[arg-type]
+
+    def _scale(self, row: Row, layer: int, scale: Scale) -> None:
+        """Add to what the softmax gets."""
+        heads, scores = scale.heads_at(layer), self._softmax(layer).input
+        edges = edge_mask(scale, len(row.prompt)).to(scores)
+        scores[0, list(range(self.n_heads) if heads is None else heads)] += scale.add * edges
 
     def _block(self, row: Row, layer: int, block: Block) -> None:
         """Take edges out of what the softmax gets, and look whether what it gives lost them."""
-        edges = blocked_edges(row, len(row.prompt)).to(self.device)
+        edges = edge_mask(block, len(row.prompt)).to(self.device)
         heads_at = block.heads_at(layer)
         heads = list(range(self.n_heads) if heads_at is None else heads_at)
         softmax = self._softmax(layer)
@@ -188,8 +210,8 @@ class NNsight:
             )
         except Exception as error:
             raise _unsupported(model, f"it cannot be traced as needed ({' '.join(str(error).split())})") from error
-        if any(state.shape[2] != self.n_heads for (_, component), state in kept.items() if component == "z"):
-            raise _unsupported(model, "what its attention returns is not split into heads")
+        if any(kept[layer, its].shape[2] != self._heads_of(its)[layer] for layer, its in kept if its in BY_HEAD):
+            raise _unsupported(model, "what its attention gets or returns is not split into heads")
         expected = model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, PROBE - 2]
         gap = relative_gap(plain[0], expected)
         if not gap <= 10 * tolerance(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,9 @@ from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.interventions import Component
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
+
+
+_kv_heads: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -36,10 +40,16 @@ def n_heads(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_attention_heads)
 
 
+@torch.inference_mode()
 def n_kv_heads(model: PreTrainedModel) -> tuple[int, ...]:
-    """Key/value heads of each layer."""
-    config = model.config.get_text_config()
-    return (getattr(config, "num_key_value_heads", None) or n_heads(model),) * len(decoder_layers(model))
+    """Key/value heads of every layer, as its attention function gets them; found once a model."""
+    if model not in _kv_heads:
+        layers, found = range(len(decoder_layers(model))), dict[int, int]()
+        tap = Tap(keep=lambda layer, key, _value, _mask: found.__setitem__(layer, key.shape[1]))
+        with tapped(model, tap, layers):
+            model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
+        _kv_heads[model] = tuple(found[layer] for layer in layers)
+    return _kv_heads[model]
 
 
 def attention_module(layer: nn.Module) -> nn.Module:
@@ -69,8 +79,9 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     waiting: list[int] = []
 
-    def after_attention(layer: int, _: Tensor) -> None:
-        waiting.append(layer)
+    def after_attention(component: Component, layer: int, _: Tensor) -> None:
+        if component == "z":
+            waiting.append(layer)
 
     def before_child(module: nn.Module, _: Any) -> None:
         if waiting:
@@ -81,7 +92,7 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module]:
         for layer in layers:
             for child in attention_module(layer).children():
                 stack.callback(child.register_forward_pre_hook(before_child).remove)
-        stack.enter_context(tapped(model, Tap(change_z=after_attention), range(len(layers))))
+        stack.enter_context(tapped(model, Tap(change=after_attention), range(len(layers))))
         model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
     modules = [found.get(layer) for layer in range(len(layers))]
     if any(module is None or all(p.ndim < 2 for p in module.parameters()) for module in modules):
@@ -171,7 +182,7 @@ def on_output(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> I
 def on_component(
     component: Component, layer: nn.Module, change: Callable[[Tensor], Tensor | None]
 ) -> AbstractContextManager[Fired]:
-    """Pass a component of one decoder layer through `change`; `z` is the attention function's affair."""
+    """Pass a component of one decoder layer through `change`; those by head are the attention function's affair."""
     if component == "resid_pre":
         return on_input(layer, change)
     if component == "resid_post":

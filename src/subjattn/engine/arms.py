@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from subjattn.engine.interventions import Arm, Part, Place, Row, Run
+from subjattn.engine.interventions import Arm, Part, Row, Run
+from subjattn.engine.parts import Place
 from subjattn.errors import UnsupportedModel
 
 

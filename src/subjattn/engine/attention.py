@@ -2,22 +2,26 @@
 
 It is registered under the name `subjattn` with transformers' attention interface, so every
 architecture that dispatches through it keeps its own projections, norms, rotary embeddings and
-masks. The output is SDPA's, or plain arithmetic where scores are soft-capped. A `Tap` may, layer by layer,
+masks. The output is SDPA's, or plain arithmetic where scores are soft-capped or added to, or weights are looked at.
+A `Tap` may, layer by layer,
 
 * block edges (query, key) of each batch row before the softmax, so that the remaining weights
-  renormalise (Geva et al. 2023);
+  renormalise (Geva et al. 2023), or add to their scores;
 * keep the attention rows of chosen queries, `[row, head, query, key]`, in float32;
-* see keys, values and mask of a base run, attend in its own way (cones.py), or change `z`.
+* see keys, values and mask of a base run, or attend in its own way (cones.py);
+* see or change queries, keys and values as the function gets them (behind rotary and norms), the weights before they
+  meet the values, and `z`, each as `[row, token, head, width]`.
 
 A tap is seen only inside `tapped`; without one the function is plain SDPA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +31,34 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from subjattn.engine.interventions import wide
+from subjattn.engine.interventions import Component, wide
 from subjattn.errors import NotFired, UnsupportedModel
 
 
 NAME = "subjattn"
+_INPUTS: tuple[Component, ...] = ("q", "k", "v")
 QUERIES_AT_ONCE = 128
 """Queries whose soft-capped scores are held at a time, so that memory grows with T, not with its square."""
 
 
+Change = Callable[[Float[Tensor, "row token head width"]], Tensor | None]
+"""A state in its place; None: leave it."""
+
+
 @dataclass
 class Tap:
-    """What to block, keep and change in one forward pass; callables are told the layer."""
+    """What to block, keep and change in one forward pass; callables are told the layer.
+
+    `change` is called with `q`, `k`, `v` and `z` of every layer, and with `pattern` in the layers `patterns`.
+    """
 
     blocked: Callable[[int], Bool[Tensor, "row head query key"] | None] = lambda _layer: None
+    added: Callable[[int], Float[Tensor, "row head query key"] | None] = lambda _layer: None
     keep_queries: Int[Tensor, "row query"] | None = None
     keep: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
-    attend: Callable[[int, Tensor, Tensor, Tensor, float, float | None], Tensor] | None = None
-    change_z: Callable[[int, Tensor], Tensor | None] | None = None
+    attend: Callable[[int, Tensor, Tensor, Tensor, float, float | None, Change | None], Tensor] | None = None
+    change: Callable[[Component, int, Tensor], Tensor | None] | None = None
+    patterns: Container[int] = ()
     weights: dict[int, Float[Tensor, "row head query key"]] = field(default_factory=dict)
     seen: dict[int, nn.Module] = field(default_factory=dict)
 
@@ -96,25 +110,33 @@ def _attention(
             )
     tap, mask = _TAP.get(), attention_mask
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer = -1
+    layer, change_pattern, added = -1, None, None
     if tap is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         tap.seen[layer] = module
+        query, key, value = (
+            _changed(tap, component, layer, state.transpose(1, 2)).transpose(1, 2)
+            for component, state in zip(_INPUTS, (query, key, value), strict=True)
+        )
         if tap.keep is not None:
             tap.keep(layer, key, value, mask)
-        mask = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2])
+        mask, added = _without_edges(mask, tap.blocked(layer), query.shape[2], key.shape[2]), tap.added(layer)
         if tap.keep_queries is not None:
             tap.weights[layer] = _attention_rows(query, key, mask, tap.keep_queries, scale, softcap)
+        if tap.change is not None and layer in tap.patterns:
+            change_pattern = partial(tap.change, "pattern", layer)
     if tap is not None and tap.attend is not None:
-        z = tap.attend(layer, query, key, value, scale, softcap)
-    elif softcap is not None:
-        z = _capped_attention(query, key, value, mask, scale, softcap)
+        z = tap.attend(layer, query, key, value, scale, softcap, change_pattern)
+    elif softcap is not None or change_pattern is not None or added is not None:
+        z = _plain_attention(query, key, value, mask, scale, softcap, added, change_pattern)
     else:
         z = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
-    if tap is not None and tap.change_z is not None:
-        changed = tap.change_z(layer, z)
-        z = z if changed is None else changed
-    return z, None
+    return z if tap is None else _changed(tap, "z", layer, z), None
+
+
+def _changed(tap: Tap, component: Component, layer: int, state: Tensor) -> Tensor:
+    changed = None if tap.change is None else tap.change(component, layer, state)
+    return state if changed is None else changed
 
 
 def grouped(
@@ -195,18 +217,29 @@ def _attention_rows(
     return scores.masked_fill(~_mask_rows(mask, positions, len(query), key.shape[2]), -torch.inf).softmax(-1)  # type: ignore[no-any-return]
 
 
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    added: Float[Tensor, "row head query key"] | None,
+    change: Change | None,
 ) -> Float[Tensor, "row query head d_head"]:
-    """Soft-capped attention, some queries at a time; SDPA has no soft-cap."""
-    n_kv = key.shape[1]
+    """What SDPA has not: soft-caps and added scores, some queries at a time; changed weights, all of them at once."""
+    n_kv, at_once = key.shape[1], QUERIES_AT_ONCE if change is None else query.shape[2]
     parts = []
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        some = query[:, :, start : start + QUERIES_AT_ONCE]
+    for start in range(0, query.shape[2], at_once):
+        some = query[:, :, start : start + at_once]
         positions = torch.arange(start, start + some.shape[2], device=query.device).expand(len(query), -1)
         scores = grouped(some, n_kv) @ key.transpose(2, 3)[:, :, None]
         scores = capped(wide(scores).flatten(1, 2) * scale, softcap)
+        if added is not None:
+            scores = scores + added[:, :, start : start + at_once].to(scores)
         weights = scores.masked_fill(~_mask_rows(mask, positions, len(query), key.shape[2]), -torch.inf).softmax(-1)
+        if change is not None and (changed := change(weights.transpose(1, 2))) is not None:
+            weights = changed.transpose(1, 2)
         parts.append((grouped(weights.to(value), n_kv) @ value[:, :, None]).flatten(1, 2))
     return torch.cat(parts, 2).transpose(1, 2)
 

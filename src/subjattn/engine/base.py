@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ class Base:
 
     `streams` are the residual streams before every layer and behind the last; `parts` what patches
     take from components; `calls` a layer's arguments besides its hidden states. Each lies on its layer's device.
+    Patterns are kept of the positions `queries` alone.
     """
 
     runs: list[Run]
@@ -44,6 +45,7 @@ class Base:
     masks: list[Tensor | None] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     parts: dict[tuple[Component, int], Float[Tensor, "row pos ..."]] = field(default_factory=dict)
+    queries: list[int] = field(default_factory=list)
     logits: Float[Tensor, "prediction vocab"] = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
@@ -55,6 +57,23 @@ class Base:
         """Logits that predict a run's answer tokens."""
         first = self._first_prediction[self.row_of[run]]
         return self.logits[first : first + len(run.prompt.predicting)]
+
+    def taken(
+        self, component: Component, layer: int, runs: list[Run], positions: list[int], heads: list[int] | None
+    ) -> Float[Tensor, "patch width"]:
+        """What a component gave in some runs at some positions (and heads)."""
+        if component == "pattern":
+            positions = [self.queries.index(position) for position in positions]
+        part = self._part(component, layer)
+        rows = [self.row_of[run] for run in runs]
+        return part[tuple(torch.tensor(at, device=part.device) for at in (rows, positions, heads) if at is not None)]
+
+    def _part(self, component: Component, layer: int) -> Float[Tensor, "row pos ..."]:
+        if component == "resid_pre":
+            return self.streams[layer]
+        if component in ("k", "v"):
+            return (self.keys if component == "k" else self.values)[layer].transpose(1, 2)
+        return self.parts[component, layer]
 
     def arguments(
         self, layer: int, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
@@ -86,9 +105,14 @@ class Base:
 
 
 @torch.inference_mode()
-def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Component]) -> Base:
-    """Run prompts without interventions, keeping `components` beside what cones always need."""
-    base, prompts = Base(runs), [run.prompt for run in runs]
+def run_base(
+    model: PreTrainedModel, runs: list[Run], components: Collection[Component], queries: Sequence[int] = ()
+) -> Base:
+    """Run prompts without interventions, keeping `components` beside what cones always need.
+
+    The pattern is kept of the positions `queries`.
+    """
+    base, prompts = Base(runs, queries=list(queries)), [run.prompt for run in runs]
 
     def keep(_layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         base.keys.append(key)
@@ -103,7 +127,8 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
         base.calls.append(tree_map_only(Tensor, lambda value: value.to(device), (tuple(args), rest)))
 
     def keep_part(component: Component, layer: int, state: Tensor) -> None:
-        base.parts[component, layer] = state
+        if component in components and component not in ("k", "v"):
+            base.parts[component, layer] = state
 
     layers = decoder_layers(model)
     predicting = predicting_positions([Row(prompt) for prompt in prompts])
@@ -117,8 +142,10 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
                 stack.enter_context(on_component(component, layer, partial(keep_part, component, i)))
         stack.enter_context(on_output(layers[-1], base.streams.append))
         stack.enter_context(only_positions(model, *predicting))
-        tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)
+        tap = Tap(keep=keep, change=keep_part)
+        if queries:
+            tap.keep_queries = torch.tensor(base.queries).expand(len(runs), -1)
         stack.enter_context(tapped(model, tap, range(len(layers))))
         base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])
-    base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
+    base.parts |= {("pattern", layer): weights.transpose(1, 2) for layer, weights in tap.weights.items()}
     return base

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, on_component
+from subjattn.engine.anatomy import decoder_layers, layer_device, n_heads, n_kv_heads, on_component
 from subjattn.engine.arms import check_arms, routed
 from subjattn.engine.attend import Tokens, attend
 from subjattn.engine.attention import Tap, tapped
@@ -35,6 +35,7 @@ from subjattn.engine.budget import Budget
 from subjattn.engine.checks import check_model, logit_tolerance, relative_gap, strayed
 from subjattn.engine.interventions import (
     OUTPUTS,
+    Component,
     Output,
     Patch,
     Row,
@@ -87,7 +88,7 @@ def forward(
     """
     check_model(model)
     budget = budget or Budget()
-    check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    check_rows(rows, len(decoder_layers(model)), n_heads(model), n_kv_heads(model))
     check_arms(model, rows)
     if rows and model not in _checked:
         _check_exact(model, run_base(model, [rows[0].run], {"z"}), budget)
@@ -96,9 +97,11 @@ def forward(
     sizes = [max(len(run.prompt) for run in runs) * len(runs) for runs, _ in families]
     for chosen in batches(sizes, budget.base_tokens):
         index = [i for c in chosen for i in families[c][1]]
-        components = {patch.component for i in index for patch in rows[i].patches}
+        patches = [patch for i in index for patch in rows[i].patches]
+        components = {patch.component for patch in patches}
+        queries = sorted({position for p in patches if p.component == "pattern" for position in p.taken_at})
         runs = list(dict.fromkeys(run for c in chosen for run in families[c][0]))
-        base = run_shared(model, runs, components, budget)
+        base = run_shared(model, runs, components, budget, queries)
         if plain := [i for i in index if rows[i].plain]:
             yield _plain_output(base, plain, [rows[i] for i in plain], only_contrast)
         changed = [i for i in index if not rows[i].plain]
@@ -204,7 +207,8 @@ def _advance(
         run, position, flat = (of.to(stream.device) for of in (tokens.run[flat], tokens.position[flat], flat))
         hidden[flat] = stream[run, position]
 
-    tap = Tap(attend=partial(attend, base, tokens), change_z=partial(patches.put, "z"))
+    patterns = {layer for component, layer in patches.places if component == "pattern"}
+    tap = Tap(attend=partial(attend, base, tokens), change=patches.put, patterns=patterns)
     with routed(model, [run.arm for run in base.runs]) as routes, tapped(model, tap, range(first, len(layers))):
         codes = routes.of_runs(base.runs, base.streams[0].shape[1])[tokens.run, tokens.position]
         for layer in range(first, len(layers)):
@@ -301,7 +305,12 @@ def _check_layers(model: PreTrainedModel, base: Base) -> None:
     ]
     kept: dict[int, Tensor] = {}
     gaps = []
-    tap = Tap(attend=partial(attend, base, tokens), change_z=kept.__setitem__)
+
+    def keep_z(component: Component, layer: int, state: Tensor) -> None:
+        if component == "z":
+            kept[layer] = state
+
+    tap = Tap(attend=partial(attend, base, tokens), change=keep_z)
     with routed(model, [run.arm]) as routes, tapped(model, tap, range(len(layers))):
         codes = routes.of_runs([run], base.streams[0].shape[1])[0]
         for layer in range(len(layers)):

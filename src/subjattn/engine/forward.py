@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from subjattn.engine.anatomy import (
     decoder_layers,
     n_heads,
+    n_kv_heads,
     on_component,
     only_positions,
     output_gram,
@@ -35,15 +36,18 @@ from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import (
     BATCH_TOKENS,
+    BY_HEAD,
     Component,
+    Edges,
     Output,
     Patch,
     Row,
     Run,
     batches,
-    blocked_edges,
     check_rows,
     controls,
+    edge_mask,
+    fitted,
     wide,
 )
 from subjattn.errors import NotFired
@@ -62,7 +66,7 @@ def forward(model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 
         UnsupportedModel, NotFired: see errors.py.
     """
     check_model(model)
-    check_rows(rows, len(decoder_layers(model)), n_heads(model))
+    check_rows(rows, len(decoder_layers(model)), n_heads(model), n_kv_heads(model))
     check_arms(model, rows)
     for plain in (True, False):
         members = [i for i, row in enumerate(rows) if row.plain == plain]
@@ -122,19 +126,30 @@ def _value_norms(
 
 
 @torch.inference_mode()
-def states(model: PreTrainedModel, runs: Sequence[Run], component: Component) -> list[Float[Tensor, "layer pos ..."]]:
-    """A component's output in every layer, one tensor per run; `z` is `[layer, pos, head, d_head]`."""
+def states(
+    model: PreTrainedModel, asked: Sequence[Run | Prompt], component: Component
+) -> list[Float[Tensor, "layer pos ..."]]:
+    """A component's output in every layer, one tensor per run; a prompt stands for its run of the model itself.
+
+    Those by head are `[layer, pos, head, d_head]`; `pattern` is `[layer, query, head, key]`, whole.
+    """
+    runs = [one if isinstance(one, Run) else Run(one) for one in asked]
     found: list[Tensor] = [torch.empty(0)] * len(runs)
     layers = decoder_layers(model)
     for index in batches([len(run.prompt) for run in runs], BATCH_TOKENS):
         kept: dict[int, Tensor] = {}
-        tap = Tap(change_z=kept.__setitem__ if component == "z" else None)
+
+        def keep(its: Component, layer: int, state: Tensor, kept: dict[int, Tensor] = kept) -> None:
+            if its == component:
+                kept[layer] = state
+
+        tap = Tap(change=keep, patterns=range(len(layers)) if component == "pattern" else ())
         with ExitStack() as stack:
             none, some = torch.zeros(0, dtype=torch.long), [runs[i] for i in index]
             ids = padded_ids([run.prompt for run in some], model.device)
             routes = stack.enter_context(routed(model, [run.arm for run in some]))
             routes.choose(routes.of_runs(some, ids.shape[1]), none[None])
-            if component != "z":
+            if component not in BY_HEAD:
                 for layer, module in enumerate(layers):
                     stack.enter_context(on_component(component, module, partial(kept.__setitem__, layer)))
             stack.enter_context(only_positions(model, none, none))
@@ -142,7 +157,9 @@ def states(model: PreTrainedModel, runs: Sequence[Run], component: Component) ->
             model(input_ids=ids, use_cache=False)
         stacked = torch.stack([kept[layer] for layer in range(len(layers))], dim=1)
         for i, state in zip(index, stacked, strict=True):
-            found[i] = state[:, : len(runs[i].prompt)].clone()
+            length = len(runs[i].prompt)
+            state = state[:, :length]
+            found[i] = (state[..., :length] if component == "pattern" else state).clone()
     return found
 
 
@@ -157,20 +174,23 @@ def predicting_positions(rows: Sequence[Row]) -> tuple[Int[Tensor, " prediction"
 def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction vocab"]:
     layers, device = decoder_layers(model), model.device
     ids = padded_ids([row.prompt for row in rows], device)
-    edges = torch.stack([blocked_edges(row, ids.shape[1]) for row in rows]).to(device)
-    heads = n_heads(model)
     patches = _by_place(rows, model)
     fired: set[tuple[Component, int]] = set()
 
-    def blocked(layer: int) -> Tensor | None:
-        if not any(row.block is not None and row.block.acts_at(layer) for row in rows):
+    def chosen(edges: Sequence[Edges | None], layer: int) -> Tensor | None:
+        if not any(its is not None and its.acts_at(layer) for its in edges):
             return None
-        mask = torch.zeros(len(rows), heads, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            if row.block is not None and row.block.acts_at(layer):
-                heads_at = row.block.heads_at(layer)
-                mask[i, slice(None) if heads_at is None else list(heads_at)] = True
-        return edges[:, None] & mask.to(device)[:, :, None, None]
+        mask = torch.zeros(len(rows), n_heads(model), ids.shape[1], ids.shape[1], dtype=torch.bool)
+        for i, its in enumerate(edges):
+            if its is not None and its.acts_at(layer):
+                heads = its.heads_at(layer)
+                mask[i, slice(None) if heads is None else list(heads)] = edge_mask(its, ids.shape[1])
+        return mask.to(device)
+
+    def added(layer: int) -> Tensor | None:
+        mask = chosen([row.scale for row in rows], layer)
+        add = torch.tensor([0.0 if row.scale is None else row.scale.add for row in rows], device=device)
+        return None if mask is None else mask * add[:, None, None, None]
 
     def put(component: Component, layer: int, state: Tensor) -> Tensor | None:
         if (component, layer) not in patches:
@@ -179,18 +199,20 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
         state = state.clone()
         for i, patch, values in patches[component, layer]:
             at = (i, list(patch.positions)) if patch.head is None else (i, list(patch.positions), patch.head)
-            state[at] = values.to(state)
+            state[at] = fitted(component, values, state)
         return state
 
     with ExitStack() as stack:
         routes = stack.enter_context(routed(model, [row.arm for row in rows]))
         for component, layer in patches:
-            if component != "z":
+            if component not in BY_HEAD:
                 stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
         codes, predicting = routes.of_runs([row.run for row in rows], ids.shape[1]), predicting_positions(rows)
         routes.choose(codes, codes[predicting][None])
         stack.enter_context(only_positions(model, *predicting))
-        stack.enter_context(tapped(model, Tap(blocked, change_z=partial(put, "z")), range(len(layers))))
+        patterns = {layer for component, layer in patches if component == "pattern"}
+        tap = Tap(partial(chosen, [row.block for row in rows]), added, change=put, patterns=patterns)
+        stack.enter_context(tapped(model, tap, range(len(layers))))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
         raise NotFired(f"patches of {sorted(set(patches) - fired)} were never applied")

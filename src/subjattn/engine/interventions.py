@@ -1,33 +1,38 @@
-"""Interventions as data: which edges to block, which states to replace, in which run.
+"""Interventions as data: which edges to block or scale, which states to replace, in which run.
 
-A run is one prompt under one arm; a row is a run under at most one block and any patches. An
+A run is one prompt under one arm; a row is a run under at most one block, one scale and any patches. An
 intervention reaches only the layers and positions of its cone: from its first layer up, and from its
 first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from subjattn.errors import NotFired
+from subjattn.errors import BadInput, NotFired
 from subjattn.prompts import Prompt
 
 
-Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
+Component = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 Part = Literal["qk", "vo", "mlp", "rest"]
 """Parts of a model's weights: what makes attention patterns, what they move, the MLP, and all others."""
 OUTPUTS: frozenset[Component] = frozenset({"resid_post", "attn_out", "mlp_out"})
 """Components that a layer, or a module of one, returns."""
-BY_HEAD: frozenset[Component] = frozenset({"z"})
+BY_HEAD: frozenset[Component] = frozenset({"z", "q", "k", "v", "pattern"})
 """Components that belong to one head: a query head, or of `k` and `v` a key/value head."""
+FROM_THE_SAME_PLACE: frozenset[Component] = frozenset({"q", "k", "pattern"})
+"""Components that hold where they stand, so that they are patched at the same position only."""
+_READ_LATER: frozenset[Component] = frozenset({"k", "v"})
+"""Components that every later position of their own layer reads."""
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: well under 1 GB of working memory for a model of 135 M."""
 PADDING = 1.25
@@ -37,11 +42,8 @@ SMALL = 256
 
 
 @dataclass(frozen=True)
-class Block:
-    """Attention edges (query, key) blocked before the softmax.
-
-    Either in `heads` of `layers` (None: all), or in the very `cells` (layer, head).
-    """
+class Edges:
+    """Attention edges (query, key), in `heads` of `layers` (None: all) or in the very `cells` (layer, head)."""
 
     edges: frozenset[tuple[int, int]]
     layers: tuple[int, ...] | None = None
@@ -55,13 +57,14 @@ class Block:
         keys: Iterable[int],
         layers: tuple[int, ...] | None = None,
         heads: tuple[int, ...] | None = None,
-    ) -> Block:
-        """Every edge from `queries` to `keys` that a causal model has."""
+        **how: Any,
+    ) -> Self:
+        """Every edge from `queries` to `keys` that a causal model has; `how` is what the kind of edges asks for."""
         keys = tuple(keys)
-        return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads)
+        return cls(frozenset((query, key) for query in queries for key in keys if key <= query), layers, heads, **how)
 
     def heads_at(self, layer: int) -> tuple[int, ...] | None:
-        """Heads that lose the edges in a layer; None: all of them."""
+        """Heads whose edges these are in a layer; None: all of them."""
         if self.cells is not None:
             return tuple(sorted(head for at, head in self.cells if at == layer))
         return self.heads if self.layers is None or layer in self.layers else ()
@@ -76,19 +79,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a module with weights is: its layer (-1: outside), and its parts with the output columns that are theirs.
-
-    No columns stand for all of them; no parts, for a module whose parts cannot be told apart. `by_head` modules are
-    given `[row, head, pos, d_head]`, all others positions as their second dimension.
-    """
-
-    layer: int
-    columns: dict[Part, Bool[Tensor, " column"] | None]
-    by_head: bool = False
-
-
-@dataclass(frozen=True)
 class Arm:
     """Whose weights a run goes by: those of a tuned model (see arms.py), all of them or only some.
 
@@ -99,6 +89,32 @@ class Arm:
     name: str
     cells: frozenset[tuple[int, Part]] | None = None
     positions: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Block(Edges):
+    """Edges blocked before the softmax, so that the remaining weights renormalise (Geva et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Scale(Edges):
+    """Edges to whose attention score `add` is added: behind scaling and soft-cap, before the softmax.
+
+    `add=times(2)` doubles their weights, and the row renormalises.
+    """
+
+    add: float = field(kw_only=True)
+
+
+def times(factor: float) -> float:
+    """What added to scores multiplies the weights, before the row renormalises: log `factor`.
+
+    Raises:
+        BadInput: the factor is not positive; 0 is a `Block`.
+    """
+    if not 0 < factor < math.inf:
+        raise BadInput(f"weights times {factor}: give a positive factor, or block the edges (factor 0)")
+    return math.log(factor)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,11 @@ class Patch:
     `values` are `[position, width]`, or the run that they are taken from, at `source_positions` (None: the
     same positions); a prompt stands for its run under the row's own arm. Components: `resid_pre` and
     `resid_post`, the residual stream before and after the layer; `attn_out` and `mlp_out`, what its
-    attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
+    attention and its MLP return; and of one `head`, as its attention function gets or gives them: `q`, and `k` and
+    `v` of a key/value head (which query heads may share), behind norms and rotary; `pattern`, the attention weights
+    of the query at that position, `[position, key]` over keys 0 to the last of the positions and more where 0, which
+    then meet the patched run's own values; `z`, what the head gives to W_O. `q`, `k` and `pattern` hold where they
+    stand, and are taken from the same positions only.
     """
 
     layer: int
@@ -143,21 +163,30 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt and arm under at most one block and any patches; `contrast` is a token and its foil."""
+    """One prompt and arm under at most one block, one scale and any patches; `contrast` is a token and its foil.
+
+    Where a block and a scale take the same edge, it is blocked.
+    """
 
     prompt: Prompt
     block: Block | None = None
     patches: tuple[Patch, ...] = ()
     contrast: tuple[int, int] | None = None
     arm: Arm | None = None
+    scale: Scale | None = None
 
     @property
     def run(self) -> Run:
         return Run(self.prompt, self.arm)
 
     @property
+    def edges(self) -> list[Edges]:
+        """Its block and its scale, where it has them."""
+        return [edges for edges in (self.block, self.scale) if edges is not None]
+
+    @property
     def plain(self) -> bool:
-        return self.block is None and not self.patches
+        return not self.edges and not self.patches
 
     @property
     def sources(self) -> list[Run]:
@@ -168,8 +197,7 @@ class Row:
     @property
     def first_layer(self) -> int:
         """The lowest layer whose computation differs from the base run's."""
-        layers = [patch.layer for patch in self.patches]
-        layers += [] if self.block is None else [self.block.first_layer]
+        layers = [patch.layer for patch in self.patches] + [edges.first_layer for edges in self.edges]
         return min(layers, default=0)
 
     @property
@@ -177,14 +205,14 @@ class Row:
         """Positions from the first that differs from the base run to the last that predicts an answer token."""
         positions = [self.prompt.prediction]
         positions += [position for patch in self.patches for position in patch.positions]
-        positions += [] if self.block is None else [query for query, _ in self.block.edges]
+        positions += [query for edges in self.edges for query, _ in edges.edges]
         return range(min(positions), self.prompt.predicting[-1] + 1)
 
     @property
     def touched(self) -> Sequence[int]:
         """Positions of the suffix that leave the first layer changed.
 
-        Only the residual stream before it changes its keys and values, and so every later position.
+        Only the residual stream before it, keys and values change what later positions read in it.
         """
         first, last = self.first_layer, self.prompt.predicting[-1]
         positions: set[int] = set()
@@ -193,8 +221,11 @@ class Row:
                 if patch.component == "resid_pre":
                     return self.suffix
                 positions.update(patch.positions)
-        if self.block is not None and self.block.acts_at(first):
-            positions.update(query for query, _ in self.block.edges if query <= last)
+                if patch.component in _READ_LATER:
+                    positions.update(range(min(patch.positions), last + 1))
+        for edges in self.edges:
+            if edges.acts_at(first):
+                positions.update(query for query, _ in edges.edges if query <= last)
         return sorted(positions)
 
 
@@ -216,29 +247,44 @@ class Output:
     value_norms: dict[int, Float[Tensor, "row head key"]] = field(default_factory=dict)
 
 
-def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
+def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int, n_kv_heads: Sequence[int]) -> None:
     """Refuse an intervention that lies outside its prompt or model, where it would silently do nothing.
+
+    Args:
+        rows: what is asked.
+        n_layers: of the model.
+        n_heads: query heads of a layer.
+        n_kv_heads: key/value heads of each layer.
 
     Raises:
         NotFired: such an intervention.
     """
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
-        if (block := row.block) is not None:
-            cells = block.cells or ()
-            layers, heads = [*(block.layers or ()), *dict(cells)], [*(block.heads or ()), *(head for _, head in cells)]
-            inside = [0 <= key <= query < length for query, key in block.edges]
+        for its in row.edges:
+            cells = its.cells or ()
+            layers, heads = [*(its.layers or ()), *dict(cells)], [*(its.heads or ()), *(head for _, head in cells)]
+            inside = [0 <= key <= query < length for query, key in its.edges]
             inside += [0 <= layer < n_layers for layer in layers] + [0 <= head < n_heads for head in heads]
-            inside += [block.cells is None or block.layers is None is block.heads]
-            empty = not block.edges or block.layers == () or block.heads == () or block.cells == frozenset()
-            if empty or not all(inside) or min(query for query, _ in block.edges) > last:
+            inside += [its.cells is None or its.layers is None is its.heads]
+            empty = not its.edges or its.layers == () or its.heads == () or its.cells == frozenset()
+            if empty or not all(inside) or min(query for query, _ in its.edges) > last:
                 raise NotFired(
-                    f"fact {row.prompt.fact_id}: the blocked edges are empty, or lie outside the prompt or model"
+                    f"fact {row.prompt.fact_id}: the {'blocked' if its is row.block else 'scaled'} edges are empty, or "
+                    "lie outside the prompt or model"
                 )
+        if row.scale is not None and not math.isfinite(row.scale.add):
+            raise NotFired(
+                f"fact {row.prompt.fact_id}: {row.scale.add} cannot be added to scores: give a finite number, or block "
+                "the edges"
+            )
         for patch in row.patches:
             inside = [0 <= patch.layer < n_layers, bool(patch.positions)]
             inside += [0 <= position <= last for position in patch.positions]
-            inside += [(patch.head is not None and 0 <= patch.head < n_heads) == (patch.component == "z")]
+            heads_there = range(n_heads)
+            if all(inside) and patch.component in _READ_LATER:
+                heads_there = range(n_kv_heads[patch.layer])
+            inside += [(patch.head in heads_there) if patch.component in BY_HEAD else patch.head is None]
             if not all(inside):
                 raise NotFired(
                     f"fact {row.prompt.fact_id}: a patch of {patch.component} in layer {patch.layer}, head "
@@ -251,11 +297,30 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
                 raise NotFired(
                     f"fact {row.prompt.fact_id}: the prompt patched from is too short, or its positions do not match"
                 )
+            if patch.component in FROM_THE_SAME_PLACE and tuple(patch.taken_at) != tuple(patch.positions):
+                raise NotFired(
+                    f"fact {row.prompt.fact_id}: a patch of {patch.component} is taken from other positions than it is "
+                    "put at, and holds where it stands (rotary, or the row's keys): leave source_positions out"
+                )
+            if patch.component == "pattern" and source is None:
+                _check_pattern(row, patch)
         places = Counter((p.component, p.layer, p.head, position) for p in row.patches for position in p.positions)
         if twice := [place for place, n in places.items() if n > 1]:
             raise NotFired(
                 f"fact {row.prompt.fact_id}: two patches write to one place, {twice[0]}: leave one of them out"
             )
+
+
+def _check_pattern(row: Row, patch: Patch) -> None:
+    """Refuse weights of keys that a query of a causal model has not."""
+    weights: Tensor = patch.values  # type: ignore[assignment]
+    n_key = weights.shape[-1]
+    later = torch.arange(n_key, device=weights.device) > torch.tensor(patch.positions, device=weights.device)[:, None]
+    if n_key <= max(patch.positions) or bool((weights * later).any()):
+        raise NotFired(
+            f"fact {row.prompt.fact_id}: a pattern of {n_key} keys for positions {patch.positions} lacks keys, or has "
+            "weight on later ones: give [position, key] over keys 0 to the last position, 0 behind the query's own"
+        )
 
 
 def batches(lengths: Sequence[int], budget: int, padding: float = PADDING) -> Iterator[list[int]]:
@@ -292,13 +357,20 @@ def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return [Row(run.prompt, contrast=contrast, arm=run.arm) for run, contrast in found], of
 
 
-def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:
-    """The edges a row blocks, as a mask over the whole prompt."""
+def edge_mask(edges: Edges | None, length: int) -> Bool[Tensor, "query key"]:
+    """Edges as a mask over the whole prompt."""
     mask = torch.zeros(length, length, dtype=torch.bool)
-    if row.block is not None:
-        queries, keys = zip(*row.block.edges, strict=True)
+    if edges is not None:
+        queries, keys = zip(*edges.edges, strict=True)
         mask[torch.tensor(queries), torch.tensor(keys)] = True
     return mask
+
+
+def fitted(component: Component, values: Tensor, state: Tensor) -> Tensor:
+    """A component's values in the width and precision of the state they go into: patterns over as many keys."""
+    if component == "pattern":
+        values = nn.functional.pad(values, (0, state.shape[-1] - values.shape[-1]))
+    return values.to(state)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,20 @@ from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads
 from subjattn.engine.attention import Tap, tapped
-from subjattn.engine.interventions import Part, Place
+from subjattn.engine.interventions import Part
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a module with weights is: its layer (-1: outside), and its parts with the output columns that are theirs.
+
+    No columns stand for all of them; no parts, for a module whose parts cannot be told apart. `by_head` modules are
+    given `[row, head, pos, d_head]`, all others positions as their second dimension.
+    """
+
+    layer: int
+    columns: dict[Part, Bool[Tensor, " column"] | None]
+    by_head: bool = False
 
 
 def parts_of(model: PreTrainedModel) -> dict[nn.Module, Place]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subjattn.engine.attend import Tokens
 from subjattn.engine.base import Base
-from subjattn.engine.interventions import Component, Patch, Row, Run
+from subjattn.engine.interventions import BY_HEAD, Component, Patch, Row, Run, fitted
 from subjattn.errors import NotFired
 
 
@@ -51,25 +51,27 @@ class Patches:
         self.missing -= len(here)
         state = state.clone()
         where = (at[chosen].to(state.device), *_heads(component, here, state.device))
-        state[0][where] = self._values(component, layer, here).to(state)
+        state[0][where] = self._values(component, layer, here, state)
         return state
 
-    def _values(self, component: Component, layer: int, here: list[_Place]) -> Float[Tensor, "patch width"]:
+    def _values(
+        self, component: Component, layer: int, here: list[_Place], state: Tensor
+    ) -> Float[Tensor, "patch width"]:
         """Taken from the run that a patch names, or brought along."""
         taken = [j for j, (*_, source) in enumerate(here) if source is not None]
         if not taken:
-            return torch.stack([patch.values[i] for _, i, patch, _ in here])  # type: ignore[misc, index]
-        part, of = self.base.parts[component, layer], [here[j] for j in taken]
-        rows = torch.tensor([self.base.row_of[source] for *_, source in of], device=part.device)  # type: ignore[index]
-        positions = torch.tensor([patch.taken_at[i] for _, i, patch, _ in of], device=part.device)
-        found = part[rows, positions, *_heads(component, of, part.device)]
+            return torch.stack([fitted(component, patch.values[i], state) for _, i, patch, _ in here])  # type: ignore[misc, index]
+        runs = [here[j][3] for j in taken]
+        positions = [patch.taken_at[i] for _, i, patch, _ in (here[j] for j in taken)]
+        heads = [here[j][2].head for j in taken] if component in BY_HEAD else None
+        found = fitted(component, self.base.taken(component, layer, runs, positions, heads), state)  # type: ignore[arg-type]
         if len(taken) == len(here):
             return found
         values = found.new_empty(len(here), found.shape[1])
         values[taken] = found
         for j, (_, i, patch, source) in enumerate(here):
             if source is None:
-                values[j] = patch.values[i]  # type: ignore[index]
+                values[j] = fitted(component, patch.values[i], state)  # type: ignore[index]
         return values
 
     def check_fired(self) -> None:
@@ -78,5 +80,5 @@ class Patches:
 
 
 def _heads(component: Component, here: list[_Place], device: torch.device) -> tuple[Tensor, ...]:
-    """The heads of patches of `z`, as an index."""
-    return (torch.tensor([patch.head for _, _, patch, _ in here], device=device),) if component == "z" else ()
+    """The heads of patches that belong to one, as an index."""
+    return (torch.tensor([patch.head for _, _, patch, _ in here], device=device),) if component in BY_HEAD else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -21,7 +21,13 @@ from subjattn.engine.unembed import embed, unembed
 from subjattn.prompts import Prompt
 
 
-def run_shared(model: PreTrainedModel, runs: list[Run], components: Collection[Component], budget: Budget) -> Base:
+def run_shared(
+    model: PreTrainedModel,
+    runs: list[Run],
+    components: Collection[Component],
+    budget: Budget,
+    queries: Sequence[int] = (),
+) -> Base:
     """`run_base`, the tokens that all prompts begin with computed once where that saves half of the work.
 
     Two arms have nothing in common, whatever their prompts begin with.
@@ -29,8 +35,8 @@ def run_shared(model: PreTrainedModel, runs: list[Run], components: Collection[C
     prompts = [run.prompt for run in runs]
     shared = shared_tokens(prompts) if len({run.arm for run in runs}) == 1 else 0
     if 2 * shared * (len(prompts) - 1) < sum(map(len, prompts)):
-        return run_base(model, runs, components)
-    return _run_suffixes(model, runs, components, budget, shared)
+        return run_base(model, runs, components, queries)
+    return _run_suffixes(model, runs, components, budget, shared, queries)
 
 
 def shared_tokens(prompts: list[Prompt]) -> int:
@@ -45,12 +51,17 @@ def shared_tokens(prompts: list[Prompt]) -> int:
 
 @torch.inference_mode()
 def _run_suffixes(
-    model: PreTrainedModel, runs: list[Run], components: Collection[Component], budget: Budget, shared: int
+    model: PreTrainedModel,
+    runs: list[Run],
+    components: Collection[Component],
+    budget: Budget,
+    shared: int,
+    queries: Sequence[int],
 ) -> Base:
     """One run whole, of the others only what follows the shared tokens."""
-    root = run_base(model, [max(runs, key=lambda run: len(run.prompt))], components)
+    root = run_base(model, [max(runs, key=lambda run: len(run.prompt))], components, queries)
     prompts = [run.prompt for run in runs]
-    base = Base(runs, masks=root.masks, calls=root.calls)
+    base = Base(runs, masks=root.masks, calls=root.calls, queries=root.queries)
     for name in ("streams", "keys", "values"):
         setattr(base, name, [kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for kept in getattr(root, name)])
     base.parts = {at: kept.repeat(len(prompts), *[1] * (kept.ndim - 1)) for at, kept in root.parts.items()}
@@ -69,6 +80,9 @@ def _run_suffixes(
     hidden = embed(model, runs)
     hidden = hidden[tokens.cone.to(hidden.device), tokens.position.to(hidden.device)]
 
+    query_at = torch.full((len(root.runs[0].prompt),), -1)
+    query_at[base.queries] = torch.arange(len(base.queries))
+
     def at() -> tuple[Tensor, Tensor]:
         return tokens.cone[tokens.selected].to(tokens.device), tokens.position_at
 
@@ -78,10 +92,17 @@ def _run_suffixes(
         base.values[layer][row, :, position] = value[0].transpose(0, 1)
 
     def keep_part(component: Component, layer: int, state: Tensor) -> None:
-        if component in components:
+        if component == "pattern":
+            slot = query_at[tokens.position[tokens.selected]]
+            kept = (slot >= 0).nonzero()[:, 0]
+            row, slot = (of.to(state.device) for of in (tokens.cone[tokens.selected][kept], slot[kept]))
+            base.parts[component, layer][row, slot] = state[0, kept.to(state.device)]
+        elif (component, layer) in base.parts:
             base.parts[component, layer][at()] = state[0]
 
-    tap = Tap(keep=keep, attend=partial(attend, root, tokens), change_z=partial(keep_part, "z"))
+    tap = Tap(keep=keep, attend=partial(attend, root, tokens), change=keep_part)
+    if queries:
+        tap.patterns = range(len(layers))
     with ExitStack() as stack:
         routes = stack.enter_context(routed(model, [run.arm for run in runs]))
         codes = routes.of_runs(runs, max(map(len, prompts)))
@@ -100,7 +121,6 @@ def _run_suffixes(
                 result = layer(hidden[tokens.flat][None], *args, **kwargs)
                 hidden[tokens.flat] = (result[0] if isinstance(result, tuple) else result)[0]
     base.streams[-1][tokens.cone.to(device), tokens.position.to(device)] = hidden
-    base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     starts = tokens.offsets
     last = [starts[i] + p - shared for i, prompt in enumerate(prompts) for p in prompt.predicting]
     base.logits = unembed(model, hidden[torch.tensor(last, device=hidden.device)], rows, only_contrast=False)

@@ -21,7 +21,7 @@ from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.checks import check_model
 from subjattn.engine.forward import states
-from subjattn.engine.interventions import Patch, Row, Run
+from subjattn.engine.interventions import Patch, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
@@ -165,10 +165,10 @@ def _values(
 ) -> list[_Value | None]:
     """What each fact's outputs become; None where there is nothing to put there."""
     if to == "zero":
-        kept = states(hf, [Run(prompts[0])], component)[0]
+        kept = states(hf, prompts[:1], component)[0]
         return [_zeros(kept.new_zeros(len(positions), kept.shape[-1])) for positions in where]
     if to == "mean":
-        return _means(states(hf, [Run(prompt) for prompt in prompts], component), prompts, where)
+        return _means(states(hf, prompts, component), prompts, where)
     if len({prompt.fact_id for prompt in prompts}) < len(prompts):
         raise BadInput(
             "to='resample' takes prompts of one style, and a fact stands twice among these: ablate them apart"

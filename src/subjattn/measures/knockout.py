@@ -214,6 +214,11 @@ def same_edges(prompts: Sequence[Prompt], one: Route = "direct", other: Route = 
     return _same(prompts, edges[one], edges[other])
 
 
+def edges_of(route: Route, prompt: Prompt) -> Iterable[tuple[int, int]]:
+    """The edges `(query, key)` that a route is in a prompt."""
+    return _EDGES[route][1](prompt)
+
+
 def _same(prompts: Sequence[Prompt], one: Edges, other: Edges) -> np.ndarray:
     return np.array([set(one(prompt)) == set(other(prompt)) for prompt in prompts])
 

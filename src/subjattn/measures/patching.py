@@ -18,8 +18,9 @@ import numpy as np
 import xarray as xr
 
 from subjattn.backends import Backend, BackendName
-from subjattn.engine.anatomy import decoder_layers, n_heads
-from subjattn.engine.interventions import COMPONENTS, Component, Patch, Row
+from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
+from subjattn.engine.checks import check_model
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Component, Patch, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, tokens_of
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
@@ -27,6 +28,8 @@ from subjattn.prompts import ROLES, Prompt, aligned
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from subjattn.measures import Model
 
 At = Literal["role", "position", "prediction", "subject"]
@@ -41,7 +44,13 @@ _NAMES: dict[Component, str] = {
     "attn_out": "attention output of one layer",
     "mlp_out": "MLP output of one layer",
     "z": "output of one head before W_O",
+    "q": "queries of one head",
+    "k": "keys of one key/value head",
+    "v": "values of one key/value head",
+    "pattern": "attention weights of one head",
 }
+_READ_ELSEWHERE: frozenset[Component] = frozenset({"resid_pre", "k", "v"})
+"""Components of the last layer that more than their own position sees."""
 
 
 @overload
@@ -85,13 +94,16 @@ def patch_grid(
     """Effect of patching one component, by layer and position (and head).
 
     Cells that cannot do anything are exactly 0 without a pass: positions before the first token in which
-    the prompts differ, and outputs of the last layer anywhere but at the prediction position.
+    the prompts differ, and whatever the last layer computes for its own position alone, anywhere but at the
+    prediction position.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         pairs: clean and corrupt prompts, from `swap_subjects`.
-        component: `resid_pre` or `resid_post`, the residual stream before or after a layer, `attn_out`, `mlp_out`, or
-            `z`, the output of each head before W_O.
+        component: `resid_pre` or `resid_post`, the residual stream before or after a layer, `attn_out`, `mlp_out`; or
+            of each head, `z`, its output before W_O, `q`, its queries, or `pattern`, its attention weights, which then
+            meet the patched run's own values; or of each key/value head, `k` or `v`, its keys or values. Queries and
+            keys are those behind rotary and norms.
         at: `role` patches all positions of a role together, `position` each by itself; `prediction` and
             `subject` patch there alone and give no such dimension.
         direction: `denoising` puts clean states into the corrupt run, `noising` corrupt ones into the clean.
@@ -103,8 +115,8 @@ def patch_grid(
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, layer[, head][, role or position])`. `kl` and `rank` are those of the patched run, all others changes
-        from the unpatched one; coordinates `clean_METRIC` and
+        `(fact, layer[, head][, role or position])`; of `k` and `v`, `head` counts key/value heads. `kl` and `rank` are
+        those of the patched run, all others changes from the unpatched one; coordinates `clean_METRIC` and
         `corrupt_METRIC` `(fact,)` hold the runs that nothing was patched in, and the attribute
         `noise_floor` how far a row without a patch strays from them. A role or position that a prompt lacks
         is NaN. The coordinate `reach` `(fact[, role or position])` says what a place holds: `before` the first
@@ -131,11 +143,11 @@ def patch_grid(
     hf = hf_model(model)
     n_layers = len(decoder_layers(hf))
     places = some_layers(layers, n_layers)
-    heads: list[int | None] = list(range(n_heads(hf))) if component == "z" else [None]
+    heads = _heads(hf, component)
 
     n_place = {"role": len(ROLES), "position": max(clean.prediction for clean, _, _ in runs) + 1}.get(at, 1)
     rows = [Row(p, contrast=contrast) for side in sides for p, contrast in zip(side, contrasts, strict=True)]
-    dead = np.full((len(runs), len(places), len(heads), n_place), np.nan)
+    dead = np.full((len(runs), len(places), max(map(len, heads)), n_place), np.nan)
     reach = np.full((len(runs), n_place), "", dtype="<U10")
     cells: list[tuple[int, int, int, int]] = []
     for fact, (clean, corrupt, contrast) in enumerate(runs):
@@ -145,18 +157,18 @@ def patch_grid(
             reach[fact, place] = _reach(clean, corrupt, positions)
             live = tuple(position for position in positions if position >= differs)
             for index, layer in enumerate(places):
-                last = component != "resid_pre" and layer == n_layers - 1
+                last = component not in _READ_ELSEWHERE and layer == n_layers - 1
                 where = tuple(position for position in live if not last or position == clean.prediction)
                 if not where:
-                    dead[fact, index, :, place] = 0.0 if positions else np.nan
+                    dead[fact, index, : len(heads[layer]), place] = 0.0 if positions else np.nan
                     continue
-                for head in heads:
+                for head in heads[layer]:
                     rows.append(Row(into, patches=(Patch(layer, where, source, component, head),), contrast=contrast))
                     cells.append((fact, index, head or 0, place))
     run = opened(backend, hf, memory_budget, [prompt for clean, corrupt, _ in runs for prompt in (clean, corrupt)])
     found = measure_rows(run.forward(rows, only_contrast=list(metrics) == ["logit_diff"]), rows, metrics)
 
-    dims = ("layer", *(("head",) if component == "z" else ()), *((at,) if at in ("role", "position") else ()))
+    dims = ("layer", *(("head",) if component in BY_HEAD else ()), *((at,) if at in ("role", "position") else ()))
     keep = tuple(slice(None) if dim in dims else 0 for dim in ("layer", "head", at))
     held = ("fact", at) if at in ("role", "position") else ("fact",)
     arrays = {}
@@ -257,7 +269,11 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
         trivial = (last & (reach != "")) | (before & (reach == "prediction"))
     elif effect.attrs["component"] == "resid_pre":
         trivial = (first & (reach != "part") & (reach != "")) | (last & (reach == "prediction"))
+    elif effect.attrs["component"] in ("k", "v"):
+        trivial = first & reach.isin(["same", "prediction"])
     else:
+        same = first & reach.isin(["same", "prediction"]) & (effect.attrs["component"] == "q")
+        trivial = same | (last & (reach != "prediction") & (reach != ""))
         trivial = last & (reach != "prediction") & (reach != "")
     held = effect.notnull().reset_coords(drop=True)
     trivial = (trivial | (reach == "before")).reset_coords(drop=True)
@@ -293,6 +309,16 @@ def answered_pairs(
         )
         runs.append((clean, asked, contrast) if whole_answer else (shortened(clean), shortened(asked), contrast))
     return runs
+
+
+def _heads(hf: PreTrainedModel, component: Component) -> list[list[int | None]]:
+    """Of every layer, the heads whose component can be patched; None: it belongs to no head."""
+    if component not in BY_HEAD:
+        return [[None]] * len(decoder_layers(hf))
+    if component in ("k", "v"):
+        check_model(hf)
+        return [list(range(n)) for n in n_kv_heads(hf)]
+    return [list(range(n_heads(hf)))] * len(decoder_layers(hf))
 
 
 def _positions(prompt: Prompt, at: At) -> list[range]:

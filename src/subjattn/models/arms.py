@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from subjattn.engine.anatomy import decoder_layers, mlp_module
 from subjattn.engine.arms import Change, Changed, Tuned, attach, detach, routed, tuned_of
 from subjattn.engine.checks import check_model, probe_ids, relative_gap, tolerance
-from subjattn.engine.interventions import Arm, Part, Place
-from subjattn.engine.parts import parts_of, with_weights
+from subjattn.engine.interventions import Arm, Part
+from subjattn.engine.parts import Place, parts_of, with_weights
 from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.models.adapter import with_adapter
 from subjattn.models.load import LoadedModel, load_model

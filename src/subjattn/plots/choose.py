@@ -6,6 +6,7 @@ import xarray as xr
 
 from subjattn.errors import BadInput
 from subjattn.measures.patching import mostly_trivial
+from subjattn.plots.doses import plot_doses
 from subjattn.plots.drawing import Drawing
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
@@ -14,8 +15,8 @@ from subjattn.plots.patching import plot_heads, plot_patching
 
 MOST_PROMPTS = 8
 _DRAWN = (
-    "(fact, layer, head), (fact, layer), (fact, route, layer[, head]), (fact, layer[, head], role) and "
-    "(fact, layer, position), with or without arm"
+    "(fact, layer, head), (fact, layer), (fact, route, layer[, head]), (fact, layer[, head], role), "
+    "(fact, layer, position) and (fact, dose), with or without arm"
 )
 
 
@@ -26,7 +27,8 @@ def plot(
 
     Args:
         array: `(fact, …)`, with or without `arm`, from any measure: attention or knock-out by layer and head, knock-out
-            by layer or window, patching by role, position or head, attention over tokens; also of a finished run.
+            by layer or window, patching by role, position or head, attention over tokens, doses; also of a finished
+            run.
         difference: two arms, for `(arm, fact, layer, head)`; a last panel shows the first minus the second.
         significant: `(layer, head)`, from `significant`: the other cells of the last panel are faded.
 
@@ -58,6 +60,8 @@ def plot(
         return _tokens(array)
     if dims in ({"fact", "route", "layer"}, {"fact", "route", "layer", "head"}):
         return plot_knockout(array)
+    if dims == {"fact", "dose"}:
+        return plot_doses(array)
     if dims == {"fact", "layer"}:
         return _layers(array)
     raise BadInput(f"no figure for dimensions {array.dims}: plot draws {_DRAWN}; select the rest first")

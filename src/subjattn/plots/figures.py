@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from subjattn.plots.choose import plot
+from subjattn.plots.doses import plot_doses
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
 from subjattn.registry import discover, named
@@ -78,6 +79,11 @@ def _patching(drawn: Drawn) -> go.Figure | None:
     return None if array is None else plot(array)
 
 
+def _rescale(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("rescale_change")
+    return None if array is None else plot_doses(array, drawn.array("rescale_control"))
+
+
 def _tokens(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("token_attention")
     return None if array is None else plot_tokens(array)
@@ -105,6 +111,14 @@ FIGURE = (
         "it as it was, 1 restores the clean logit difference. Noising puts swapped states into the clean run: 0 leaves "
         "it, 1 takes all of the difference away. “Before” the subject both runs are the same: the effect is exactly 0.",
         _patching,
+    ),
+    Figure(
+        "rescale",
+        "Dose–response of attention to the subject",
+        "Change of the answer's log-probability when a dose is added to the attention scores of the route's edges (or "
+        "multiplies their weights); mean over a few facts. Dashed: the same doses on as many other edges of the same "
+        "queries, that lead neither to the subject nor to the first token.",
+        _rescale,
     ),
     Figure(
         "tokens",
