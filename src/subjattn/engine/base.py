@@ -1,4 +1,4 @@
-"""The base run of some prompts, each under its arm: everything outside an intervention's cone, computed once."""
+"""The base run of some prompts, each under its arm and noise: all outside an intervention's cone, computed once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from subjattn.engine.anatomy import (
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.forward import predicting_positions
 from subjattn.engine.interventions import OUTPUTS, Component, Row, Run, wide
+from subjattn.engine.noise import noised
 from subjattn.errors import UnsupportedModel
 
 
@@ -114,6 +115,7 @@ def run_base(model: PreTrainedModel, runs: list[Run], components: Collection[Com
         stack.enter_context(only_positions(model, *predicting_positions([Row(prompt) for prompt in prompts])))
         tap = Tap(keep=keep, change_z=partial(keep_part, "z") if "z" in components else None)
         stack.enter_context(tapped(model, tap, range(len(layers))))
+        stack.enter_context(noised(model, runs))
         base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])
     base.parts |= {("resid_pre", i): base.streams[i] for i in range(len(layers))}
     return base

@@ -45,6 +45,7 @@ from subjattn.engine.interventions import (
     controls,
     wide,
 )
+from subjattn.engine.noise import noised
 from subjattn.errors import NotFired
 from subjattn.prompts import Prompt
 
@@ -121,12 +122,13 @@ def _value_norms(
 
 @torch.inference_mode()
 def states(
-    model: PreTrainedModel, prompts: Sequence[Prompt], component: Component
+    model: PreTrainedModel, prompts: Sequence[Prompt | Run], component: Component
 ) -> list[Float[Tensor, "layer pos ..."]]:
-    """A component's output in every layer, one tensor per prompt; `z` is `[layer, pos, head, d_head]`."""
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    """A component's output in every layer, one tensor per prompt or run; `z` is `[layer, pos, head, d_head]`."""
+    runs = [one if isinstance(one, Run) else Run(one) for one in prompts]
+    found: list[Tensor] = [torch.empty(0)] * len(runs)
     layers = decoder_layers(model)
-    for index in batches([len(prompt) for prompt in prompts], BATCH_TOKENS):
+    for index in batches([len(run.prompt) for run in runs], BATCH_TOKENS):
         kept: dict[int, Tensor] = {}
         tap = Tap(change_z=kept.__setitem__ if component == "z" else None)
         with ExitStack() as stack:
@@ -136,10 +138,11 @@ def states(
             none = torch.zeros(0, dtype=torch.long)
             stack.enter_context(only_positions(model, none, none))
             stack.enter_context(tapped(model, tap, range(len(layers))))
-            model(input_ids=padded_ids([prompts[i] for i in index], model.device), use_cache=False)
+            stack.enter_context(noised(model, [runs[i] for i in index]))
+            model(input_ids=padded_ids([runs[i].prompt for i in index], model.device), use_cache=False)
         stacked = torch.stack([kept[layer] for layer in range(len(layers))], dim=1)
         for i, state in zip(index, stacked, strict=True):
-            found[i] = state[:, : len(prompts[i])].clone()
+            found[i] = state[:, : len(runs[i].prompt)].clone()
     return found
 
 
@@ -185,6 +188,7 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
                 stack.enter_context(on_component(component, layers[layer], partial(put, component, layer)))
         stack.enter_context(only_positions(model, *predicting_positions(rows)))
         stack.enter_context(tapped(model, Tap(blocked, change_z=partial(put, "z")), range(len(layers))))
+        stack.enter_context(noised(model, [row.run for row in rows]))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
         raise NotFired(f"patches of {sorted(set(patches) - fired)} were never applied")
@@ -202,7 +206,7 @@ def _by_place(rows: list[Row], model: PreTrainedModel) -> dict[tuple[Component, 
     taken: dict[tuple[Run, Component], Tensor] = {}
     for component in {component for _, component in wanted}:
         sources = [source for source, its in wanted if its == component]
-        found = states(model, [source.prompt for source in sources], component)
+        found = states(model, sources, component)
         taken |= zip([(source, component) for source in sources], found, strict=True)
     by_place: dict[tuple[Component, int], list[tuple[int, Patch, Tensor]]] = {}
     for i, row in enumerate(rows):

@@ -1,6 +1,6 @@
 """Interventions as data: which edges to block, which states to replace, in which run.
 
-A run is one prompt under one arm; a row is a run under at most one block and any patches. An
+A run is one prompt under one arm, with or without noise; a row is a run under at most one block and any patches. An
 intervention reaches only the layers and positions of its cone: from its first layer up, and from its
 first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from subjattn.engine.noise import Noise, check_noise
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.prompts import Prompt
 
@@ -75,11 +76,12 @@ class Block:
 class Run:
     """A prompt under one arm: what base runs, controls and the sources of patches are known by.
 
-    `arm` names one of several models in a batch; None is the model itself.
+    `arm` names one of several models in a batch; None is the model itself. `noise` is on its embeddings.
     """
 
     prompt: Prompt
     arm: str | None = None
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Patch:
     """The output of a component replaced at `positions` of one layer.
 
     `values` are `[position, width]`, or the run that they are taken from, at `source_positions` (None: the
-    same positions); a prompt stands for its run under the row's own arm. Components: `resid_pre` and
+    same positions); a prompt stands for its run under the row's own arm, without noise. Components: `resid_pre` and
     `resid_post`, the residual stream before and after the layer; `attn_out` and `mlp_out`, what its
     attention and its MLP return; `z`, what one `head` reads before W_O (width d_head).
     """
@@ -113,20 +115,22 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt and arm under at most one block and any patches; `contrast` is a token and its foil."""
+    """One run under at most one block and any patches; `contrast` is a token and its foil."""
 
     prompt: Prompt
     block: Block | None = None
     patches: tuple[Patch, ...] = ()
     contrast: tuple[int, int] | None = None
     arm: str | None = None
+    noise: Noise | None = None
 
     @property
     def run(self) -> Run:
-        return Run(self.prompt, self.arm)
+        return Run(self.prompt, self.arm, self.noise)
 
     @property
     def plain(self) -> bool:
+        """Whether nothing is done within its run, whose noise is its own."""
         return self.block is None and not self.patches
 
     @property
@@ -194,6 +198,7 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int) -> None:
         UnsupportedModel: a row of another arm than the model's own.
     """
     check_arms(rows)
+    check_noise(run for row in rows for run in (row.run, *row.sources))
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
         if (block := row.block) is not None:
@@ -271,7 +276,7 @@ def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     """Each run and contrast among `rows` once, without an intervention, and which one belongs to a row."""
     found: dict[tuple[Run, tuple[int, int] | None], int] = {}
     of = [found.setdefault((row.run, row.contrast), len(found)) for row in rows]
-    return [Row(run.prompt, contrast=contrast, arm=run.arm) for run, contrast in found], of
+    return [Row(run.prompt, contrast=contrast, arm=run.arm, noise=run.noise) for run, contrast in found], of
 
 
 def blocked_edges(row: Row, length: int) -> Bool[Tensor, "query key"]:

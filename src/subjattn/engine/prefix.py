@@ -23,11 +23,11 @@ from subjattn.prompts import Prompt
 def run_shared(model: PreTrainedModel, runs: list[Run], components: Collection[Component], budget: Budget) -> Base:
     """`run_base`, the tokens that all prompts begin with computed once where that saves half of the work.
 
-    Two arms have nothing in common, whatever their prompts begin with.
+    Two arms have nothing in common, whatever their prompts begin with, and a noised run nothing from its noise on.
     """
-    prompts = [run.prompt for run in runs]
-    shared = shared_tokens(prompts) if len({run.arm for run in runs}) == 1 else 0
-    if 2 * shared * (len(prompts) - 1) < sum(map(len, prompts)):
+    shared = shared_tokens([run.prompt for run in runs]) if len({run.arm for run in runs}) == 1 else 0
+    shared = min([shared, *(min(run.noise.at(run.prompt)) for run in runs if run.noise)])
+    if 2 * shared * (len(runs) - 1) < sum(len(run.prompt) for run in runs):
         return run_base(model, runs, components)
     return _run_suffixes(model, runs, components, budget, shared)
 
@@ -65,7 +65,7 @@ def _run_suffixes(
         n_heads=n_heads(model),
     )
     sizes = [len(suffix) for suffix in suffixes]
-    hidden = embed(model, prompts)
+    hidden = embed(model, runs)
     hidden = hidden[tokens.cone.to(hidden.device), tokens.position.to(hidden.device)]
 
     def at() -> tuple[Tensor, Tensor]:

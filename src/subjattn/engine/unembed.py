@@ -12,20 +12,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import decoder_layers, on_input, only_positions, padded_ids
-from subjattn.engine.interventions import Row, wide
-from subjattn.prompts import Prompt
+from subjattn.engine.interventions import Row, Run, wide
+from subjattn.engine.noise import noised
 
 
 @torch.inference_mode()
-def embed(model: PreTrainedModel, prompts: list[Prompt]) -> Float[Tensor, "row pos d_model"]:
-    """What the first layer is given, positions and scales included."""
+def embed(model: PreTrainedModel, runs: list[Run]) -> Float[Tensor, "row pos d_model"]:
+    """What the first layer is given, positions, scales and noise included."""
     kept: list[Tensor] = []
     layers, none = decoder_layers(model), torch.zeros(0, dtype=torch.long)
-    ids = padded_ids(prompts, model.device)
+    ids = padded_ids([run.prompt for run in runs], model.device)
     nothing = torch.zeros(
         *ids.shape, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device
     )
-    with on_input(layers[0], kept.append), layers_giving(layers, nothing), only_positions(model, none, none):
+    with ExitStack() as stack:
+        stack.enter_context(on_input(layers[0], kept.append))
+        stack.enter_context(layers_giving(layers, nothing))
+        stack.enter_context(only_positions(model, none, none))
+        stack.enter_context(noised(model, runs))
         model(input_ids=ids, use_cache=False)
     return kept[0]
 
