@@ -32,6 +32,7 @@ def test_public_names_are_pinned() -> None:
         "plot_knockout",
         "plot_patching",
         "plot_tokens",
+        "plot_trace",
         "predict",
         "ratio",
         "read_facts",
@@ -45,6 +46,7 @@ def test_public_names_are_pinned() -> None:
         "swap_subjects",
         "token_attention",
         "top",
+        "trace",
         "where",
     ]
     assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
+    from subjattn.measures.trace import trace as trace
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
     from subjattn.plots.choose import plot as plot
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
     from subjattn.plots.patching import plot_patching as plot_patching
+    from subjattn.plots.patching import plot_trace as plot_trace
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
@@ -78,6 +80,7 @@ _HOMES = {
     "plot_knockout": "plots.lines",
     "plot_patching": "plots.patching",
     "plot_tokens": "plots.heatmaps",
+    "plot_trace": "plots.patching",
     "predict": "measures.answers",
     "read_facts": "facts",
     "ratio": "evidence.ratios",
@@ -91,6 +94,7 @@ _HOMES = {
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",
     "top": "evidence.top",
+    "trace": "measures.trace",
     "where": "measures.where",
 }
 

@@ -78,6 +78,11 @@ def _patching(drawn: Drawn) -> go.Figure | None:
     return None if array is None else plot(array)
 
 
+def _trace(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("indirect_effect")
+    return None if array is None else plot(array)
+
+
 def _tokens(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("token_attention")
     return None if array is None else plot_tokens(array)
@@ -105,6 +110,14 @@ FIGURE = (
         "it as it was, 1 restores the clean logit difference. Noising puts swapped states into the clean run: 0 leaves "
         "it, 1 takes all of the difference away. “Before” the subject both runs are the same: the effect is exactly 0.",
         _patching,
+    ),
+    Figure(
+        "trace",
+        "Where the subject is recalled: causal tracing",
+        "Noise on the embeddings of the subject's tokens takes the answer away; clean states, restored in windows of "
+        "layers at all positions of one role, bring back so many nats of its log-probability. Mean over draws of noise "
+        "and a few facts. “Before” the subject nothing is noised: the effect is exactly 0.",
+        _trace,
     ),
     Figure(
         "tokens",
