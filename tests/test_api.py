@@ -34,6 +34,7 @@ def test_public_names_are_pinned() -> None:
         "plot_tokens",
         "plot_trace",
         "predict",
+        "predict_rows",
         "ratio",
         "read_facts",
         "reason",

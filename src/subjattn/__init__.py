@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
+    from subjattn.measures.answers import predict_rows as predict_rows
     from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
@@ -82,6 +83,7 @@ _HOMES = {
     "plot_tokens": "plots.heatmaps",
     "plot_trace": "plots.patching",
     "predict": "measures.answers",
+    "predict_rows": "measures.answers",
     "read_facts": "facts",
     "ratio": "evidence.ratios",
     "reason": "measures.answers",
