@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import test_noise
 import torch
 import zoo
+from conftest import changed
 from transformers import PreTrainedModel
 
 from subjattn.engine.noise import Noise
@@ -28,6 +30,9 @@ from subjattn.models import LoadedModel
 from subjattn.plots.choose import plot
 from subjattn.plots.patching import plot_trace
 from subjattn.prompts import ROLES, Prompt, PromptSet, make_prompts
+from subjattn.study.config import StudyConfig
+from subjattn.study.files import open_run
+from subjattn.study.run import run_study
 
 
 DRAWS = 2
@@ -292,3 +297,18 @@ def test_other_backends_trace_the_same(llama: LoadedModel, prompts: PromptSet, b
     )
     for name in ("clean", "noised", "restored"):
         np.testing.assert_allclose(one[name], other[name], atol=5e-4)
+
+
+def test_a_study_traces_every_arm(small: StudyConfig, tmp_path: Path) -> None:
+    """Arms side by side, each with noise of its own embeddings, and a figure in the report."""
+    config = changed(small, measures={"trace": {"facts": 2, "draws": 2, "window": 2}}, claims=[])
+    summary = run_study(config, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    style = next(iter(config.styles))
+    array = run.array("trace", "indirect_effect", style)
+    assert array.dims == ("arm", "fact", "layer", "role") and array.sizes["fact"] == 2
+    assert len(plot(array).data) == array.sizes["arm"]
+    assert {"trace_total_effect", "trace_indirect_effect", "trace_share"} <= {
+        row["measure"] for row in summary["contrasts"]
+    }
+    assert "causal tracing" in (tmp_path / "run" / "report.html").read_text()
