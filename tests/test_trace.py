@@ -142,7 +142,7 @@ def test_every_cell_is_that_of_plain_hooks(
     tiny_models: dict[str, LoadedModel], prompts: PromptSet, name: str, component: Traced, at: At, window: int
 ) -> None:
     gap = largest_gap(tiny_models[name], name, prompts[:1] if at == "position" else prompts[:2], component, at, window)
-    assert gap < 5e-4
+    assert gap < 5e-5
 
 
 def test_noise_beside_the_subject_is_seen(
