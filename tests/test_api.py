@@ -32,7 +32,9 @@ def test_public_names_are_pinned() -> None:
         "plot_knockout",
         "plot_patching",
         "plot_tokens",
+        "plot_trace",
         "predict",
+        "predict_rows",
         "ratio",
         "read_facts",
         "reason",
@@ -46,6 +48,7 @@ def test_public_names_are_pinned() -> None:
         "swap_subjects",
         "token_attention",
         "top",
+        "trace",
         "where",
     ]
     assert all(callable(getattr(subjattn, name)) for name in subjattn.__all__)

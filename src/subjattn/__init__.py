@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
+    from subjattn.measures.answers import predict_rows as predict_rows
     from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
+    from subjattn.measures.trace import trace as trace
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
     from subjattn.plots.choose import plot as plot
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
     from subjattn.plots.patching import plot_patching as plot_patching
+    from subjattn.plots.patching import plot_trace as plot_trace
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
@@ -79,7 +82,9 @@ _HOMES = {
     "plot_knockout": "plots.lines",
     "plot_patching": "plots.patching",
     "plot_tokens": "plots.heatmaps",
+    "plot_trace": "plots.patching",
     "predict": "measures.answers",
+    "predict_rows": "measures.answers",
     "read_facts": "facts",
     "ratio": "evidence.ratios",
     "reason": "measures.answers",
@@ -93,6 +98,7 @@ _HOMES = {
     "swap_subjects": "prompts",
     "token_attention": "measures.attention",
     "top": "evidence.top",
+    "trace": "measures.trace",
     "where": "measures.where",
 }
 

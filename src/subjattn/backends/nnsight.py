@@ -73,6 +73,8 @@ class NNsight:
             raise _unsupported(model, f"its decoder layers are none of {', '.join(_NAMES)}")
         path, self.attention, self.mlp = names[0]
         self.layers: list[Any] = list(attrgetter(path)(self.traced))
+        embedding = next(name for name, module in own.named_modules() if module is own.get_input_embeddings())
+        self.embedding: Any = attrgetter(embedding)(self.traced)
         self.device, self.n_heads = model.device, int(model.config.get_text_config().num_attention_heads)
         self.n_kv_heads = n_kv_heads(model)
         self._check(model)
@@ -87,7 +89,7 @@ class NNsight:
             for patch in row.patches:
                 if (source := patch.source(row.arm)) is not None:
                     wanted.setdefault(source, set()).add((patch.layer, patch.component))
-        states = {source: self._states(source.prompt.ids, places) for source, places in wanted.items()}
+        states = {source: self._states(source, places) for source, places in wanted.items()}
         changed = [i for i, row in enumerate(rows) if not row.plain]
         for i, row in enumerate(rows):
             if row.plain:
@@ -139,9 +141,16 @@ class NNsight:
         output = (self.layers[layer] if name is None else getattr(self.layers[layer], name)).output
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
-    def _states(self, ids: Sequence[int], places: set[tuple[int, Component]]) -> _States:
+    def _add_noise(self, run: Run) -> None:
+        """Inside a trace, before anything else."""
+        if (noise := run.noise) is not None:
+            embedded = self.embedding.output
+            embedded[0, list(noise.at(run.prompt))] = noise.put(run.prompt, embedded[0])
+
+    def _states(self, run: Run, places: set[tuple[int, Component]]) -> _States:
         """States of one run, asked for in the order in which the model computes them."""
-        with self._trace(ids):
+        with self._trace(run.prompt.ids):
+            self._add_noise(run)
             kept = nnsight.save({})
             for place in sorted(places, key=lambda place: (place[0], _ORDER.index(place[1]))):
                 kept[place] = self._state(*place).clone()
@@ -151,6 +160,7 @@ class NNsight:
         block, patches = row.block, sorted(row.patches, key=lambda patch: _ORDER.index(patch.component))
         try:
             with self._trace(row.prompt.ids):
+                self._add_noise(row.run)
                 for layer in range(len(self.layers)):
                     here = [patch for patch in patches if patch.layer == layer]
                     for patch in here:
@@ -203,7 +213,7 @@ class NNsight:
         probe = Prompt("probe", "", "", (), ids, (), (0, 1), PROBE - 2)
         try:
             kept = self._states(
-                ids, {(layer, component) for layer in range(len(self.layers)) for component in COMPONENTS}
+                Run(probe), {(layer, component) for layer in range(len(self.layers)) for component in COMPONENTS}
             )
             plain, blocked = (
                 self._run(Row(probe, block), {}) for block in (None, Block.between([PROBE - 2], [PROBE - 3]))

@@ -54,6 +54,7 @@ _INPUTS: dict[Component, tuple[str, ...]] = {
     "v": ("attn.hook_v",),
 }
 """Where queries, keys and values may be as attention gets them: behind rotary, or as projected where there is none."""
+_EMBEDDED = "embed.hook_out"
 _SCORES, _PATTERN = "attn.hook_attn_scores", _POINTS["pattern"]
 _Hook = tuple[str, Any]
 
@@ -89,6 +90,11 @@ class TransformerLens:
                 f"backend transformer-lens cannot patch {', '.join(sorted(lacking))} of this model: no hook point "
                 "holds what its attention gets, or none that acts; use another backend"
             )
+        if not self.embeds and any(run.noise for row in rows for run in (row.run, *row.sources)):
+            raise UnsupportedModel(
+                f"backend transformer-lens adds no noise to embeddings: its {_EMBEDDED} is not what the model's own "
+                "embedding gives; use another backend"
+            )
         taken = self._taken(rows)
         changed = [i for i, row in enumerate(rows) if not row.plain]
         for i, row in enumerate(rows):
@@ -111,9 +117,12 @@ class TransformerLens:
             last = {layer: wide(kept[name])[:, :, -1:] for layer, name in enumerate(names)}
             yield Output([i], [Row(prompt)], torch.empty(0), attention=last)
 
-    def _cached(self, ids: Sequence[int], names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _cached(
+        self, ids: Sequence[int], names: list[str], hooks: Sequence[_Hook] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = torch.tensor([ids], device=self.device)
-        return self.bridge.run_with_cache(tokens, names_filter=names, return_cache_object=False)  # type: ignore[no-any-return]
+        with self.bridge.hooks(fwd_hooks=list(hooks)):
+            return self.bridge.run_with_cache(tokens, names_filter=names, return_cache_object=False)  # type: ignore[no-any-return]
 
     def _taken(self, rows: Sequence[Row]) -> dict[Run, dict[str, Tensor]]:
         """What the prompts patched from give, one run each, at the hook points that are asked for."""
@@ -122,19 +131,25 @@ class TransformerLens:
             for patch in row.patches:
                 if (source := patch.source(row.arm)) is not None:
                     wanted.setdefault(source, set()).add(_name(patch.layer, self.points[patch.component]))
-        return {source: self._cached(source.prompt.ids, sorted(names))[1] for source, names in wanted.items()}
+        found = {}
+        for source, names in wanted.items():
+            fired: list[str] = []
+            hooks = _noising(source, fired)
+            found[source] = self._cached(source.prompt.ids, sorted(names), hooks)[1]
+            _check_fired(source.prompt, hooks, fired)
+        return found
 
     def _run(self, row: Row, taken: dict[Run, dict[str, Tensor]]) -> Float[Tensor, "prediction vocab"]:
         fired: list[str] = []
-        hooks = [] if row.block is None else self._blocking(row, row.block, fired)
+        hooks = _noising(row.run, fired)
+        hooks += [] if row.block is None else self._blocking(row, row.block, fired)
         hooks += [] if row.scale is None else self._scaling(row, row.scale, fired)
         for patch in row.patches:
             source = patch.source(row.arm)
             name = _name(patch.layer, self.points[patch.component])
             hooks.append(_patching(name, patch, None if source is None else taken[source], fired))
         logits = self.bridge.run_with_hooks(torch.tensor([row.prompt.ids], device=self.device), fwd_hooks=hooks)
-        if sorted(fired) != sorted(name for name, _ in hooks):
-            raise NotFired(f"fact {row.prompt.fact_id}: TransformerLens did not reach every hook point once: {fired}")
+        _check_fired(row.prompt, hooks, fired)
         return wide(logits[0, list(row.prompt.predicting)])
 
     def _blocking(self, row: Row, block: Block, fired: list[str]) -> list[_Hook]:
@@ -183,7 +198,8 @@ class TransformerLens:
         """Compare a short probe with the model's own logits, and see that every hook point is there and acts."""
         ids = tuple(probe_ids(model)[0].tolist())
         probe = Prompt("probe", "", "", (), ids, (), (0, 1), PROBE - 2)
-        names = [_name(layer, point) for layer in range(self.n_layers) for point in (*_POINTS.values(), _SCORES)]
+        points = (*_POINTS.values(), _SCORES)
+        names = [_EMBEDDED, *(_name(layer, point) for layer in range(self.n_layers) for point in points)]
         try:
             found, kept = self._cached(ids, names)
             plain, blocked = (
@@ -202,6 +218,8 @@ class TransformerLens:
             raise _unsupported(model, f"the wrapped model's logits part from its own by {gap:.1e} of their size")
         if torch.equal(plain, blocked):
             raise _unsupported(model, "what is written to its attention scores changes nothing")
+        embedded = model.get_input_embeddings()(torch.tensor([ids], device=self.device))
+        self.embeds = relative_gap(kept[_EMBEDDED], embedded) <= tolerance(model)
         self._look_inside(model, probe, plain)
 
     def _look_inside(self, model: PreTrainedModel, probe: Prompt, plain: Tensor) -> None:
@@ -232,6 +250,25 @@ def _same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _name(layer: int, point: str) -> str:
     return f"blocks.{layer}.{point}"
+
+
+def _check_fired(prompt: Prompt, hooks: list[_Hook], fired: list[str]) -> None:
+    if sorted(fired) != sorted(name for name, _ in hooks):
+        raise NotFired(f"fact {prompt.fact_id}: TransformerLens did not reach every hook point once: {fired}")
+
+
+def _noising(run: Run, fired: list[str]) -> list[_Hook]:
+    """A hook that adds a run's noise; none where it has none."""
+    if (noise := run.noise) is None:
+        return []
+
+    def add(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        fired.append(_EMBEDDED)
+        embedded = embedded.clone()
+        embedded[0, list(noise.at(run.prompt))] = noise.put(run.prompt, embedded[0])
+        return embedded
+
+    return [(_EMBEDDED, add)]
 
 
 def _patching(name: str, patch: Patch, states: dict[str, Tensor] | None, fired: list[str]) -> _Hook:

@@ -1,4 +1,4 @@
-"""The base run of some prompts, each under its arm: everything outside an intervention's cone, computed once."""
+"""The base run of some prompts, each under its arm and noise: all outside an intervention's cone, computed once."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from subjattn.engine.arms import routed
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.forward import predicting_positions
 from subjattn.engine.interventions import OUTPUTS, Component, Row, Run, wide
+from subjattn.engine.noise import noised
 from subjattn.errors import UnsupportedModel
 
 
@@ -146,6 +147,7 @@ def run_base(
         if queries:
             tap.keep_queries = torch.tensor(base.queries).expand(len(runs), -1)
         stack.enter_context(tapped(model, tap, range(len(layers))))
+        stack.enter_context(noised(model, runs))
         base.logits = wide(model(input_ids=padded_ids(prompts, model.device), use_cache=False).logits[0])
     base.parts |= {("pattern", layer): weights.transpose(1, 2) for layer, weights in tap.weights.items()}
     return base

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from weakref import WeakSet
@@ -91,7 +91,7 @@ def forward(
     check_rows(rows, len(decoder_layers(model)), n_heads(model), n_kv_heads(model))
     check_arms(model, rows)
     if rows and model not in _checked:
-        _check_exact(model, run_base(model, [rows[0].run], {"z"}), budget)
+        _check_exact(model, run_base(model, [replace(rows[0].run, noise=None)], {"z"}), budget)
         _checked.add(model)
     families = _families(rows)
     sizes = [max(len(run.prompt) for run in runs) * len(runs) for runs, _ in families]

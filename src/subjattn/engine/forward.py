@@ -50,6 +50,7 @@ from subjattn.engine.interventions import (
     fitted,
     wide,
 )
+from subjattn.engine.noise import noised
 from subjattn.errors import NotFired
 from subjattn.prompts import Prompt
 
@@ -154,6 +155,7 @@ def states(
                     stack.enter_context(on_component(component, module, partial(kept.__setitem__, layer)))
             stack.enter_context(only_positions(model, none, none))
             stack.enter_context(tapped(model, tap, range(len(layers))))
+            stack.enter_context(noised(model, some))
             model(input_ids=ids, use_cache=False)
         stacked = torch.stack([kept[layer] for layer in range(len(layers))], dim=1)
         for i, state in zip(index, stacked, strict=True):
@@ -213,6 +215,7 @@ def _run(rows: list[Row], model: PreTrainedModel) -> Float[Tensor, "prediction v
         patterns = {layer for component, layer in patches if component == "pattern"}
         tap = Tap(partial(chosen, [row.block for row in rows]), added, change=put, patterns=patterns)
         stack.enter_context(tapped(model, tap, range(len(layers))))
+        stack.enter_context(noised(model, [row.run for row in rows]))
         logits = wide(model(input_ids=ids, use_cache=False).logits[0])
     if fired != set(patches):
         raise NotFired(f"patches of {sorted(set(patches) - fired)} were never applied")

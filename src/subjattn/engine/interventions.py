@@ -1,7 +1,7 @@
 """Interventions as data: which edges to block or scale, which states to replace, in which run.
 
-A run is one prompt under one arm; a row is a run under at most one block, one scale and any patches. An
-intervention reaches only the layers and positions of its cone: from its first layer up, and from its
+A run is one prompt under one arm, with or without noise; a row is a run under at most one block, one scale and any
+patches. An intervention reaches only the layers and positions of its cone: from its first layer up, and from its
 first position on. Whatever runs rows (cones.py, forward.py, the backends) yields `Output`s.
 """
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from subjattn.engine.noise import Noise, check_noise
 from subjattn.errors import BadInput, NotFired
 from subjattn.prompts import Prompt
 
@@ -121,11 +122,12 @@ def times(factor: float) -> float:
 class Run:
     """A prompt under one arm: what base runs, controls and the sources of patches are known by.
 
-    An `arm` of None is the model itself.
+    An `arm` of None is the model itself; `noise` is on its embeddings.
     """
 
     prompt: Prompt
     arm: Arm | None = None
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,7 @@ class Patch:
     """The output of a component replaced at `positions` of one layer.
 
     `values` are `[position, width]`, or the run that they are taken from, at `source_positions` (None: the
-    same positions); a prompt stands for its run under the row's own arm. Components: `resid_pre` and
+    same positions); a prompt stands for its run under the row's own arm, without noise. Components: `resid_pre` and
     `resid_post`, the residual stream before and after the layer; `attn_out` and `mlp_out`, what its
     attention and its MLP return; and of one `head`, as its attention function gets or gives them: `q`, and `k` and
     `v` of a key/value head (which query heads may share), behind norms and rotary; `pattern`, the attention weights
@@ -163,7 +165,7 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt and arm under at most one block, one scale and any patches; `contrast` is a token and its foil.
+    """One run under at most one block, one scale and any patches; `contrast` is a token and its foil.
 
     Where a block and a scale take the same edge, it is blocked.
     """
@@ -174,10 +176,11 @@ class Row:
     contrast: tuple[int, int] | None = None
     arm: Arm | None = None
     scale: Scale | None = None
+    noise: Noise | None = None
 
     @property
     def run(self) -> Run:
-        return Run(self.prompt, self.arm)
+        return Run(self.prompt, self.arm, self.noise)
 
     @property
     def edges(self) -> list[Edges]:
@@ -186,6 +189,7 @@ class Row:
 
     @property
     def plain(self) -> bool:
+        """Whether nothing is done within its run, whose noise is its own."""
         return not self.edges and not self.patches
 
     @property
@@ -259,6 +263,7 @@ def check_rows(rows: Sequence[Row], n_layers: int, n_heads: int, n_kv_heads: Seq
     Raises:
         NotFired: such an intervention.
     """
+    check_noise(run for row in rows for run in (row.run, *row.sources))
     for row in rows:
         length, last = len(row.prompt), row.prompt.predicting[-1]
         for its in row.edges:
@@ -354,7 +359,7 @@ def controls(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     """Each run and contrast among `rows` once, without an intervention, and which one belongs to a row."""
     found: dict[tuple[Run, tuple[int, int] | None], int] = {}
     of = [found.setdefault((row.run, row.contrast), len(found)) for row in rows]
-    return [Row(run.prompt, contrast=contrast, arm=run.arm) for run, contrast in found], of
+    return [Row(run.prompt, contrast=contrast, arm=run.arm, noise=run.noise) for run, contrast in found], of
 
 
 def edge_mask(edges: Edges | None, length: int) -> Bool[Tensor, "query key"]:

@@ -30,11 +30,11 @@ def run_shared(
 ) -> Base:
     """`run_base`, the tokens that all prompts begin with computed once where that saves half of the work.
 
-    Two arms have nothing in common, whatever their prompts begin with.
+    Two arms have nothing in common, whatever their prompts begin with, and a noised run nothing from its noise on.
     """
-    prompts = [run.prompt for run in runs]
-    shared = shared_tokens(prompts) if len({run.arm for run in runs}) == 1 else 0
-    if 2 * shared * (len(prompts) - 1) < sum(map(len, prompts)):
+    shared = shared_tokens([run.prompt for run in runs]) if len({run.arm for run in runs}) == 1 else 0
+    shared = min([shared, *(min(run.noise.at(run.prompt)) for run in runs if run.noise)])
+    if 2 * shared * (len(runs) - 1) < sum(len(run.prompt) for run in runs):
         return run_base(model, runs, components, queries)
     return _run_suffixes(model, runs, components, budget, shared, queries)
 

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from subjattn.engine.anatomy import decoder_layers, on_input, only_positions, padded_ids
 from subjattn.engine.arms import routed
 from subjattn.engine.interventions import Row, Run, wide
+from subjattn.engine.noise import noised
 
 
 @torch.inference_mode()
 def embed(model: PreTrainedModel, runs: list[Run]) -> Float[Tensor, "row pos d_model"]:
-    """What the first layer is given, positions and scales included."""
+    """What the first layer is given, positions, scales and noise included."""
     kept: list[Tensor] = []
-    prompts = [run.prompt for run in runs]
     layers, none = decoder_layers(model), torch.zeros(0, dtype=torch.long)
-    ids = padded_ids(prompts, model.device)
+    ids = padded_ids([run.prompt for run in runs], model.device)
     nothing = torch.zeros(
         *ids.shape, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device
     )
@@ -32,6 +32,7 @@ def embed(model: PreTrainedModel, runs: list[Run]) -> Float[Tensor, "row pos d_m
         stack.enter_context(on_input(layers[0], kept.append))
         stack.enter_context(layers_giving(layers, nothing))
         stack.enter_context(only_positions(model, none, none))
+        stack.enter_context(noised(model, runs))
         model(input_ids=ids, use_cache=False)
     return kept[0]
 

@@ -12,11 +12,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from subjattn.backends import Backend, BackendName
+from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
 from subjattn.engine.answers import answer_logits
 from subjattn.engine.checks import check_model
-from subjattn.engine.interventions import BATCH_TOKENS, Row
+from subjattn.engine.interventions import BATCH_TOKENS, Row, check_rows
 from subjattn.errors import BadInput
-from subjattn.measures import check_prompts, hf_model, labelled, tokenizer_of
+from subjattn.measures import check_prompts, hf_model, labelled, opened, tokenizer_of
+from subjattn.measures.intervened import Interventions, followed, greedy, kept, letters
 from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.prompts import Prompt
@@ -47,8 +50,12 @@ def predict(
     prompts: Sequence[Prompt],
     scorer: ScorerName = "answer_start",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    interventions: Interventions | None = None,
+    backend: BackendName | Backend = "engine",
+    memory_budget: int | None = None,
 ) -> pd.DataFrame:
-    """What a model answers, and whether that is right.
+    """What a model answers, and whether that is right; under interventions, where some are given.
 
     Greedy text, or the likeliest letter of a multiple-choice question. Prompts of equal length are generated
     together, so nothing is padded.
@@ -58,25 +65,102 @@ def predict(
         prompts: facts asked.
         scorer: `answer_start`, `exact_match`, `containment` or `letters`; see `subjattn.measures.scoring`.
         tokenizer: of a plain model; a `LoadedModel` has its own.
+        interventions: from a prompt to its `Row`, asked again for every token with the text so far in the place of the
+            answer, so that `prompt.predicting` are the positions that predict the text: an edge from them stays blocked
+            while it grows, `lambda p: Row(p, Block.between(p.predicting, p.subject_positions))`.
+        backend: what computes interventions, by name or opened by `subjattn.backends.open_backend`.
+        memory_budget: bytes of working memory for them beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
         One row per prompt with `fact_id`, `prediction`, `correct` and `scorer`.
 
     Raises:
-        BadInput: an unknown scorer, letters for prompts without choices, or a plain model without a tokenizer.
+        BadInput: an unknown scorer, letters for prompts without choices, a plain model without a tokenizer, a row of
+            another prompt, or a backend or budget without interventions.
+        NotFired, UnsupportedModel: an intervention could not be applied.
     """
+    if interventions is not None:
+        each = [interventions] * len(prompts)
+        return _intervened(model, prompts, each, scorer, tokenizer, backend, memory_budget)
+    if backend != "engine" or memory_budget is not None:
+        raise BadInput("without interventions the model itself generates: leave out the backend and the memory budget")
     hf = hf_model(model)
     check_prompts(prompts)
     check_model(hf)
+    _check_scorer(scorer)
     if scorer == "letters":
         texts = [ascii_uppercase[i] for i in choice_logprobs(model, prompts).argmax("choice").values]
-        correct = [text == prompt.answers[0] for text, prompt in zip(texts, prompts, strict=True)]
-    elif scorer in SCORERS:
+    else:
         rule = SCORERS[scorer]
         texts = generate(hf, tokenizer_of(model, tokenizer), prompts, rule.new_tokens, one_line=rule.one_line)
-        correct = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
-    else:
+    return _judged(prompts, texts, scorer)
+
+
+def predict_rows(
+    model: Model,
+    rows: Sequence[Row],
+    scorer: ScorerName = "answer_start",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    backend: BackendName | Backend = "engine",
+    memory_budget: int | None = None,
+) -> pd.DataFrame:
+    """What a model answers in each row, and whether that is right: `predict` under interventions that stay as they are.
+
+    Args:
+        model: a `LoadedModel`, or a plain Hugging Face causal model in eval mode.
+        rows: prompts with their interventions. A block stays for its queries alone: text behind them reads what it
+            likes, and `predict(…, interventions=…)` blocks edges that grow with the text. Patches lie in the prompt.
+        scorer, tokenizer, backend, memory_budget: as `predict` takes them.
+
+    Returns:
+        One row per row with `fact_id`, `prediction`, `correct` and `scorer`.
+
+    Raises:
+        BadInput, NotFired, UnsupportedModel: as `predict`; a patch behind its prompt.
+    """
+    hf = hf_model(model)
+    check_model(hf)
+    check_rows(rows, len(decoder_layers(hf)), n_heads(hf), n_kv_heads(hf))
+    each = [kept(row) for row in rows]
+    return _intervened(model, [row.prompt for row in rows], each, scorer, tokenizer, backend, memory_budget)
+
+
+def _intervened(
+    model: Model,
+    prompts: Sequence[Prompt],
+    interventions: Sequence[Interventions],
+    scorer: ScorerName,
+    tokenizer: PreTrainedTokenizerBase | None,
+    backend: BackendName | Backend,
+    memory_budget: int | None,
+) -> pd.DataFrame:
+    check_prompts(prompts)
+    _check_scorer(scorer)
+    if not prompts:
+        return _judged(prompts, [], scorer)
+    hf, rule = hf_model(model), SCORERS.get(scorer)
+    longest = [followed(prompt, prompt.ids[:1] * (rule.new_tokens if rule else 0)) for prompt in prompts]
+    run = opened(backend, hf, memory_budget, longest)
+    if rule is None:
+        return _judged(prompts, [ascii_uppercase[i] for i in letters(run, prompts, interventions)], scorer)
+    own = tokenizer_of(model, tokenizer)
+    eos, newlines = ending_tokens(hf, own)
+    tokens = greedy(run, prompts, interventions, eos, newlines if rule.one_line else (), rule.new_tokens)
+    return _judged(prompts, [text_of(own, of, one_line=rule.one_line) for of in tokens], scorer)
+
+
+def _check_scorer(scorer: str) -> None:
+    if scorer != "letters" and scorer not in SCORERS:
         raise BadInput(f"scorer {scorer!r} is not one of {', '.join([*SCORERS, 'letters'])}")
+
+
+def _judged(prompts: Sequence[Prompt], texts: Sequence[str], scorer: str) -> pd.DataFrame:
+    rule = SCORERS.get(scorer)
+    correct = [
+        text == prompt.answers[0] if rule is None else rule.correct(text, prompt.answers)
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
     return pd.DataFrame(
         {
             "fact_id": [prompt.fact_id for prompt in prompts],

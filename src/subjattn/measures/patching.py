@@ -247,7 +247,7 @@ def destroyed(effect: xr.DataArray) -> xr.DataArray:
 
 
 def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
-    """Cells of a `patch_grid` (or of a part of one) that the way it is made decides, the last kind all but: booleans.
+    """Cells of a `patch_grid`, a `trace` or a part of one that its making decides, the last kind all but: booleans.
 
     * before the first token that differs: exactly nothing;
     * outputs of the last layer anywhere but at the prediction position: exactly nothing;
@@ -258,11 +258,14 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
       there in any model; after the last layer, all of it.
 
     Raises:
-        BadInput: an array that does not say what its places hold (not from `patch_grid`, or from an earlier version).
+        BadInput: an array that does not say what its places hold (not from `patch_grid` or `trace`, or from an earlier
+            version).
     """
     if "reach" not in effect.coords or not {"component", "n_layers"} <= set(effect.attrs):
         raise BadInput("which cells are trivial is not known: give an array of patch_grid, made by this version")
     reach, layer = effect["reach"], xr.DataArray(effect["layer"].values, dims="layer")
+    if effect.attrs.get("window", 1) > 1:
+        layer = xr.full_like(layer, -1)  # of several layers, none is decided by where it stands
     first, last = layer == 0, layer == int(effect.attrs["n_layers"]) - 1
     if effect.attrs["component"] == "resid_post":
         before = layer == int(effect.attrs["n_layers"]) - 2

@@ -10,7 +10,7 @@ from subjattn.plots.doses import plot_doses
 from subjattn.plots.drawing import Drawing
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
-from subjattn.plots.patching import plot_heads, plot_patching
+from subjattn.plots.patching import plot_heads, plot_patching, plot_trace
 
 
 MOST_PROMPTS = 8
@@ -27,8 +27,8 @@ def plot(
 
     Args:
         array: `(fact, …)`, with or without `arm`, from any measure: attention or knock-out by layer and head, knock-out
-            by layer or window, patching by role, position or head, attention over tokens, doses; also of a finished
-            run.
+            by layer or window, patching or tracing by role, position or head, attention over tokens, doses; also of a
+            finished run.
         difference: two arms, for `(arm, fact, layer, head)`; a last panel shows the first minus the second.
         significant: `(layer, head)`, from `significant`: the other cells of the last panel are faded.
 
@@ -55,7 +55,7 @@ def plot(
     if dims in ({"fact", "layer", "head"}, {"fact", "layer", "head", "role"}):
         return plot_heads(array)
     if dims == {"fact", "layer", "role"}:
-        return plot_patching(array)
+        return plot_trace(array) if "noise" in array.attrs else plot_patching(array)
     if dims == {"fact", "layer", "position"}:
         return _tokens(array)
     if dims in ({"fact", "route", "layer"}, {"fact", "route", "layer", "head"}):

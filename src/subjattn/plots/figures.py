@@ -84,6 +84,11 @@ def _rescale(drawn: Drawn) -> go.Figure | None:
     return None if array is None else plot_doses(array, drawn.array("rescale_control"))
 
 
+def _trace(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("indirect_effect")
+    return None if array is None else plot(array)
+
+
 def _tokens(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("token_attention")
     return None if array is None else plot_tokens(array)
@@ -119,6 +124,14 @@ FIGURE = (
         "multiplies their weights); mean over a few facts. Dashed: the same doses on as many other edges of the same "
         "queries, that lead neither to the subject nor to the first token.",
         _rescale,
+    ),
+    Figure(
+        "trace",
+        "Where the subject is recalled: causal tracing",
+        "Noise on the embeddings of the subject's tokens takes the answer away; clean states, restored in windows of "
+        "layers at all positions of one role, bring back so many nats of its log-probability. Mean over draws of noise "
+        "and a few facts. “Before” the subject nothing is noised: the effect is exactly 0.",
+        _trace,
     ),
     Figure(
         "tokens",

@@ -1,0 +1,98 @@
+"""The measure `trace`: what restoring clean states gives back of an answer that noise on the subject takes away."""
+
+from __future__ import annotations
+
+import xarray as xr
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from subjattn.measures.patching import trivial_cells
+from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape, one_per_fact
+from subjattn.measures.trace import Traced, subject_std, trace
+
+
+CELL = 0.25
+"""Forward passes of a prompt that a cell costs, roughly."""
+PLACES = 4
+"""Roles in which a cell is computed, roughly: those from the subject on that a prompt has."""
+
+
+class TraceSettings(Settings):
+    component: Traced = Field("mlp_out", description="what is restored")
+    window: PositiveInt = Field(10, description="layers restored together")
+    facts: PositiveInt = Field(6, description="facts that are traced, known ones first")
+    draws: PositiveInt = Field(5, description="draws of noise for each fact")
+    noise: PositiveFloat = Field(3.0, description="noise, in standard deviations of the subjects' embeddings")
+    seed: NonNegativeInt = Field(0, description="of the draws of noise")
+
+
+def _run(asked: Asked, settings: TraceSettings) -> xr.Dataset:
+    order = sorted(asked.order, key=lambda fact: fact not in asked.known)
+    prompts = asked.by_id(order[: settings.facts])
+    found = trace(
+        asked.model,
+        prompts,
+        settings.component,
+        window=settings.window,
+        noise=settings.noise,
+        std=subject_std(asked.model, asked.prompts),
+        draws=settings.draws,
+        seed=settings.seed,
+        **asked.computing,
+    )
+    asked.tell(len(prompts) * settings.draws * (1 + CELL * PLACES * found.sizes["layer"]))
+    known = [prompt.fact_id in asked.known for prompt in prompts]
+    return found.assign_coords(known=("fact", known))
+
+
+def _at_last_token(dataset: xr.Dataset) -> xr.DataArray:
+    """Indirect effect at the subject's last token (another role if that alone is there), mean over open cells."""
+    effect = dataset["indirect_effect"]
+    effect = effect.where(~trivial_cells(effect))
+    role = effect["role"].values[0] if effect.sizes["role"] == 1 else "subject_last"
+    here = effect.sel(role=role, drop=True)
+    return here.mean("layer") if "layer" in here.dims else here
+
+
+def _cost(shape: Shape, settings: TraceSettings) -> float:
+    return min(settings.facts, shape.n_facts) * settings.draws * (1 + CELL * PLACES * shape.n_layers)
+
+
+MEASURE = Measure(
+    name="trace",
+    title="causal tracing of the subject",
+    paper="Meng et al. 2022",
+    quantities=(
+        Quantity(
+            "trace_total_effect",
+            "nats",
+            "fall in the answer's log-probability by noise on the subject's embeddings, mean over draws",
+            per_fact=one_per_fact("total_effect"),
+            smallest_effect=0.1,
+        ),
+        Quantity(
+            "trace_indirect_effect",
+            "nats",
+            "rise in the answer's log-probability under noise when clean states are restored at the subject's last "
+            "token (MLP outputs in windows of 10 layers unless set otherwise), mean over draws and over layers that "
+            "are not decided by construction; a claim names others",
+            per_fact=_at_last_token,
+            cells={"layer": "mean", "role": "one"},
+            smallest_effect=0.1,
+        ),
+        Quantity(
+            "trace_share",
+            "share of the total effect",
+            "mean of trace_indirect_effect over mean of trace_total_effect",
+            per_fact=_at_last_token,
+            over=one_per_fact("total_effect"),
+            cells={"layer": "mean", "role": "one"},
+            smallest_effect=0.1,
+        ),
+    ),
+    run=_run,
+    cost=_cost,
+    settings=TraceSettings,
+    needs=frozenset({"subject", "same_prompts", "known"}),
+    any_backend=True,
+    figure="trace",
+)
