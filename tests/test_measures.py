@@ -139,7 +139,7 @@ def test_trivial_cells_could_not_be_otherwise(
     decided = np.ones_like(always)
     for grid in grids:
         share = (grid / (sign * destroyed(grid))).transpose(*grid.dims).values
-        settled = (np.abs(share) < 1e-4) | (np.abs(share - 1) < 1e-4)
+        settled = (np.abs(share) < 1e-4) | (np.abs(share - 1) < 1e-4) | (np.abs(grid.values) < 5e-6)
         assert settled[always].all()
         decided &= settled
     if component == "resid_pre":
