@@ -318,7 +318,7 @@ def test_arguments_that_do_not_fit(llama: LoadedModel, prompts: PromptSet, setti
 
 
 @pytest.mark.parametrize(
-    "settings", [{"component": "q"}, {"at": "end"}, {"direction": "sideways"}, {"metric": []}, {"metric": "loss"}]
+    "settings", [{"component": "w"}, {"at": "end"}, {"direction": "sideways"}, {"metric": []}, {"metric": "loss"}]
 )
 def test_patching_arguments_that_do_not_fit(
     llama: LoadedModel, pairs: list[tuple[Prompt, Prompt]], settings: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import oracles
 import pandas as pd
 import pytest
@@ -16,11 +17,13 @@ from subjattn.engine.anatomy import n_kv_heads
 from subjattn.engine.base import Base
 from subjattn.engine.forward import forward
 from subjattn.engine.interventions import Block, Component, Edges, Patch, Row, Scale, times
+from subjattn.engine.memory import PeakMemory
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
+from subjattn.measures.patching import patch_grid
 from subjattn.models import LoadedModel
-from subjattn.prompts import Prompt, PromptSet, make_prompts
+from subjattn.prompts import Prompt, PromptSet, make_prompts, swap_subjects
 
 
 NAMES = ("llama", "gpt2", "mistral", "qwen3", "gemma2", "gpt_neox", "phi3")
@@ -347,3 +350,41 @@ def test_other_libraries_edit_the_same(
     for scaled in scaled_rows(target, source)[:4]:
         expected = scaled_by_hand(model, scaled)
         torch.testing.assert_close(logits(backend, model, scaled), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("component", INSIDE)
+@pytest.mark.parametrize("window", [1, 2])
+def test_every_cell_of_a_grid(
+    tiny_models: dict[str, LoadedModel], prompts: PromptSet, cities: pd.DataFrame, component: Component, window: int
+) -> None:
+    """Every layer, window, head and position, both directions; heads of keys and values are those that are shared."""
+    llama = tiny_models["llama"]
+    asked = make_prompts(draw(cities, 60, seed=1), llama.tokenizer, TEMPLATES["country"]["list"])
+    clean, corrupt = next(iter(swap_subjects(asked, np.random.default_rng(0))))
+    for direction, source, into in (("denoising", clean, corrupt), ("noising", corrupt, clean)):
+        found = patch_grid(llama, [(clean, corrupt)], component, at="position", direction=direction, window=window)
+        assert found.dims == ("fact", "layer", "head", "position")
+        assert found.sizes["head"] == (2 if component in ("k", "v") else 4)
+        plain = float(found[f"{'corrupt' if direction == 'denoising' else 'clean'}_logit_diff"][0])
+        for layer in range(3):
+            layers = range(max(0, layer - window // 2), layer + 1)
+            for head in range(found.sizes["head"]):
+                for position in range(3, clean.prediction + 1, 3):
+                    patches = tuple(Patch(at, (position,), source, component, head) for at in layers)
+                    logits = by_hand(llama.model, into, patches)[0]
+                    expected = float(logits[clean.answer_ids[0]] - logits[corrupt.answer_ids[0]]) - plain
+                    cell = float(found[0, layer, head, position])
+                    assert cell == pytest.approx(expected, abs=2e-4), (layer, head, position)
+
+
+def test_a_budget_bounds_the_memory_of_patterns(tiny_models: dict[str, LoadedModel], cities: pd.DataFrame) -> None:
+    """Weights of every position kept and changed: the peak counted storage by storage, the numbers to rounding."""
+    llama = tiny_models["llama"]
+    asked = make_prompts(draw(cities, 120, seed=2), llama.tokenizer, TEMPLATES["country"]["list"])
+    pairs = swap_subjects(asked, np.random.default_rng(0))[:24]
+    with PeakMemory() as free:
+        expected = patch_grid(llama, pairs, "pattern", at="role")
+    with PeakMemory() as bounded:
+        found = patch_grid(llama, pairs, "pattern", at="role", memory_budget=free.peak // 5)
+    assert bounded.peak <= free.peak // 5
+    np.testing.assert_allclose(found, expected, atol=5e-5)

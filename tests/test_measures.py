@@ -108,30 +108,38 @@ def test_knockout_is_a_hand_masked_forward(tiny: LoadedModel, prompts: PromptSet
     assert float(abs(knockout(tiny, prompts)).max()) > 0.1, "the knock-out moves these models too little to test it"
 
 
-@pytest.mark.parametrize("at", ["role", "position", "prediction", "subject"])
-@pytest.mark.parametrize("component", ["resid_pre", "attn_out", "z"])
+PLACES = [
+    (at, its, 1) for at in ("role", "position", "prediction", "subject") for its in ("resid_pre", "attn_out", "z")
+]
+PLACES += [("role", its, 1) for its in ("q", "v", "pattern")]
+PLACES += [("role", its, 2) for its in ("resid_pre", "resid_post", "attn_out", "q", "v")]
+
+
+@pytest.mark.parametrize(("at", "component", "window"), PLACES)
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_trivial_cells_could_not_be_otherwise(
-    tiny_models: dict[str, LoadedModel], cities: pd.DataFrame, at: str, component: str, direction: str
+    tiny_models: dict[str, LoadedModel], cities: pd.DataFrame, at: str, component: str, window: int, direction: str
 ) -> None:
     """In random models of two architectures: nothing or all wherever they are marked, save in the last layer."""
     asked = make_prompts(draw(cities, 60, seed=1), tiny_models["llama"].tokenizer, STYLES["list"])
     pairs = swap_subjects(asked, np.random.default_rng(0))[:4]
     grids = [
-        patch_grid(tiny_models[name], pairs, component, at=at, direction=direction)  # type: ignore[arg-type]
-        for name in ("llama", "gpt2")
+        patch_grid(tiny_models[name], pairs, component, at=at, direction=direction, window=window)  # type: ignore[arg-type]
+        for name in ("llama", "mistral" if component == "v" else "gpt2")  # of as many key/value heads
     ]
     trivial = trivial_cells(grids[0])
     assert trivial.equals(trivial_cells(grids[1])) and trivial.dims == grids[0].dims
     sign = 1 if direction == "denoising" else -1
     last = trivial["layer"] == trivial["layer"].max()
     nearly = trivial & last & (grids[0]["reach"] == "prediction")
-    assert bool(nearly.any()) == (component == "resid_pre" and at != "subject")
+    if component == "resid_post":
+        nearly = trivial & (grids[0]["reach"] == "prediction")
+    assert bool(nearly.any()) == (component.startswith("resid") and at != "subject")
     always = (trivial & ~nearly).values
     decided = np.ones_like(always)
     for grid in grids:
         share = (grid / (sign * destroyed(grid))).transpose(*grid.dims).values
-        settled = (np.abs(share) < 1e-4) | (np.abs(share - 1) < 1e-4)
+        settled = (np.abs(share) < 1e-4) | (np.abs(share - 1) < 1e-4) | (np.abs(grid.values) < 5e-6)
         assert settled[always].all()
         decided &= settled
     if component == "resid_pre":

@@ -25,8 +25,10 @@ class Budget:
     predictions: int = 256
 
     @classmethod
-    def of(cls, model: PreTrainedModel, memory: int | None, longest: int) -> Budget:
+    def of(cls, model: PreTrainedModel, memory: int | None, longest: int, *, patterns: bool = False) -> Budget:
         """What fits `memory` bytes (None: a usual machine), for prompts of at most `longest` tokens.
+
+        `patterns` says whether the attention weights of every position are kept and changed.
 
         Raises:
             BadInput: two prompts do not fit.
@@ -42,6 +44,9 @@ class Budget:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         kept = 2 * (n_layers + 1) * width + 2 * n_layers * kv_heads * d_head
         passing = size * (4 * inner + 8 * width) + 4 * heads * (6 * d_head + 6 * longest)
+        if patterns:
+            kept += -(-4 * n_layers * heads * longest // size)
+            passing += 4 * heads * 4 * longest
         costs = {
             "base": size * kept + 16 * vocab // longest + passing,
             "cones": 2 * size * width + longest + 48,

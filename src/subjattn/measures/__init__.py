@@ -124,6 +124,11 @@ def some_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
     return found
 
 
+def windows(centres: Sequence[int], size: int, n_layers: int) -> list[range]:
+    """Of each centre, `size` layers around it, cut off at the first and the last layer."""
+    return [range(max(0, c - size // 2), min(n_layers, c - size // 2 + size)) for c in centres]
+
+
 def tokens_of(prompts: Sequence[Prompt], length: int) -> dict[str, Any]:
     """Coordinates `(fact, position)`: the prompts' tokens, empty behind their ends, and which belong to the subject."""
     tokens = [[*p.tokens[: p.prediction + 1], *[""] * (length - p.prediction - 1)] for p in prompts]
@@ -132,9 +137,17 @@ def tokens_of(prompts: Sequence[Prompt], length: int) -> dict[str, Any]:
 
 
 def opened(
-    backend: BackendName | Backend, model: PreTrainedModel, memory_budget: int | None, prompts: Sequence[Prompt]
+    backend: BackendName | Backend,
+    model: PreTrainedModel,
+    memory_budget: int | None,
+    prompts: Sequence[Prompt],
+    *,
+    patterns: bool = False,
 ) -> Backend:
-    """The backend that a measure runs on, its batches fitting the budget; one that is open is taken as it is."""
+    """The backend that a measure runs on, its batches fitting the budget; one that is open is taken as it is.
+
+    `patterns` says whether attention weights of whole prompts are kept.
+    """
     if not isinstance(backend, str):
         return backend
-    return open_backend(backend, model, Budget.of(model, memory_budget, max(map(len, prompts))))
+    return open_backend(backend, model, Budget.of(model, memory_budget, max(map(len, prompts)), patterns=patterns))

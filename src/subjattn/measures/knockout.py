@@ -29,7 +29,7 @@ from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import Block, Row
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, windows
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
 from subjattn.measures.sets import Heads, parse_sets
@@ -276,7 +276,7 @@ def _parts(
         return _Parts(blocks, ("set",), (len(blocks),), where, coords, {"matched": sets.matched})
     some = some_layers(layers, n_layers)
     size = window if by == "window" else 1
-    around = [tuple(range(max(0, c - size // 2), min(n_layers, c - size // 2 + size))) for c in some]
+    around = [tuple(window) for window in windows(some, size, n_layers)]
     if by == "head":
         check_model(hf)
         every = n_heads(hf)

@@ -22,7 +22,7 @@ from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
 from subjattn.engine.checks import check_model
 from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Component, Patch, Row
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, tokens_of
+from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, tokens_of, windows
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.prompts import ROLES, Prompt, aligned
 
@@ -62,6 +62,7 @@ def patch_grid(
     at: At = ...,
     direction: Direction = ...,
     layers: Sequence[int] | None = ...,
+    window: int = ...,
     metric: Metric = ...,
     backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
@@ -75,6 +76,7 @@ def patch_grid(
     at: At = ...,
     direction: Direction = ...,
     layers: Sequence[int] | None = ...,
+    window: int = ...,
     metric: list[Metric],
     backend: BackendName | Backend = ...,
     memory_budget: int | None = ...,
@@ -87,6 +89,7 @@ def patch_grid(
     at: At = "role",
     direction: Direction = "denoising",
     layers: Sequence[int] | None = None,
+    window: int = 1,
     metric: Metric | list[Metric] = "logit_diff",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -107,7 +110,9 @@ def patch_grid(
         at: `role` patches all positions of a role together, `position` each by itself; `prediction` and
             `subject` patch there alone and give no such dimension.
         direction: `denoising` puts clean states into the corrupt run, `noising` corrupt ones into the clean.
-        layers: those to compute; None: all.
+        layers: those to compute (of windows, their centres); None: all.
+        window: layers that are patched together around each, cut off at the first and last layer; Meng et al. (2022)
+            take 10 for attention and MLP outputs.
         metric: one of `logit_diff` (clean answer minus corrupt answer, first tokens), `answer_logprob` (of
             the clean answer, nats), `kl` (nats), `rank` (of the clean answer), or a function of your own from the
             logits that predict the clean answer's tokens, `[answer, vocab]`, and the prompt to a number; or several.
@@ -137,6 +142,8 @@ def patch_grid(
     ):
         if value not in known:
             raise BadInput(f"{name} {value!r} is not one of {', '.join(known)}")
+    if window < 1:
+        raise BadInput(f"a window of {window} layers: give 1 or more")
     runs = answered_pairs(pairs, whole_answer=not {*metrics} <= {"logit_diff", "kl", "rank"})
     sides = [clean for clean, _, _ in runs], [corrupt for _, corrupt, _ in runs]
     contrasts = [contrast for _, _, contrast in runs]
@@ -147,7 +154,9 @@ def patch_grid(
 
     n_place = {"role": len(ROLES), "position": max(clean.prediction for clean, _, _ in runs) + 1}.get(at, 1)
     rows = [Row(p, contrast=contrast) for side in sides for p, contrast in zip(side, contrasts, strict=True)]
-    dead = np.full((len(runs), len(places), max(map(len, heads)), n_place), np.nan)
+    around = windows(places, window, n_layers)
+    shared = [min((heads[layer] for layer in layers_here), key=len) for layers_here in around]
+    dead = np.full((len(runs), len(places), max(map(len, shared)), n_place), np.nan)
     reach = np.full((len(runs), n_place), "", dtype="<U10")
     cells: list[tuple[int, int, int, int]] = []
     for fact, (clean, corrupt, contrast) in enumerate(runs):
@@ -156,16 +165,21 @@ def patch_grid(
         for place, positions in enumerate(_positions(clean, at)):
             reach[fact, place] = _reach(clean, corrupt, positions)
             live = tuple(position for position in positions if position >= differs)
-            for index, layer in enumerate(places):
-                last = component not in _READ_ELSEWHERE and layer == n_layers - 1
-                where = tuple(position for position in live if not last or position == clean.prediction)
+            for index, layers_here in enumerate(around):
+                where = {}
+                for layer in layers_here:
+                    last = component not in _READ_ELSEWHERE and layer == n_layers - 1
+                    if some := tuple(position for position in live if not last or position == clean.prediction):
+                        where[layer] = some
                 if not where:
-                    dead[fact, index, : len(heads[layer]), place] = 0.0 if positions else np.nan
+                    dead[fact, index, : len(shared[index]), place] = 0.0 if positions else np.nan
                     continue
-                for head in heads[layer]:
-                    rows.append(Row(into, patches=(Patch(layer, where, source, component, head),), contrast=contrast))
+                for head in shared[index]:
+                    patches = tuple(Patch(layer, some, source, component, head) for layer, some in where.items())
+                    rows.append(Row(into, patches=patches, contrast=contrast))
                     cells.append((fact, index, head or 0, place))
-    run = opened(backend, hf, memory_budget, [prompt for clean, corrupt, _ in runs for prompt in (clean, corrupt)])
+    every = [prompt for clean, corrupt, _ in runs for prompt in (clean, corrupt)]
+    run = opened(backend, hf, memory_budget, every, patterns=component == "pattern")
     found = measure_rows(run.forward(rows, only_contrast=list(metrics) == ["logit_diff"]), rows, metrics)
 
     dims = ("layer", *(("head",) if component in BY_HEAD else ()), *((at,) if at in ("role", "position") else ()))
@@ -189,7 +203,7 @@ def patch_grid(
             [clean for clean, _ in pairs],
             dims,
             unit=unit_of(name),
-            definition=_definition(name, component, direction, at),
+            definition=_definition(name, component, direction, at, window),
             paper="Meng et al. 2022; subject swap and logit difference after Zhang & Nanda 2023",
             component=component,
             n_layers=n_layers,
@@ -197,6 +211,7 @@ def patch_grid(
             noise_floor=found.noise_floor[name],
             backend=run.name,
             **({"note": NOTE} if component == "z" else {}),
+            **({"window": window} if window > 1 else {}),
         )
         array = array.assign_coords(
             {
@@ -250,12 +265,15 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
     """Cells of a `patch_grid`, a `trace` or a part of one that its making decides, the last kind all but: booleans.
 
     * before the first token that differs: exactly nothing;
-    * outputs of the last layer anywhere but at the prediction position: exactly nothing;
+    * what the last layer computes for its own position alone, anywhere but at the prediction position: exactly nothing;
     * the residual stream before the first layer: exactly nothing where the tokens are the same, exactly all where they
-      are the whole of those that differ;
+      are the whole of those that differ; queries, keys and values of the first layer: nothing where the tokens are the
+      same;
     * the residual stream before the last layer, or after the one before it, at the prediction position: whatever came
       there earlier is in it, and one layer's attention alone can still read elsewhere, so most of the effect stands
       there in any model; after the last layer, all of it.
+
+    A window does nothing where all of its layers do nothing, and all where one of its layers does all.
 
     Raises:
         BadInput: an array that does not say what its places hold (not from `patch_grid` or `trace`, or from an earlier
@@ -263,21 +281,21 @@ def trivial_cells(effect: xr.DataArray) -> xr.DataArray:
     """
     if "reach" not in effect.coords or not {"component", "n_layers"} <= set(effect.attrs):
         raise BadInput("which cells are trivial is not known: give an array of patch_grid, made by this version")
-    reach, layer = effect["reach"], xr.DataArray(effect["layer"].values, dims="layer")
-    if effect.attrs.get("window", 1) > 1:
-        layer = xr.full_like(layer, -1)  # of several layers, none is decided by where it stands
-    first, last = layer == 0, layer == int(effect.attrs["n_layers"]) - 1
-    if effect.attrs["component"] == "resid_post":
-        before = layer == int(effect.attrs["n_layers"]) - 2
-        trivial = (last & (reach != "")) | (before & (reach == "prediction"))
-    elif effect.attrs["component"] == "resid_pre":
-        trivial = (first & (reach != "part") & (reach != "")) | (last & (reach == "prediction"))
-    elif effect.attrs["component"] in ("k", "v"):
-        trivial = first & reach.isin(["same", "prediction"])
+    component, n_layers = effect.attrs["component"], int(effect.attrs["n_layers"])
+    around = windows(effect["layer"].values.tolist(), int(effect.attrs.get("window", 1)), n_layers)
+    reach = effect["reach"]
+    lowest, highest = (xr.DataArray([some[end] for some in around], dims="layer") for end in (0, -1))
+    same, prediction = reach.isin(["same", "prediction"]), reach == "prediction"
+    elsewhere = (lowest == n_layers - 1) & (reach != "") & ~prediction
+    if component == "resid_pre":
+        trivial = ((highest == 0) & same) | ((lowest == 0) & (reach == "whole"))
+        trivial = trivial | ((highest == n_layers - 1) & prediction)
+    elif component == "resid_post":
+        trivial = elsewhere | ((highest >= n_layers - 2) & prediction)
+    elif component in ("q", "k", "v"):
+        trivial = ((highest == 0) & same) | (elsewhere & (component == "q"))
     else:
-        same = first & reach.isin(["same", "prediction"]) & (effect.attrs["component"] == "q")
-        trivial = same | (last & (reach != "prediction") & (reach != ""))
-        trivial = last & (reach != "prediction") & (reach != "")
+        trivial = elsewhere
     held = effect.notnull().reset_coords(drop=True)
     trivial = (trivial | (reach == "before")).reset_coords(drop=True)
     return (trivial & held).transpose(*effect.dims).rename("trivial").drop_attrs()
@@ -347,8 +365,9 @@ def _reach(clean: Prompt, corrupt: Prompt, positions: range) -> str:
     return "whole" if held == differing else "part" if held else "same"
 
 
-def _definition(metric: str, component: Component, direction: Direction, at: At) -> str:
+def _definition(metric: str, component: Component, direction: Direction, at: At, window: int) -> str:
     source, into = ("clean", "corrupt") if direction == "denoising" else ("corrupt", "clean")
     where = {"role": "all positions of a role", "position": "one position"}.get(at, f"the {at}")
     change = meaning_of(metric) if metric in AS_THEY_ARE else f"change in the {meaning_of(metric)}"
-    return f"{change}, when the {source} run's {_NAMES[component]} is put into the {into} run at {where}"
+    together = f", {window} layers together" if window > 1 else ""
+    return f"{change}, when the {source} run's {_NAMES[component]} is put into the {into} run at {where}{together}"

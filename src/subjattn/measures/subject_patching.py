@@ -5,7 +5,7 @@ from __future__ import annotations
 import xarray as xr
 from pydantic import Field, PositiveInt
 
-from subjattn.engine.interventions import Component
+from subjattn.engine.interventions import BY_HEAD, Component
 from subjattn.measures.pairs import keep_pairs
 from subjattn.measures.patching import Direction, destroyed, patch_grid, trivial_cells
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
@@ -45,7 +45,7 @@ def _at_last_token(dataset: xr.Dataset) -> xr.DataArray:
 
 
 def _cost(shape: Shape, settings: PatchingSettings) -> float:
-    cells = shape.n_layers * (shape.n_heads if settings.component == "z" else 1)
+    cells = shape.n_layers * (shape.n_heads if settings.component in BY_HEAD else 1)
     return CELL * settings.pairs * cells * 4
 
 
