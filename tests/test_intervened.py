@@ -216,6 +216,10 @@ def test_what_cannot_be_is_refused(llama: LoadedModel, prompts: PromptSet) -> No
         predict_rows(llama, [Row(one, patches=(Patch(1, (one.prediction + 1,), torch.zeros(1, 32)),))])
     with pytest.raises(NotFired, match="the blocked edges are empty, or lie outside"):
         predict_rows(llama, [Row(one, Block.between([500], [1]))])
+    with pytest.raises(NotFired, match="the blocked edges are empty, or lie outside"):
+        predict_rows(llama, [Row(one, Block(frozenset()))])
+    with pytest.raises(NotFired, match="the blocked edges are empty, or lie outside"):
+        predict_rows(llama, [Row(one, Block.between([one.prediction], [1], layers=(3,)))])
     with pytest.raises(BadInput, match="scorer 'bleu' is not one of"):
         predict(llama, prompts[:1], "bleu", interventions=Row)
     for settings in ({"backend": "hooks"}, {"memory_budget": 10**8}):

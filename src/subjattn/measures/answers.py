@@ -13,10 +13,9 @@ import xarray as xr
 from torch import Tensor
 
 from subjattn.backends import Backend, BackendName
-from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
 from subjattn.engine.answers import answer_logits
 from subjattn.engine.checks import check_model
-from subjattn.engine.interventions import BATCH_TOKENS, Row, check_rows
+from subjattn.engine.interventions import BATCH_TOKENS, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, opened, tokenizer_of
 from subjattn.measures.intervened import Interventions, followed, greedy, kept, letters
@@ -119,9 +118,6 @@ def predict_rows(
     Raises:
         BadInput, NotFired, UnsupportedModel: as `predict`; a patch behind its prompt.
     """
-    hf = hf_model(model)
-    check_model(hf)
-    check_rows(rows, len(decoder_layers(hf)), n_heads(hf), n_kv_heads(hf))
     each = [kept(row) for row in rows]
     return _intervened(model, [row.prompt for row in rows], each, scorer, tokenizer, backend, memory_budget)
 

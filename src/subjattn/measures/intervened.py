@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from subjattn.backends import Backend
 from subjattn.engine.interventions import Row
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, NotFired
 from subjattn.prompts import Prompt
 
 
@@ -31,7 +31,11 @@ def kept(row: Row) -> Interventions:
 
     Raises:
         BadInput: a patch behind the prompt, where generated text will stand.
+        NotFired: a block without edges, or from positions behind the row's own prompt and answer.
     """
+    length, edges = len(row.prompt), () if row.block is None else row.block.edges
+    if row.block is not None and max((query for query, _ in edges), default=length) >= length:
+        raise NotFired(f"fact {row.prompt.fact_id}: the blocked edges are empty, or lie outside the prompt or answer")
     behind = [position for patch in row.patches for position in patch.positions if position > row.prompt.prediction]
     if behind:
         raise BadInput(
