@@ -23,7 +23,7 @@ from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
 from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Component, Patch, Row, Run
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, labelled, opened, shortened, some_layers, tokens_of
+from subjattn.measures import check_askable, labelled, opened, shortened, some_layers, tokens_of, windows
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.measures.sets import Heads, parse_sets
 from subjattn.measures.swapping import only_arm
@@ -226,9 +226,7 @@ def _parts(
         groups = [[_Cell(one, layer, head) for one in components] for layer in some for head in range(size)]
         held: dict[str, Any] = {"layer": some}
         return _Parts(groups, ("layer", "head"), (len(some), size), "one head", n_layers, held, placebo=False)
-    around = [tuple(range(max(0, c - window // 2), min(n_layers, c - window // 2 + window))) for c in some]
-    if by is None:
-        around = [tuple(some)]
+    around = [some] if by is None else windows(some, window, n_layers)
     groups = [[_Cell(one, at, head) for one in components for at in span for head in every(one, at)] for span in around]
     if by is None:
         return _Parts(groups, (), (), "all layers" if layers is None else "some layers together", n_layers, {})
