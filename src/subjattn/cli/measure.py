@@ -170,7 +170,6 @@ def _run(
     from subjattn.facts import load_facts
     from subjattn.measures.alone import measure as measured
     from subjattn.measures.where import check_where
-    from subjattn.models import load_model
     from subjattn.prompts import make_prompts
 
     check_output(json_)
@@ -182,7 +181,7 @@ def _run(
     results, threads = {}, use_threads(threads)
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():
-        loaded = loaded or load_model(model, adapter=adapter, dtype=dtype)
+        loaded = loaded or _loaded(found, model, adapter, dtype)
         prompts = make_prompts(table, loaded.tokenizer, text)
         dataset = measured(found.name, loaded, prompts, settings, where=where, knowledge=knowledge, **computing)
         means = _means(found, dataset, table.set_index("fact_id")["relation"])
@@ -207,6 +206,18 @@ def _run(
         "leave_out_given": leave_out_given,
     }
     write_json(json_, {"measure": found.name, "settings": settings, **asked, **computing, "styles": results})
+
+
+def _loaded(found: Any, model: str, adapter: str | None, dtype: str) -> Any:
+    """The model, or the adapter's as an arm beside it for measures that compare the two."""
+    from subjattn.models import load_model
+    from subjattn.models.arms import load_arms
+
+    if "base" not in found.needs:
+        return load_model(model, adapter=adapter, dtype=dtype)
+    if adapter is None:
+        raise BadInput(f"measure {found.name!r} compares a tuned model with its base: give --adapter")
+    return load_arms(model, {"tuned": adapter}, dtype=dtype)
 
 
 def _means(found: Any, dataset: Any, relations: Any) -> dict[str, dict[str, Any]]:

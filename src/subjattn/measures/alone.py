@@ -16,6 +16,7 @@ from subjattn.measures.pairs import choose_pairs
 from subjattn.measures.record import Asked, measure_of
 from subjattn.measures.where import check_where
 from subjattn.measures.where import where as facts_where
+from subjattn.models.arms import Arms
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def measure(
     name: str,
-    model: LoadedModel,
+    model: LoadedModel | Arms,
     prompts: PromptSet,
     settings: Mapping[str, Any] | None = None,
     *,
@@ -40,7 +41,7 @@ def measure(
 
     Args:
         name: see `subjattn measure --list`.
-        model: from `load_model`.
+        model: from `load_model`; or, for measures that compare a tuned model with its base, both from `load_arms`.
         prompts: facts asked in one style.
         settings: of the measure; `subjattn measure NAME --help` shows them.
         where: only the facts that the model knows: `correct`, `known` or a SliCK category; see `subjattn.where`.
@@ -65,15 +66,19 @@ def measure(
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    arms, one = (model, model.base) if isinstance(model, Arms) else (None, model)
+    if ("base" in found.needs) != (arms is not None):
+        given = "takes a tuned model beside its base" if arms is None else "takes one model"
+        raise BadInput(f"measure {name!r} {given}: give it what {'load_arms' if arms is None else 'load_model'} gives")
     asked_of = len(prompts)
     if where is not None:
-        prompts = facts_where(prompts, where, model=model, scorer=getattr(chosen, "scorer", None), knowledge=knowledge)
+        prompts = facts_where(prompts, where, model=one, scorer=getattr(chosen, "scorer", None), knowledge=knowledge)
     rng = np.random.default_rng(seed)
     order = [prompts[int(i)] for i in rng.permutation(len(prompts))]
     known: set[str] = set()
     pairs: list[tuple[str, str]] = []
     if "known" in found.needs:
-        predictions = predict(model, prompts)
+        predictions = predict(one, prompts)
         known = set(predictions["fact_id"][predictions["correct"]])
     if "swaps" in found.needs:
         chosen_pairs, _ = choose_pairs(order, known, len(order), rng)
@@ -81,13 +86,14 @@ def measure(
         if not pairs:
             raise BadInput("no two facts can be swapped: none agree in length and differ in their answer; ask more")
     asked = Asked(
-        model,
+        one,
         prompts,
         order=[prompt.fact_id for prompt in order],
         known=frozenset(known),
         pairs=pairs,
         backend=backend,
         memory_budget=memory_budget,
+        arms=arms,
     )
     dataset = found.run(asked, chosen)
     return dataset if where is None else dataset.assign_attrs(where=f"{where}: {len(prompts)} of {asked_of} facts")

@@ -129,7 +129,7 @@ def transfer(
                     continue
                 rows.append(Row(prompt, patches=patches, arm=into))
                 cells.append((fact, kind, 1 - late, late, group, place))
-    run = opened(backend, arms.base.model, memory_budget, asked)
+    run = opened(backend, arms.base.model, memory_budget, asked, patterns="pattern" in components)
     found = measure_rows(run.forward(rows), rows, metrics)
     arrays = {}
     for one in metrics:

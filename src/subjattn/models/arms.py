@@ -23,7 +23,7 @@ from subjattn.models.names import identity
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE = "base"
 PARTS: tuple[Part, ...] = ("qk", "vo", "mlp", "rest")
@@ -49,6 +49,11 @@ class Arms:
 
     base: LoadedModel
     sources: Mapping[str, Source]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of all of them."""
+        return self.base.tokenizer
 
     def arm(
         self,
