@@ -87,7 +87,7 @@ def compare(
     if adapter is not None:
         resolve_adapter(adapter)
     if tuned is not None:
-        _refuse_same(base, tuned)
+        refuse_same(base, tuned)
     raw: dict[str, Any] = {
         "name": "compare",
         "model": base,
@@ -166,7 +166,8 @@ def _refuse_equal(out: Path, tuned: str | None) -> None:
         raise BadInput(f"--tuned {tuned!r} has the same weights as the base model: nothing was compared")
 
 
-def _refuse_same(base: str, tuned: str) -> None:
+def refuse_same(base: str, tuned: str) -> None:
+    """Refuse a tuned model that is the base by another name."""
     from subjattn.models import identity, resolve_model
 
     if identity(resolve_model(base)) == identity(resolve_model(tuned)):

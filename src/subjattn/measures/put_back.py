@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import xarray as xr
 from pydantic import Field, PositiveInt
 
@@ -22,6 +24,17 @@ PLACES: dict[str, tuple[Component, At]] = {
     "mlp_out at prediction": ("mlp_out", "prediction"),
 }
 """What is put where: what reads at the prediction position, and what is read or made at the subject."""
+
+
+def places_of(components: Sequence[Component], at: At | None = None) -> dict[str, tuple[Component, At]]:
+    """By name, where components are put: `at` one kind of place, or each where `PLACES` has it or the answer is."""
+    if at is not None:
+        return {f"{one} at {at}": (one, at) for one in components}
+    found: dict[str, tuple[Component, At]] = {}
+    for component in components:
+        usual = {name: place for name, place in PLACES.items() if place[0] == component}
+        found |= usual or {f"{component} at prediction": (component, "prediction")}
+    return found
 
 
 class TransferSettings(Settings):
