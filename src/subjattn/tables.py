@@ -23,7 +23,8 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
     made = table(f"style “{style}”, {first['n_test']} facts: means and 95 % intervals")
     for heading in ("quantity", *arms):
         made.add_column(Text(heading), justify="left" if heading == "quantity" else "right")
-    for name in (name for name in first if name.partition(".")[0] in summary["quantities"]):
+    alone = {name for name, of in summary["quantities"].items() if not of["across"]}
+    for name in (name for name in first if name.partition(".")[0] in alone):
         made.add_row(Text(name), *(Text(_mean_of(found, name)) for found in arms.values()))
     made.add_row(Text("route"), *(found["route"]["reading"] for found in arms.values()))
     return made
@@ -128,6 +129,9 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     lines += [Text(f"\n{text}") for text in _without(summary)]
+    lines += [
+        part for row in summary["across"] for part in _across(row, len({one["arm"] for one in summary["across"]}))
+    ]
     many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
         pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
@@ -151,9 +155,24 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     return lines
 
 
-def parts_tables(means: dict[str, dict[str, Any]], style: str, n: int) -> list[Any]:
+def _across(row: dict[str, Any], n_arms: int) -> list[Any]:
+    """What one tuned arm and its base give each other."""
+    style = f"{row['arm']}, {row['style']}" if n_arms > 1 else row["style"]
+    lines: list[Any] = [Text(""), *parts_tables(row["parts"], style, None)] if row["parts"] else []
+    if "put" not in row:
+        return lines
+    gap = row["gap"]
+    ends = "" if gap["low"] is None else f" [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+    lines += [Text(""), returned_table(f"base put back in all layers, style “{style}”", row["put"], "put", ["tuned"])]
+    words = f"of {row['n']} facts; gap of these, tuned − base: {gap['mean']:+.2f}{ends} nats"
+    if not any(put["n"] for put in row["put"]):
+        words += "; none has a gap of 0.1 nats: a share of it is not defined"
+    return [*lines, Text(words)]
+
+
+def parts_tables(means: dict[str, dict[str, Any]], style: str, n: int | None) -> list[Any]:
     """What each part of an update changes, and all of it; what is to be known of the intervals."""
-    made = table(f"what each part of the update changes, style “{style}”, {n} facts, nats")
+    made = table(f"what each part of the update changes, style “{style}”{f', {n} facts' if n else ''}, nats")
     for heading in ("part", "Shapley value", "95 % interval"):
         made.add_column(heading, justify="left" if heading == "part" else "right")
     for part, found in means.items():

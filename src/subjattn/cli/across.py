@@ -154,7 +154,9 @@ def transfer(
     asked |= {"n": len(table), "where": where, "knowledge": knowledge and str(knowledge), "threads": threads}
     asked |= {"leave_out_given": leave_out_given, "components": components, "at": at and at.value, **putting}
     write_json(json_, {**asked, **computing, "arms": arms.provenance(), "styles": results})
-    for style, made in drawn.items() if figure is not None else ():
+    for style, made in drawn.items():
+        if figure is None:
+            break
         _draw(figure if len(styles) == 1 else figure.with_stem(f"{figure.stem}-{style}"), made)
 
 

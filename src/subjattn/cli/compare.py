@@ -34,7 +34,8 @@ USUAL_N = 100
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
-DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}}
+USUAL |= {"swap_weights": {}, "transfer": {}}
+DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer_by_layer": {}}
 """What `--deep` adds."""
 
 
@@ -59,7 +60,10 @@ def compare(
     leave_out_given: LeaveOutOption = False,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Also patch the residual stream by layer, and show attention token by token."),
+        typer.Option(
+            "--deep",
+            help="Also patch the residual stream, and put the base's states back, by layer; and show attention by token.",
+        ),
     ] = False,
     smallest: Annotated[
         list[str] | None,
