@@ -147,7 +147,7 @@ def test_arms_share_no_beginning(
     few = make_prompts(draw(cities, 4, seed=3), tokenizer, style, demonstrations=draw(cities, 9, seed=4))
     whole: list[int] = []
     run = prefix.run_base
-    monkeypatch.setattr(prefix, "run_base", lambda m, runs, parts: whole.append(len(runs)) or run(m, runs, parts))
+    monkeypatch.setattr(prefix, "run_base", lambda m, runs, *rest: whole.append(len(runs)) or run(m, runs, *rest))
     arm = llama.arm("other")
     for arms in ((arm,), (arm, None)):
         runs = [Run(prompt, one) for prompt in few for one in arms]

@@ -18,13 +18,14 @@ from subjattn.engine import forward
 from subjattn.engine.interventions import Component, Patch, Row, Run
 from subjattn.engine.noise import Noise
 from subjattn.errors import BadInput
+from subjattn.evidence.returned import returned
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import predict
 from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.swapping import shapley, swap_weights
 from subjattn.measures.trace import trace
-from subjattn.measures.transfer import returned, transfer
+from subjattn.measures.transfer import transfer
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import ROLES, Prompt, PromptSet, make_prompts
