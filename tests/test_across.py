@@ -15,7 +15,8 @@ import subjattn as sa
 from subjattn import tables
 from subjattn.cli import main
 from subjattn.errors import BadInput
-from subjattn.measures.transfer import PATCHES, in_rows, shares
+from subjattn.evidence.returned import in_rows, shares
+from subjattn.measures.transfer import PATCHES
 from subjattn.plots.transfer import plot_parts, plot_transfer
 
 

@@ -6,10 +6,12 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracles
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import NAMES, adapted, moved
@@ -145,7 +147,7 @@ def test_arms_share_no_beginning(
     few = make_prompts(draw(cities, 4, seed=3), tokenizer, style, demonstrations=draw(cities, 9, seed=4))
     whole: list[int] = []
     run = prefix.run_base
-    monkeypatch.setattr(prefix, "run_base", lambda m, runs, parts: whole.append(len(runs)) or run(m, runs, parts))
+    monkeypatch.setattr(prefix, "run_base", lambda m, runs, *rest: whole.append(len(runs)) or run(m, runs, *rest))
     arm = llama.arm("other")
     for arms in ((arm,), (arm, None)):
         runs = [Run(prompt, one) for prompt in few for one in arms]
@@ -373,3 +375,28 @@ def test_an_arm_that_disagrees_in_a_batch_is_refused(
     monkeypatch.setattr(model_arms._Lora, "__call__", lambda _self, _inputs, output: output)
     with pytest.raises(UnsupportedModel, match="in one batch with the base its logits part by"):
         load_arms(str(tiny_folders["llama"]), {"one": str(apart["one"].adapter)})
+
+
+def test_a_checkpoint_on_disk_is_the_one_in_memory(
+    tiny_folders: dict[str, Path], tuned: Any, prompts: PromptSet
+) -> None:
+    arms, _ = tuned("gemma2")
+    path = arms.sources["other"].name
+    streamed = load_arms(str(tiny_folders["gemma2"]), checkpoints={"other": path}, stream=True)
+    assert streamed.provenance()["arms"]["other"]["held"] == "layers read from disk as they are called"
+    assert arms.provenance()["arms"]["other"]["held"] == "whole, beside the base"
+    rows = rows_of(prompts, [None, streamed.arm("other"), streamed.arm("other", parts=["mlp"], layers=[1])])
+    for i, logits in logits_of(cones.forward(streamed.base.model, rows)).items():
+        held = logits_of(cones.forward(arms.base.model, [rows[i]]))[0]
+        torch.testing.assert_close(logits, held, atol=1e-5, rtol=0)
+    assert streamed.cells("other") == arms.cells("other")
+
+
+def test_a_checkpoint_that_does_not_fit_is_streamed(
+    tiny_folders: dict[str, Path], tuned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms, _ = tuned("llama")
+    path = arms.sources["other"].name
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    loaded = load_arms(str(tiny_folders["llama"]), checkpoints={"other": path})
+    assert loaded.sources["other"].held == "layers read from disk as they are called"

@@ -189,13 +189,14 @@ def test_operations_are_counted_by_hand() -> None:
 
 def seven_billion(monkeypatch: pytest.MonkeyPatch, component: Any) -> tuple[Roofline, int, int]:
     """A grid of 32 × 20 cells of the 7B shape on `meta`: what is counted, the cells, and the floor's FLOP."""
-    from subjattn.engine import attention, checks, cones
+    from subjattn.engine import anatomy, attention, checks, cones
 
     monkeypatch.setattr(attention, "read", lambda value: True)
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_args, **_rest: None)
     model = benches.random_model("llama-2-7b", "bfloat16", "meta")
     checks._own_distance[model] = 0.0
     cones._checked.add(model)
+    anatomy.n_kv_heads(model)  # found once a model
     ((clean, corrupt),) = random_pairs(model, 1, 20, 0)
     contrast = (clean.answer_ids[0], corrupt.answer_ids[0])
     cells = [

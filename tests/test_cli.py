@@ -43,10 +43,18 @@ def test_facts_marks_the_subject(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @pytest.mark.parametrize("what", list(measures()))
 def test_measure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, what: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    adapter: Path,
+    what: str,
 ) -> None:
-    target = tmp_path / "out.json"
-    assert run(monkeypatch, "measure", what, "--model", model, "--n", 40, "--json", target) == 0
+    target, tuned = tmp_path / "out.json", [] if "base" not in measure_of(what).needs else ["--adapter", adapter]
+    if tuned:
+        assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
+        assert "compares a tuned model with its base: give --adapter" in capsys.readouterr().err
+    assert run(monkeypatch, "measure", what, "--model", model, *tuned, "--n", 40, "--json", target) == 0
     content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content["styles"]) == ["list", "sentence"]
     arrays = content["styles"]["list"]["arrays"]

@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from subjattn.engine import attend, attention, checks, cones
-from subjattn.engine.anatomy import decoder_layers
+from subjattn.engine.anatomy import decoder_layers, mlp_module
+from subjattn.engine.arms import Changed, Tuned, attach
 from subjattn.engine.budget import Budget
 from subjattn.engine.forward import attention_rows
-from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Block, Patch, Row
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Block, Patch, Row, Run
+from subjattn.engine.parts import Place
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.metrics import METRICS, _metric
@@ -153,6 +155,28 @@ def test_prompts_that_begin_alike(
 ) -> None:
     model = placed(tiny_models[name].model)
     rows = grid(few_shot, 3)
+    with Watched():
+        assert run(model, rows) == len(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_in_one_batch(
+    tiny_models: dict[str, LoadedModel], pairs: Pairs, reads: list[Tensor], name: str, placed: Any
+) -> None:
+    """Each layer's change stays where the layer is, whatever device gives its tokens."""
+    model = placed(tiny_models[name].model)
+    mlps = {mlp_module(layer): Place(i, {"mlp": None}) for i, layer in enumerate(decoder_layers(model))}
+    change = lambda inputs, output: output + inputs.sum(-1, keepdim=True)  # noqa: E731
+    attach(model, "tuned", Tuned({module: Changed(change, place) for module, place in mlps.items()}))
+    rows = []
+    for clean, corrupt in pairs:
+        for arm in (None, Arm("tuned"), Arm("tuned", positions=frozenset(clean.subject_positions))):
+            contrast = (clean.answer_ids[0], corrupt.answer_ids[0])
+            rows.append(Row(clean, contrast=contrast, arm=arm))
+            source = Run(clean, Arm("tuned") if arm is None else None)
+            rows.append(
+                Row(clean, patches=(Patch(1, (clean.prediction,), source, "mlp_out"),), contrast=contrast, arm=arm)
+            )
     with Watched():
         assert run(model, rows) == len(rows)
 

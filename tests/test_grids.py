@@ -57,6 +57,7 @@ def by_hand(logits: torch.Tensor, base: torch.Tensor, prompt: Prompt, foil: int)
             float(logprobs[at, token]) for at, token in zip(prompt.predicting, prompt.answer_ids, strict=True)
         ),
         "logit_diff": float(logits[prompt.prediction, answer] - logits[prompt.prediction, foil]),
+        "answer_logit": float(logits[prompt.prediction, answer]),
         "kl": float((expected.exp() * (expected - first)).sum()),
         "rank": float((first > first[answer]).sum() + 1),
     }
@@ -88,7 +89,7 @@ def test_every_cell_of_a_grid_by_position(
                 cell = found.isel(fact=i, layer=layer, position=position)
                 cell = cell.isel(head=1) if component == "z" else cell
                 for name in METRICS:
-                    change = raw[name] if name in ("answer_logprob", "logit_diff") else 0.0
+                    change = raw[name] if name not in ("kl", "rank") else 0.0
                     assert float(cell[name]) == pytest.approx(expected[name] - change, abs=5e-4), (
                         name,
                         layer,
@@ -166,7 +167,7 @@ def test_every_route_with_every_metric(llama: LoadedModel, prompts: PromptSet, r
         expected = by_hand(oracles.logits(llama.model, prompt, mask), base, prompt, 7)
         raw = by_hand(base, base, prompt, 7)
         for name in METRICS:
-            value = raw[name] - expected[name] if name in ("answer_logprob", "logit_diff") else expected[name]
+            value = raw[name] - expected[name] if name not in ("kl", "rank") else expected[name]
             assert float(found[name][i, 0]) == pytest.approx(value, abs=3e-4), name
             assert float(found[name][f"baseline_{name}"][i]) == pytest.approx(raw[name], abs=2e-4)
 

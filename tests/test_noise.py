@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from subjattn.backends import BACKENDS, BackendName, open_backend
 from subjattn.engine import cones, forward, prefix
-from subjattn.engine.interventions import COMPONENTS, Block, Output, Patch, Row, Run
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Block, Output, Patch, Row, Run
 from subjattn.engine.noise import Noise
 from subjattn.errors import NotFired, UnsupportedModel
 from subjattn.facts import draw
@@ -33,6 +33,8 @@ EMBEDDINGS = {
     "gemma2": "model.embed_tokens",
     "gpt_neox": "gpt_neox.embed_in",
 }
+OUTSIDE = tuple(one for one in COMPONENTS if one == "z" or one not in BY_HEAD)
+"""Components that plain hooks on modules reach."""
 STD = 0.7
 
 
@@ -111,7 +113,7 @@ def largest_gap(name: str, model: PreTrainedModel, prompts: PromptSet, outputs: 
             rows.append(Row(prompt, noise=Noise(STD, draw=n)))
             with noised(model, name, prompt, n), torch.no_grad():
                 expected.append(model(torch.tensor([prompt.ids]), use_cache=False).logits[0])
-            for component in COMPONENTS:
+            for component in OUTSIDE:
                 patch = Patch(1, (last, prompt.prediction), prompt, component, 1 if component == "z" else None)
                 rows.append(Row(prompt, patches=(patch,), noise=Noise(STD, draw=n)))
                 expected.append(restored(model, name, prompt, component, 1, (last, prompt.prediction), n))
@@ -225,7 +227,7 @@ def test_the_beginning_is_shared_up_to_the_noise(
         expected = by_row(forward.forward(model, rows), rows)
         whole.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(prefix, "run_base", lambda m, runs, parts: whole.append(len(runs)) or run(m, runs, parts))
+            patched.setattr(prefix, "run_base", lambda m, runs, *rest: whole.append(len(runs)) or run(m, runs, *rest))
             found = by_row(cones.forward(model, rows), rows)
         assert {*whole} == {1}
         for one, other in zip(found, expected, strict=True):

@@ -273,7 +273,7 @@ def test_a_metric_of_ones_own_has_a_name_and_gives_a_number(llama: LoadedModel, 
             knockout(llama, prompts[:1], metric=metric)
     with pytest.raises(BadInput, match=r"metric whole gave a Tensor for fact \S+: return one number"):
         knockout(llama, prompts[:1], metric=whole)
-    with pytest.raises(BadInput, match="metric 'loss' is not among answer_logprob, logit_diff, kl, rank"):
+    with pytest.raises(BadInput, match="metric 'loss' is not among answer_logprob, answer_logit, logit_diff, kl, rank"):
         knockout(llama, prompts[:1], metric="loss")  # type: ignore[call-overload]
 
 

@@ -11,15 +11,21 @@ import oracles
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from zoo import parts
 
 from subjattn.engine import forward
-from subjattn.engine.interventions import Row
+from subjattn.engine.interventions import Component, Patch, Row, Run
+from subjattn.engine.noise import Noise
 from subjattn.errors import BadInput
+from subjattn.evidence.returned import returned
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
+from subjattn.measures.answers import predict
+from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.swapping import shapley, swap_weights
-from subjattn.measures.transfer import returned, transfer
+from subjattn.measures.trace import trace
+from subjattn.measures.transfer import transfer
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import ROLES, Prompt, PromptSet, make_prompts
@@ -72,6 +78,66 @@ def test_cells_are_those_of_models_apart(name: str, arm: str, tuned: Made, promp
                 assert float(own["answer_logprob"]) == pytest.approx(logprob(wanted, prompt), abs=1e-4)
                 first = float(wanted[prompt.prediction, prompt.answer_ids[0]])
                 assert float(own["answer_logit"]) == pytest.approx(first, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("component", ["q", "k", "v", "pattern"])
+def test_what_attention_gets_is_put_as_it_is(name: str, component: Any, tuned: Made, prompts: PromptSet) -> None:
+    """Against whole passes of the models apart, the other's states brought along; by head and all heads together."""
+    arms, apart = tuned(name)
+    prompt, layer = prompts[0], 1
+    at = tuple(prompt.predicting)
+    by_head = transfer(arms, [prompt], component, "one", at="prediction", by="head", layers=[layer])
+    together = transfer(arms, [prompt], component, "one", at="prediction", layers=[layer])
+    for state, late in (("base", "one"), ("one", "base")):
+        given = forward.states(apart[state].model, [prompt], component)[0][layer, list(at)]
+        patches = [Patch(layer, at, given[:, head], component, head) for head in range(given.shape[1])]
+        cell = {"patch": "real", "state": state, "late": late}
+        for some, found in ((patches, together), *zip(([one] for one in patches), _by_head(by_head), strict=True)):
+            (output, *_) = forward.forward(apart[late].model, [Row(prompt, patches=tuple(some))])
+            wanted = output.logits.double().log_softmax(-1)[range(len(at)), list(prompt.answer_ids)].sum()
+            assert found["answer_logprob"].sel(cell).item() == pytest.approx(float(wanted), abs=1e-4)
+
+
+def _by_head(found: xr.Dataset) -> list[xr.Dataset]:
+    return [found.isel(head=head) for head in range(found.sizes["head"])]
+
+
+def test_a_tuned_models_states_are_restored_into_the_bases_noised_run(tuned: Made, prompts: PromptSet) -> None:
+    arms, apart = tuned("llama")
+    prompt = prompts[0]
+    found = trace(arms, [prompt], "mlp_out", states="one", at="subject", layers=[1], draws=2)
+    own = trace(arms.base, [prompt], "mlp_out", at="subject", layers=[1], draws=2)
+    at = list(prompt.subject_positions)
+    given = forward.states(apart["one"].model, [prompt], "mlp_out")[0][1, at]
+    noise = [Noise(own["noised"].attrs["noise_std"], 0, draw) for draw in range(2)]
+    rows = [Row(prompt, patches=(Patch(1, tuple(at), given, "mlp_out"),), noise=one) for one in noise]
+    rows += [Row(prompt, noise=one) for one in noise]
+    wanted = measure_rows(forward.forward(apart["base"].model, rows), rows, parse_metrics("answer_logprob"))
+    np.testing.assert_allclose(found["restored"].values.ravel(), wanted.values["answer_logprob"][:2], atol=1e-4)
+    np.testing.assert_allclose(found["noised"], own["noised"], atol=1e-5)
+    assert abs(found["restored"] - own["restored"]).max() > 1e-3
+    whole = trace(arms, [prompt], "resid_pre", states="one", layers=[1], draws=2)
+    assert (abs(whole["indirect_effect"].sel(role="before_subject")) > 1e-6).all()
+    with pytest.raises(BadInput, match="name the arm whose states"):
+        trace(arms, [prompt])
+    with pytest.raises(BadInput, match="are another model's"):
+        trace(arms.base, [prompt], states="one")
+
+
+def test_answers_are_generated_under_a_transfer(tuned: Made, prompts: PromptSet, tokenizer: Any) -> None:
+    """With every layer's outputs of the tuned model in it, the base answers as the tuned model does."""
+    arms, apart = tuned("llama")
+    layers = range(3)
+
+    def put(prompt: Prompt) -> Row:
+        source, at = Run(prompt, arms.arm("one")), tuple(range(prompt.predicting[-1] + 1))
+        components: tuple[Component, ...] = ("attn_out", "mlp_out")
+        return Row(prompt, patches=tuple(Patch(layer, at, source, one) for layer in layers for one in components))
+
+    found = predict(arms.base, prompts, interventions=put)
+    wanted, own = (predict(apart[name], prompts) for name in ("one", "base"))
+    assert found["prediction"].tolist() == wanted["prediction"].tolist() != own["prediction"].tolist()
 
 
 def test_all_of_a_model_is_that_model_and_nothing_of_it_is_the_other(tuned: Made, prompts: PromptSet) -> None:

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 if TYPE_CHECKING:
     from subjattn.engine.interventions import Block as Block
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from subjattn.evidence.maps import significant as significant
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
+    from subjattn.evidence.returned import returned as returned
     from subjattn.evidence.top import top as top
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.swapping import swap_weights as swap_weights
     from subjattn.measures.trace import trace as trace
-    from subjattn.measures.transfer import returned as returned
     from subjattn.measures.transfer import transfer as transfer
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
@@ -109,7 +109,7 @@ _HOMES = {
     "reason": "measures.answers",
     "recovery": "measures.patching",
     "rescale": "measures.rescale",
-    "returned": "measures.transfer",
+    "returned": "evidence.returned",
     "run_study": "study.run",
     "significant": "evidence.maps",
     "slick": "knowledge.slick",

@@ -201,7 +201,7 @@ def gap_lines(shares: Any, n: int) -> list[str]:
 
 def returned_tables(title: str, together: Any, by_layer: Any) -> list[Table]:
     """Median shares of the gap returned by layer, placebo beside them: one table, or by role one for each direction."""
-    from subjattn.measures.transfer import in_rows
+    from subjattn.evidence.returned import in_rows
 
     layers = by_layer.assign_coords(layer=[str(layer) for layer in by_layer["layer"].values.tolist()])
     if "role" in together.dims:

@@ -194,7 +194,7 @@ def _put(
     arms: Any, prompts: Any, relations: Any, places: dict[str, Any], how: dict[str, Any], style: str
 ) -> Iterator[dict[str, Any]]:
     """Each component at its place, all layers together and layer by layer; shown as they are made."""
-    from subjattn.measures.transfer import returned
+    from subjattn.evidence.returned import returned
     from subjattn.measures.transfer import transfer as put
 
     console = Console()

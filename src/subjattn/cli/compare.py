@@ -62,7 +62,7 @@ def compare(
         bool,
         typer.Option(
             "--deep",
-            help="Also patch the residual stream, and put the base's states back, by layer; and show attention by token.",
+            help="Also patch the residual stream and put the base's states back by layer; attention by token.",
         ),
     ] = False,
     smallest: Annotated[

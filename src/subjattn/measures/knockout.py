@@ -160,7 +160,7 @@ def knockout(
         raise BadInput("metric 'logit_diff' needs foils=[token id, …], one for every prompt")
     hf = hf_model(model)
     parts = _parts(hf, by, window, heads, layers, random_sets, seed)
-    whole = not {*metrics} <= {"logit_diff", "kl", "rank"}
+    whole = not {*metrics} <= {"answer_logit", "logit_diff", "kl", "rank"}
     asked = list(prompts) if whole else [shortened(prompt) for prompt in prompts]
     contrasts: list[tuple[int, int] | None] = [None] * len(asked)
     if foils is not None:

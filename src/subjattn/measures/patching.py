@@ -144,7 +144,7 @@ def patch_grid(
             raise BadInput(f"{name} {value!r} is not one of {', '.join(known)}")
     if window < 1:
         raise BadInput(f"a window of {window} layers: give 1 or more")
-    runs = answered_pairs(pairs, whole_answer=not {*metrics} <= {"logit_diff", "kl", "rank"})
+    runs = answered_pairs(pairs, whole_answer=not {*metrics} <= {"answer_logit", "logit_diff", "kl", "rank"})
     sides = [clean for clean, _, _ in runs], [corrupt for _, corrupt, _ in runs]
     contrasts = [contrast for _, _, contrast in runs]
     hf = hf_model(model)

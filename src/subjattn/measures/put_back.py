@@ -1,4 +1,4 @@
-"""Measures `transfer` and `transfer_by_layer`: what a tuned model's answer regains when the base's states are put back, place by place."""
+"""Measures `transfer` and `transfer_by_layer`: what a tuned model's answer regains of its base's states."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ from scipy.stats import t as student
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers
-from subjattn.engine.interventions import Patch, Row
+from subjattn.engine.interventions import Arm, Patch, Row, Run
 from subjattn.engine.noise import Noise
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, hf_model, labelled, opened, some_layers, tokens_of
+from subjattn.measures import check_askable, hf_model, labelled, opened, some_layers, tokens_of, windows
 from subjattn.measures.metrics import METRICS, Measured, Own, meaning_of, measure_rows, parse_metrics, unit_of
+from subjattn.models.arms import Arms
 from subjattn.prompts import ROLES, Prompt
 
 
@@ -46,10 +47,11 @@ _NAMES: dict[Traced, str] = {
 
 
 def trace(
-    model: Model,
+    model: Model | Arms,
     prompts: Sequence[Prompt],
     component: Traced = "resid_post",
     *,
+    states: str | None = None,
     at: At = "role",
     layers: Sequence[int] | None = None,
     window: int = 1,
@@ -64,9 +66,11 @@ def trace(
     """What restoring clean states gives back of an answer that noise on the subject takes away.
 
     Args:
-        model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
+        model: a `LoadedModel` or a plain Hugging Face causal model in eval mode; or, with `states`, what `load_arms`
+            gives, whose base is traced.
         prompts: whom to ask; facts that the model knows.
         component: `resid_pre` or `resid_post`, the residual stream before or after a layer, `attn_out` or `mlp_out`.
+        states: the arm whose clean states are restored into the base's noised run; None: the model's own.
         at: `role` restores all positions of a role together, `position` each by itself; `subject`, `subject_last` and
             `prediction` restore there alone and give no such dimension.
         layers: those to compute, of windows their centres; None: all.
@@ -86,9 +90,9 @@ def trace(
         and `indirect_effect` `(fact, layer[, …])`, restored minus noised, each with its standard error over draws,
         `…_se`. `total_effect_interval` `(fact, end)` is the 95 % t-interval over draws; `share` is the indirect effect
         over the total one where that interval lies above 0, and NaN elsewhere. States before the first noised token
-        have an indirect effect of exactly 0, as have outputs of the last layer but at the prediction position; NaN
-        where a prompt lacks a place. The coordinate `reach` is `patch_grid`'s, so that `trivial_cells` knows them.
-        Attributes: `noise_std`, the noise in units of the embeddings, and `noise_floor`.
+        have an indirect effect of exactly 0 (another arm's have not), as have outputs of the last layer but at the
+        prediction position; NaN where a prompt lacks a place. The coordinate `reach` is `patch_grid`'s, so that
+        `trivial_cells` knows them. Attributes: `noise_std`, the noise in units of the embeddings, and `noise_floor`.
 
     Raises:
         BadInput: a prompt ends with its subject, or an argument does not fit.
@@ -100,12 +104,13 @@ def trace(
         raise BadInput(f"windows are of 'attn_out' or 'mlp_out': the {_NAMES[component]} a layer holds all below it")
     metrics = parse_metrics(metric)
     (name,) = metrics
-    hf = hf_model(model)
+    one, source = _sides(model, states)
+    hf = hf_model(one)
     n_layers = len(decoder_layers(hf))
     chosen = some_layers(layers, n_layers)
-    std = noise * (subject_std(model, prompts) if std is None else std)
+    std = noise * (subject_std(hf, prompts) if std is None else std)
     noises = [Noise(std, seed, draw) for draw in range(draws)]
-    grid = _grid(prompts, component, at, chosen, window, n_layers, noises)
+    grid = _grid(prompts, source, component, at, windows(chosen, window, n_layers), n_layers, noises)
     run = opened(backend, hf, memory_budget, prompts)
     found = measure_rows(run.forward(grid.rows), grid.rows, metrics)
     where = {"role": "all positions of a role", "position": "one position"}.get(at, f"the {at}".replace("_", "'s "))
@@ -121,6 +126,7 @@ def trace(
         "paper": PAPER,
         "noise_floor": found.noise_floor[name],
         "backend": run.name,
+        "states": states or "the model's own",
     }
     for array in dataset.data_vars.values():
         array.attrs |= attrs
@@ -137,6 +143,17 @@ def subject_std(model: Model, prompts: Sequence[Prompt]) -> float:
     ids = [prompt.ids[position] for prompt in prompts for position in prompt.subject_positions]
     embedded = hf.get_input_embeddings()(torch.tensor([ids], device=hf.device))
     return float(embedded.double().std())
+
+
+def _sides(model: Model | Arms, states: str | None) -> tuple[Model, Arm | None]:
+    """The model that is traced, and the arm whose states are restored into it."""
+    if isinstance(model, Arms):
+        if states is None:
+            raise BadInput(f"states: name the arm whose states are restored, of {', '.join(model.sources)}")
+        return model.base, model.arm(states)
+    if states is not None:
+        raise BadInput(f"states={states!r} are another model's: give both models, from load_arms")
+    return model, None
 
 
 @dataclass
@@ -170,23 +187,23 @@ def _check(component: str, at: str, metric: object, noise: float, counts: dict[s
 
 def _grid(
     prompts: Sequence[Prompt],
+    source: Arm | None,
     component: Traced,
     at: At,
-    layers: list[int],
-    window: int,
+    around: list[range],
     n_layers: int,
     noises: list[Noise],
 ) -> _Grid:
     n_place = {"role": len(ROLES), "position": max(prompt.prediction for prompt in prompts) + 1}.get(at, 1)
     rows = [Row(prompt) for prompt in prompts] + [Row(prompt, noise=noise) for prompt in prompts for noise in noises]
-    dead = np.full((len(prompts), len(layers), n_place), np.nan)
+    dead = np.full((len(prompts), len(around), n_place), np.nan)
     grid = _Grid(rows, [], dead, np.full((len(prompts), n_place), "", dtype="<U10"))
-    around = [range(max(0, c - window // 2), min(n_layers, c - window // 2 + window)) for c in layers]
     for fact, prompt in enumerate(prompts):
         for place, positions in enumerate(_positions(prompt, at)):
-            grid.reach[fact, place] = _reach(prompt, positions)
+            reach = _reach(prompt, positions)
+            grid.reach[fact, place] = "same" if reach == "before" and source is not None else reach
             for index, some in enumerate(around):
-                patches = tuple(_patches(prompt, positions, some, component, n_layers))
+                patches = tuple(_patches(Run(prompt, source), positions, some, component, n_layers))
                 if not patches:
                     grid.dead[fact, index, place] = 0.0 if positions else np.nan
                     continue
@@ -195,13 +212,14 @@ def _grid(
     return grid
 
 
-def _patches(prompt: Prompt, positions: range, layers: range, component: Traced, n_layers: int) -> Iterator[Patch]:
-    """Clean states that can do something: not before the noise, nor what no later layer reads."""
-    live = tuple(position for position in positions if position >= prompt.subject_span[0])
+def _patches(run: Run, positions: range, layers: range, component: Traced, n_layers: int) -> Iterator[Patch]:
+    """Clean states that can do something: not the model's own before the noise, nor what no later layer reads."""
+    start = run.prompt.subject_span[0] if run.arm is None else 0
+    live = tuple(position for position in positions if position >= start)
     for layer in layers:
         last = component != "resid_pre" and layer == n_layers - 1
-        if where := tuple(position for position in live if not last or position == prompt.prediction):
-            yield Patch(layer, where, prompt, component)
+        if where := tuple(position for position in live if not last or position == run.prompt.prediction):
+            yield Patch(layer, where, run, component)
 
 
 def _positions(prompt: Prompt, at: At) -> list[range]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from subjattn.engine.anatomy import decoder_layers, mlp_module
@@ -20,6 +21,7 @@ from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.models.adapter import with_adapter
 from subjattn.models.load import LoadedModel, load_model
 from subjattn.models.names import identity
+from subjattn.models.streamed import fits, stream_model
 
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Source:
 
     name: str
     kind: Literal["adapter", "checkpoint"]
+    held: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Arms:
                 "source": source.name,
                 "identity": identity(source.name),
                 "kind": source.kind,
-                "held": "update alone, unmerged" if source.kind == "adapter" else "whole, beside the base",
+                "held": source.held,
             }
             for name, source in self.sources.items()
         }
@@ -119,6 +122,7 @@ def load_arms(
     checkpoints: Mapping[str, str] | None = None,
     *,
     identical: Collection[str] = (),
+    stream: bool | None = None,
     dtype: str = "float32",
     device: str | None = None,
 ) -> Arms:
@@ -127,8 +131,10 @@ def load_arms(
     Args:
         base: name of the base model, as for `load_model`; or one that is loaded, without an adapter.
         adapters: PEFT adapters by the names of their arms. Of a plain LoRA the update alone is kept.
-        checkpoints: whole tuned models by the names of their arms, held beside the base.
+        checkpoints: whole tuned models by the names of their arms.
         identical: arms that may change nothing, as controls.
+        stream: whether the layers of checkpoints are read from disk as they are called, and not held beside the base;
+            None: where they would take more than half of the memory that is free.
         dtype: as for `load_model`.
         device: as for `load_model`.
 
@@ -145,13 +151,20 @@ def load_arms(
     if loaded.adapter is not None or getattr(loaded.model, "peft_config", None):
         raise BadInput(f"model {loaded.name!r} carries an adapter: give the base alone, and the adapter as an arm")
     check_model(loaded.model)
+    sources = {name: Source(str(of), "adapter", "update alone, unmerged") for name, of in adapters.items()}
     for name, adapter in adapters.items():
         _attach_adapter(loaded, name, str(adapter), may_be_identical=name in identical)
     for name, checkpoint in checkpoints.items():
-        other = load_model(str(checkpoint), dtype=str(loaded.model.dtype).removeprefix("torch."), device=device)
+        kind, where = loaded.model.dtype, loaded.model.device
+        streamed = not fits(str(checkpoint), kind, where) if stream is None else stream
+        if streamed:
+            other = stream_model(str(checkpoint), kind, str(where))
+        else:
+            other = load_model(str(checkpoint), dtype=str(kind).removeprefix("torch."), device=str(where))
         _attach_checkpoint(loaded, name, other, may_be_identical=name in identical)
-    sources = {name: Source(str(of), "adapter") for name, of in adapters.items()}
-    return Arms(loaded, sources | {name: Source(str(of), "checkpoint") for name, of in checkpoints.items()})
+        held = "layers read from disk as they are called" if streamed else "whole, beside the base"
+        sources[name] = Source(str(checkpoint), "checkpoint", held)
+    return Arms(loaded, sources)
 
 
 class _Lora:
@@ -279,8 +292,9 @@ def _probe(model: PreTrainedModel, arms: Iterable[Arm | None] = (None,)) -> Tens
 
 
 def _equal(ours: nn.Module, theirs: nn.Module) -> bool:
-    pairs = zip(ours.named_parameters(recurse=False), theirs.named_parameters(recurse=False), strict=True)
-    return all(a == b and torch.equal(one, other.to(one.device)) for (a, one), (b, other) in pairs)
+    with align_module_device(theirs):  # where its weights are on disk
+        pairs = zip(ours.named_parameters(recurse=False), theirs.named_parameters(recurse=False), strict=True)
+        return all(a == b and torch.equal(one, other.to(one.device)) for (a, one), (b, other) in pairs)
 
 
 def _refuse_other_kind(base: LoadedModel, other: LoadedModel) -> None:

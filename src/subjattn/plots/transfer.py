@@ -11,7 +11,8 @@ from plotly.colors import qualitative
 
 from subjattn.errors import BadInput
 from subjattn.evidence.intervals import interval
-from subjattn.measures.transfer import PATCHES, shares
+from subjattn.evidence.returned import shares
+from subjattn.measures.transfer import PATCHES
 from subjattn.plots.drawing import Drawing, axis, cells, escaped, panels, scale, styled, titled
 from subjattn.plots.heatmaps import by_arm
 from subjattn.plots.patching import ROLE_LABELS

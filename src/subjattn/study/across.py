@@ -7,7 +7,7 @@ from typing import Any
 
 import xarray as xr
 
-from subjattn.measures.transfer import in_rows, shares
+from subjattn.evidence.returned import in_rows, shares
 from subjattn.study.config import StudyConfig
 from subjattn.study.terms import Terms
 
