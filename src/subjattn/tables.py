@@ -129,9 +129,8 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     lines += [Text(f"\n{text}") for text in _without(summary)]
-    lines += [
-        part for row in summary["across"] for part in _across(row, len({one["arm"] for one in summary["across"]}))
-    ]
+    several = len({row["arm"] for row in summary["across"]}) > 1
+    lines += [part for row in summary["across"] for part in _across(row, several)]
     many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
         pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
@@ -155,9 +154,9 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     return lines
 
 
-def _across(row: dict[str, Any], n_arms: int) -> list[Any]:
+def _across(row: dict[str, Any], several: bool) -> list[Any]:
     """What one tuned arm and its base give each other."""
-    style = f"{row['arm']}, {row['style']}" if n_arms > 1 else row["style"]
+    style = f"{row['arm']}, {row['style']}" if several else row["style"]
     lines: list[Any] = [Text(""), *parts_tables(row["parts"], style, None)] if row["parts"] else []
     if "put" not in row:
         return lines

@@ -102,7 +102,7 @@ def transfer(
     --components mlp_out,pattern`
     """
     from subjattn.facts import load_facts
-    from subjattn.measures.put_back import CELL, places_of
+    from subjattn.measures.put_back import CELL, TOGETHER, places_of
     from subjattn.measures.where import check_where
     from subjattn.measures.where import where as facts_where
     from subjattn.models import model_shape
@@ -125,8 +125,8 @@ def transfer(
     styles = styles_of(every, template)
     table, threads = some_of(every, n, USUAL, seed, leave_out_given), use_threads(threads)
     show_styles(styles, table)
-    cells = 4 * (model_shape(base)[0] + 1) * len(places) * (len(ROLES) if at is Place.role else 1)
-    passes = len(table) * len(styles) * (8 + CELL * cells)
+    cells = len(places) * (len(ROLES) if at is Place.role else 1)
+    passes = len(table) * len(styles) * (8 + cells * (TOGETHER + 4 * CELL * model_shape(base)[0]))
     time = clock(passes * seconds_of_a_pass(base, dtype, threads))
     typer.echo(f"{len(table)} facts: about {passes:,.0f} forward passes of a prompt, {time}")
 

@@ -34,7 +34,7 @@ USUAL_N = 100
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
-USUAL |= {"swap_weights": {}, "transfer": {}}
+USUAL |= {"swap_weights": {}, "transfer": {"facts": 6}}
 DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer_by_layer": {}}
 """What `--deep` adds."""
 

@@ -14,7 +14,9 @@ from subjattn.measures.transfer import At, transfer
 
 
 CELL = 0.3
-"""Forward passes of a prompt that a cell costs, roughly."""
+"""Forward passes of a prompt that a cell of one layer costs, roughly."""
+TOGETHER = 4.5
+"""Those that the four cells of all layers together cost, with the runs that states are taken from."""
 PLACES: dict[str, tuple[Component, At]] = {
     "pattern at prediction": ("pattern", "prediction"),
     "q at prediction": ("q", "prediction"),
@@ -63,7 +65,7 @@ def _put(asked: Asked, n_facts: int, **how: Any) -> xr.DataArray:
     for component, at in PLACES.values():
         about = {"at": at, "metric": "answer_logprob", **asked.computing, **how}
         found.append(transfer(asked.both, few, component, **about)["answer_logprob"])
-        asked.tell(CELL * len(few) * 4 * found[-1].sizes.get("layer", 1))
+        asked.tell(len(few) * _passes(found[-1].sizes.get("layer")))
     return xr.concat(found, xr.DataArray(list(PLACES), dims="put", name="put"), combine_attrs="drop_conflicts")
 
 
@@ -81,8 +83,13 @@ def _gap(dataset: xr.Dataset) -> xr.DataArray:
     return cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
 
 
-def _cost(shape: Shape, settings: TransferSettings, cells: int = 1) -> float:
-    return CELL * min(settings.facts, shape.n_facts) * len(PLACES) * 4 * cells
+def _passes(n_layers: int | None) -> float:
+    """Of one fact at one place; None: all layers together."""
+    return TOGETHER if n_layers is None else 4 * CELL * n_layers
+
+
+def _cost(shape: Shape, settings: TransferSettings, n_layers: int | None = None) -> float:
+    return min(settings.facts, shape.n_facts) * len(PLACES) * _passes(n_layers)
 
 
 MEASURE = (

@@ -255,7 +255,7 @@ class _Builder:
             "measure",
             {**model, "measure": measure.name, "settings": settings.model_dump(mode="json")},
             inputs,
-            measure.cost(self.shape, settings),
+            measure.cost(self.shape, settings) if model.get("tuned", True) else 0.0,
             files.arm_folder(name, replicate),
             version=measure.version,
         )
