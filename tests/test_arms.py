@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -321,8 +322,9 @@ def test_the_base_is_as_it_was(llama: Arms, tuned: Any) -> None:
         {"target_modules": ["q_proj"], "use_rslora": True},
         {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"target_modules": ["v_proj"], "lora_bias": True},
+        {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [27, 264]}},
     ],
-    ids=["dora", "rslora", "saved", "bias"],
+    ids=["dora", "rslora", "saved", "bias", "tokens"],
 )
 def test_other_kinds_of_adapters_are_exact_too(
     kind: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, prompts: PromptSet
@@ -400,3 +402,20 @@ def test_a_checkpoint_that_does_not_fit_is_streamed(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     loaded = load_arms(str(tiny_folders["llama"]), checkpoints={"other": path})
     assert loaded.sources["other"].held == "layers read from disk as they are called"
+
+
+def test_two_arms_of_one_name_stay_two(tiny_folders: dict[str, Path], tuned: Any, prompts: PromptSet) -> None:
+    """Loading another adapter under a name that an earlier one has on the same base does not change the earlier."""
+    arms, apart = tuned("llama")
+    base = load_model(str(tiny_folders["llama"]))
+    first, second = (load_arms(base, {"tuned": arms.sources[name].name}) for name in ("one", "two"))
+    assert first.arm("tuned") != second.arm("tuned")
+    rows = [Row(prompts[0], arm=of.arm("tuned")) for of in (first, second)]
+    found = logits_of(cones.forward(base.model, rows))
+    for i, name in enumerate(("one", "two")):
+        wanted = oracles.logits(apart[name].model, prompts[0])[list(prompts[0].predicting)]
+        torch.testing.assert_close(found[i], wanted, atol=1e-4, rtol=0)
+    gone = second.arm("tuned")
+    del second
+    gc.collect()
+    assert gone is not None and list(engine_arms.tuned_of(base.model)) == ["tuned"]

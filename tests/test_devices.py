@@ -167,7 +167,8 @@ def test_arms_in_one_batch(
     model = placed(tiny_models[name].model)
     mlps = {mlp_module(layer): Place(i, {"mlp": None}) for i, layer in enumerate(decoder_layers(model))}
     change = lambda inputs, output: output + inputs.sum(-1, keepdim=True)  # noqa: E731
-    attach(model, "tuned", Tuned({module: Changed(change, place) for module, place in mlps.items()}))
+    tuned = Tuned({module: Changed(change, place) for module, place in mlps.items()})
+    assert attach(model, "tuned", tuned) == "tuned"
     rows = []
     for clean, corrupt in pairs:
         for arm in (None, Arm("tuned"), Arm("tuned", positions=frozenset(clean.subject_positions))):

@@ -10,11 +10,12 @@ so do the flat tokens of cones, where an adapter's own forward would not know wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +42,7 @@ class Changed:
     place: Place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tuned:
     """A tuned model, by the modules of its base that it changes."""
 
@@ -63,20 +64,23 @@ class Tuned:
         return frozenset((place.layer, part) for place in places for part in place.columns)
 
 
-_tuned: WeakKeyDictionary[nn.Module, dict[str, Tuned]] = WeakKeyDictionary()
+_tuned: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Tuned]] = WeakKeyDictionary()
 
 
-def attach(model: nn.Module, name: str, tuned: Tuned) -> None:
-    """Let rows of this model name a tuned model as their arm."""
-    _tuned.setdefault(model, {})[name] = tuned
+def attach(model: nn.Module, name: str, tuned: Tuned) -> str:
+    """Let rows of this model name a tuned model as their arm, for as long as somebody holds it.
+
+    Returns:
+        The name of its arm: the one asked for, or one like it where another tuned model of this base has that.
+    """
+    known = _tuned.setdefault(model, WeakValueDictionary())
+    names = (name if number == 1 else f"{name} ({number})" for number in count(1))
+    free = next(one for one in names if one not in known)
+    known[free] = tuned
+    return free
 
 
-def detach(model: nn.Module, name: str) -> None:
-    """Forget a tuned model again."""
-    _tuned.get(model, {}).pop(name, None)
-
-
-def tuned_of(model: nn.Module) -> dict[str, Tuned]:
+def tuned_of(model: nn.Module) -> Mapping[str, Tuned]:
     """The tuned models that rows of this one may name."""
     return _tuned.get(model, {})
 
@@ -106,7 +110,7 @@ def check_arms(model: nn.Module | None, rows: Iterable[Row]) -> None:
 class Routes:
     """Which tokens of the present pass go by which arm's weights."""
 
-    def __init__(self, arms: Sequence[Arm], tuned: dict[str, Tuned], head: nn.Module | None) -> None:
+    def __init__(self, arms: Sequence[Arm], tuned: Mapping[str, Tuned], head: nn.Module | None) -> None:
         self.code = {arm: i for i, arm in enumerate(arms, 1)}
         self.head = head
         self.uses: dict[nn.Module, list[tuple[Changed, Tensor | None, tuple[int, ...]]]] = {}
@@ -153,12 +157,12 @@ class Routes:
     def changes_head(self) -> bool:
         return self.head in self.uses
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook that gives tokens what their arm's module would."""
         if self._inside:  # an adapter's own module calls the base's
             return None
         state, codes = output[0] if isinstance(output, tuple) else output, self._codes[module is self.head]
-        inputs, changed = args[0], False
+        inputs, changed = next(iter((*args, *kwargs.values()))), False
         if by_head := self.uses[module][0][0].place.by_head:
             inputs, state = inputs.transpose(1, 2), state.transpose(1, 2)
         lead = _leading(module, inputs, codes)
@@ -230,5 +234,5 @@ def routed(model: nn.Module, arms: Collection[Arm | None]) -> Iterator[Routes]:
     routes = Routes(named, tuned_of(model), model.get_output_embeddings() if named else None)  # type: ignore[operator]
     with ExitStack() as stack:
         for module in routes.uses:
-            stack.callback(module.register_forward_hook(routes.hook).remove)
+            stack.callback(module.register_forward_hook(routes.hook, with_kwargs=True).remove)
         yield routes

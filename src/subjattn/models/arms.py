@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from subjattn.engine.anatomy import decoder_layers, mlp_module
-from subjattn.engine.arms import Change, Changed, Tuned, attach, detach, routed, tuned_of
+from subjattn.engine.arms import Change, Changed, Tuned, attach, routed
 from subjattn.engine.checks import check_model, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import Arm, Part
 from subjattn.engine.parts import Place, parts_of, with_weights
@@ -29,17 +30,22 @@ if TYPE_CHECKING:
 
 BASE = "base"
 PARTS: tuple[Part, ...] = ("qk", "vo", "mlp", "rest")
-_NAMES = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
-"""Fields of a configuration that say nothing of what a model computes."""
+_SAYS_NOTHING = re.compile(
+    r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|.*_token_id|id2label|label2id|"
+    r"max_position_embeddings|tokenizer_class|.*dropout.*"
+)
+"""Fields of a configuration that do not change what a model computes of these tokens; the probe tells of the rest."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tuned model comes from: an adapter, live and unmerged, or a checkpoint of its own."""
+    """Where a tuned model comes from: an adapter, live and unmerged, or a checkpoint; and its arm on the base."""
 
     name: str
     kind: Literal["adapter", "checkpoint"]
     held: str
+    arm: str = field(repr=False)
+    tuned: Tuned = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Arms:
                 for layer, part in cells
                 if (parts is None or part in parts) and (layers is None or layer in layers)
             )
-        return Arm(name, cells, None if positions is None else frozenset(positions))
+        return Arm(self.sources[name].arm, cells, None if positions is None else frozenset(positions))
 
     def cells(self, name: str) -> frozenset[tuple[int, Part]]:
         """Every (layer, part) that a tuned model changes; -1 lies outside the layers.
@@ -100,7 +106,7 @@ class Arms:
         Raises:
             UnsupportedModel: where its weights cannot be told into parts.
         """
-        return tuned_of(self.base.model)[name].cells()
+        return self.sources[name].tuned.cells()
 
     def provenance(self) -> dict[str, Any]:
         """What a reader needs to get the same numbers: the base's, and what each tuned model is and how it is held."""
@@ -151,9 +157,10 @@ def load_arms(
     if loaded.adapter is not None or getattr(loaded.model, "peft_config", None):
         raise BadInput(f"model {loaded.name!r} carries an adapter: give the base alone, and the adapter as an arm")
     check_model(loaded.model)
-    sources = {name: Source(str(of), "adapter", "update alone, unmerged") for name, of in adapters.items()}
+    sources = {}
     for name, adapter in adapters.items():
-        _attach_adapter(loaded, name, str(adapter), may_be_identical=name in identical)
+        attached = _attach_adapter(loaded, name, str(adapter), may_be_identical=name in identical)
+        sources[name] = Source(str(adapter), "adapter", "update alone, unmerged", *attached)
     for name, checkpoint in checkpoints.items():
         kind, where = loaded.model.dtype, loaded.model.device
         streamed = not fits(str(checkpoint), kind, where) if stream is None else stream
@@ -161,9 +168,9 @@ def load_arms(
             other = stream_model(str(checkpoint), kind, str(where))
         else:
             other = load_model(str(checkpoint), dtype=str(kind).removeprefix("torch."), device=str(where))
-        _attach_checkpoint(loaded, name, other, may_be_identical=name in identical)
+        attached = _attach_checkpoint(loaded, name, other, may_be_identical=name in identical)
         held = "layers read from disk as they are called" if streamed else "whole, beside the base"
-        sources[name] = Source(str(checkpoint), "checkpoint", held)
+        sources[name] = Source(str(checkpoint), "checkpoint", held, *attached)
     return Arms(loaded, sources)
 
 
@@ -198,7 +205,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identical: bool) -> None:
+def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identical: bool) -> tuple[str, Tuned]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -234,10 +241,12 @@ def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identi
         if any(isinstance(one, _Other) for one in inside):  # experts take more than their tokens
             changes = {one: change for one, change in changes.items() if one not in set(mlp.modules())}
             changes[mlp], places[mlp] = _Other(with_all), places[next(with_weights(mlp))]
-    _attach(model, name, changes, places, expected)
+    return _attach(model, name, changes, places, expected)
 
 
-def _attach_checkpoint(base: LoadedModel, name: str, other: LoadedModel, *, may_be_identical: bool) -> None:
+def _attach_checkpoint(
+    base: LoadedModel, name: str, other: LoadedModel, *, may_be_identical: bool
+) -> tuple[str, Tuned]:
     _refuse_other_kind(base, other)
     ours, theirs = base.model, other.model
     path = {module: where for where, module in ours.named_modules()}
@@ -253,7 +262,7 @@ def _attach_checkpoint(base: LoadedModel, name: str, other: LoadedModel, *, may_
     if not changed and not may_be_identical:
         raise BadInput(f"checkpoint {other.name!r} is the base itself: name it in `identical` if it should be")
     parts = parts_of(ours) | {mlp_module(one): Place(i, {"mlp": None}) for i, one in enumerate(decoder_layers(ours))}
-    _attach(ours, name, {unit: _Other(module) for unit, module in changed.items()}, parts, _probe(theirs))
+    return _attach(ours, name, {unit: _Other(module) for unit, module in changed.items()}, parts, _probe(theirs))
 
 
 def _attach(
@@ -262,22 +271,18 @@ def _attach(
     changes: Mapping[nn.Module, Change],
     places: Mapping[nn.Module, Place],
     expected: Tensor,
-) -> None:
+) -> tuple[str, Tuned]:
     """Attach after a check: in one batch with the base, a tuned row gives what the tuned model gives by itself."""
-    attach(model, name, Tuned({module: Changed(change, places[module]) for module, change in changes.items()}))
-    try:
-        own = _probe(model)
-        base, tuned = _probe(model, [None, Arm(name)])
-    except Exception:
-        detach(model, name)
-        raise
-    gap = max(relative_gap(base, own[0]), relative_gap(tuned, expected[0]))
+    tuned = Tuned({module: Changed(change, places[module]) for module, change in changes.items()})
+    arm = attach(model, name, tuned)
+    base, found = _probe(model, [None, Arm(arm)])
+    gap = max(relative_gap(base, _probe(model)[0]), relative_gap(found, expected[0]))
     if not gap <= tolerance(model):
-        detach(model, name)
         raise UnsupportedModel(
             f"arm {name!r}: in one batch with the base its logits part by {gap:.1e} of their size from those it has by "
             "itself: measure each model by itself"
         )
+    return arm, tuned
 
 
 @torch.inference_mode()
@@ -299,7 +304,10 @@ def _equal(ours: nn.Module, theirs: nn.Module) -> bool:
 
 def _refuse_other_kind(base: LoadedModel, other: LoadedModel) -> None:
     """Refuse a checkpoint that is no tuned version of the base: of another shape, or that reads other tokens."""
-    ours, theirs = ({k: v for k, v in of.model.config.to_dict().items() if k not in _NAMES} for of in (base, other))
+    ours, theirs = (
+        {key: value for key, value in of.model.config.to_dict().items() if not _SAYS_NOTHING.fullmatch(key)}
+        for of in (base, other)
+    )
     differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if type(base.model) is not type(other.model) or differ:
         what = f"its configuration differs in {', '.join(differ[:3])}" if differ else "it is another architecture"
