@@ -301,3 +301,42 @@ def test_a_subject_that_stands_first_is_noticed(cities: pd.DataFrame, caplog: py
         notice_first("{subject} lies where? In", cities[:3])
     (record,) = caplog.records
     assert "the subject stands first, where attention rests whatever the name is" in record.getMessage()
+
+
+def test_what_the_base_gives_the_tuned_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The end, the summary and the page hold what transfer and swap_weights give for the pair; base has none."""
+    out = tmp_path / "pair"
+    asked = ("--base", model, "--adapter", adapter, "--n", 25, "--out", out, "--template", "late")
+    assert compare(monkeypatch, *asked, "--deep") == 0
+    shown, page = capsys.readouterr().out, (out / "report.html").read_text()
+    run = sa.open_run(out)
+    assert run.array("transfer_by_layer", "transfer_by_layer", "style1")["arm"].values.tolist() == ["tuned"]
+    with pytest.raises(BadInput, match="this arm is the base itself"):
+        run.measure("swap_weights", "base", "style1")
+    (found,) = run.summary["across"]
+    assert (found["arm"], found["n"], len(found["put"])) == ("tuned", 6, 7) and not run.summary["not_defined"]
+    assert not any("put_back" in row["measure"] or "update" in row["measure"] for row in run.summary["contrasts"])
+    arms = sa.load_arms(str(model), {"tuned": str(adapter)})
+    every = {prompt.fact_id: prompt for prompt in run.prompts("style1")}
+    parts = sa.swap_weights(arms, list(every.values()))["answer_logprob_share"]
+    for part in parts["part"].values:
+        own = found["parts"][str(part)]
+        assert own["mean"] == pytest.approx(float(parts.sel(part=part).mean()), abs=1e-5)
+        assert own["low"] < own["mean"] < own["high"]
+        assert f"{own['mean']:+.3f}" in shown and f"{own['mean']:+.4f}" in page
+    few = [every[fact] for fact in run.measure("transfer", "tuned", "style1")["fact"].values]
+    for row in found["put"]:
+        component, at = row["put"].split(" at ")
+        cells = sa.transfer(arms, few, component, at=at, by=None)["answer_logprob"].sel(patch="real")
+        base, tuned, put = (
+            cells.sel(state=s, late=m).values for s, m in (("base",) * 2, ("tuned",) * 2, ("base", "tuned"))
+        )
+        known = np.abs(base - tuned) >= 0.1
+        share = np.median(((put - tuned) / (base - tuned))[known])
+        real = row["into"]["tuned"]["real"]
+        assert row["n"] == known.sum() and real["share"] == pytest.approx(share, abs=1e-3)
+        assert real["change"] == pytest.approx(np.mean(put - tuned), abs=1e-4)
+        assert row["put"] in shown and row["put"] in page and f"{real['share']:+.2f}" in shown
+    assert "Which part of the update does it" in page and "return in the other" in page and "Not drawn" not in page

@@ -20,11 +20,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.7.0"
 
 if TYPE_CHECKING:
+    from subjattn.engine.interventions import Block as Block
+    from subjattn.engine.interventions import Patch as Patch
+    from subjattn.engine.interventions import Row as Row
+    from subjattn.engine.interventions import Run as Run
+    from subjattn.engine.interventions import Scale as Scale
     from subjattn.evidence.intervals import contrast as contrast
     from subjattn.evidence.intervals import interval as interval
     from subjattn.evidence.maps import significant as significant
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
+    from subjattn.evidence.returned import returned as returned
     from subjattn.evidence.top import top as top
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
@@ -43,15 +49,20 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
+    from subjattn.measures.swapping import swap_weights as swap_weights
     from subjattn.measures.trace import trace as trace
+    from subjattn.measures.transfer import transfer as transfer
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
+    from subjattn.models.arms import load_arms as load_arms
     from subjattn.plots.choose import plot as plot
     from subjattn.plots.heatmaps import plot_attention as plot_attention
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
     from subjattn.plots.patching import plot_patching as plot_patching
     from subjattn.plots.patching import plot_trace as plot_trace
+    from subjattn.plots.transfer import plot_parts as plot_parts
+    from subjattn.plots.transfer import plot_transfer as plot_transfer
     from subjattn.prompts import Style as Style
     from subjattn.prompts import ablate as ablate
     from subjattn.prompts import make_prompts as make_prompts
@@ -61,6 +72,11 @@ if TYPE_CHECKING:
     from subjattn.study.run import run_study as run_study
 
 _HOMES = {
+    "Block": "engine.interventions",
+    "Patch": "engine.interventions",
+    "Row": "engine.interventions",
+    "Run": "engine.interventions",
+    "Scale": "engine.interventions",
     "Style": "prompts",
     "ablate": "prompts",
     "ablation": "measures.ablation",
@@ -70,35 +86,41 @@ _HOMES = {
     "interval": "evidence.intervals",
     "join_popularity": "facts",
     "knockout": "measures.knockout",
+    "load_arms": "models.arms",
     "load_facts": "facts",
     "load_model": "models",
     "load_study": "study.read",
     "make_prompts": "prompts",
-    "patch_grid": "measures.patching",
     "measure": "measures.alone",
     "open_run": "study.files",
+    "patch_grid": "measures.patching",
     "plot": "plots.choose",
     "plot_attention": "plots.heatmaps",
     "plot_knockout": "plots.lines",
+    "plot_parts": "plots.transfer",
     "plot_patching": "plots.patching",
     "plot_tokens": "plots.heatmaps",
     "plot_trace": "plots.patching",
+    "plot_transfer": "plots.transfer",
     "predict": "measures.answers",
     "predict_rows": "measures.answers",
-    "read_facts": "facts",
     "ratio": "evidence.ratios",
+    "read_facts": "facts",
     "reason": "measures.answers",
     "recovery": "measures.patching",
     "rescale": "measures.rescale",
+    "returned": "evidence.returned",
     "run_study": "study.run",
     "significant": "evidence.maps",
     "slick": "knowledge.slick",
     "slope": "evidence.ratios",
     "subject_attention": "measures.attention",
     "swap_subjects": "prompts",
+    "swap_weights": "measures.swapping",
     "token_attention": "measures.attention",
     "top": "evidence.top",
     "trace": "measures.trace",
+    "transfer": "measures.transfer",
     "where": "measures.where",
 }
 

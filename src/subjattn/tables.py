@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -22,7 +23,8 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
     made = table(f"style “{style}”, {first['n_test']} facts: means and 95 % intervals")
     for heading in ("quantity", *arms):
         made.add_column(Text(heading), justify="left" if heading == "quantity" else "right")
-    for name in (name for name in first if name.partition(".")[0] in summary["quantities"]):
+    alone = {name for name, of in summary["quantities"].items() if not of["across"]}
+    for name in (name for name in first if name.partition(".")[0] in alone):
         made.add_row(Text(name), *(Text(_mean_of(found, name)) for found in arms.values()))
     made.add_row(Text("route"), *(found["route"]["reading"] for found in arms.values()))
     return made
@@ -83,6 +85,7 @@ def _without(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+PATCHES = ("real", "placebo")
 SHOWN = 8
 """Facts that are named on the terminal; the report has them all."""
 
@@ -126,6 +129,8 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     """Differences with their verdicts, facts that turned by name, and what all that speaks of."""
     lines: list[Any] = changes(summary, "what changed")
     lines += [Text(f"\n{text}") for text in _without(summary)]
+    several = len({row["arm"] for row in summary["across"]}) > 1
+    lines += [part for row in summary["across"] for part in _across(row, several)]
     many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
         pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
@@ -147,6 +152,108 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
         Text(f"They speak of {scopes}{', asked other facts; another tuning may do otherwise' if models else ''}.\n")
     )
     return lines
+
+
+def _across(row: dict[str, Any], several: bool) -> list[Any]:
+    """What one tuned arm and its base give each other."""
+    style = f"{row['arm']}, {row['style']}" if several else row["style"]
+    lines: list[Any] = [Text(""), *parts_tables(row["parts"], style, None)] if row["parts"] else []
+    if "put" not in row:
+        return lines
+    gap = row["gap"]
+    ends = "" if gap["low"] is None else f" [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+    lines += [Text(""), returned_table(f"base put back in all layers, style “{style}”", row["put"], "put", ["tuned"])]
+    words = f"of {row['n']} facts; gap of these, tuned − base: {gap['mean']:+.2f}{ends} nats"
+    if not any(put["n"] for put in row["put"]):
+        words += "; none has a gap of 0.1 nats: a share of it is not defined"
+    return [*lines, Text(words)]
+
+
+def parts_tables(means: dict[str, dict[str, Any]], style: str, n: int | None) -> list[Any]:
+    """What each part of an update changes, and all of it; what is to be known of the intervals."""
+    made = table(f"what each part of the update changes, style “{style}”{f', {n} facts' if n else ''}, nats")
+    for heading in ("part", "Shapley value", "95 % interval"):
+        made.add_column(heading, justify="left" if heading == "part" else "right")
+    for part, found in means.items():
+        ends = "–" if found["low"] is None else f"[{found['low']:+.3f}, {found['high']:+.3f}]"
+        made.add_row(part, "–" if found["mean"] is None else f"{found['mean']:+.3f}", ends)
+    return [
+        made,
+        *(Text(note) for note in dict.fromkeys(note for of in means.values() for note in of.get("notes", []))),
+    ]
+
+
+def gap_lines(shares: Any, n: int) -> list[str]:
+    """The gap that shares are of, and how many facts have one."""
+    tuned, unit, least = shares.attrs["tuned"], shares.attrs["unit"], shares.attrs["smallest_gap"]
+    gap = -float(shares["gap"].sel(into=tuned, patch="real").max())
+    low, high = shares.attrs["gap_interval"]
+    ends = "no interval" if low != low else f"[{low:+.2f}, {high:+.2f}]"
+    defined = int(shares["n_defined"].max())
+    lines = [f"gap, tuned − base: {gap:+.2f} {ends} {unit}"]
+    if not defined:
+        return [*lines, f"no fact has a gap of {least:g} {unit} or more: a share of it is not defined"]
+    if not (low > 0 or high < 0):
+        lines.append("the gap as a whole may be nothing: a share of it is not defined, only single facts have one")
+    return [*lines, f"{defined} of {n} facts have a gap of {least:g} {unit} or more, and so a share of it"]
+
+
+def returned_tables(title: str, together: Any, by_layer: Any) -> list[Table]:
+    """Median shares of the gap returned by layer, placebo beside them: one table, or by role one for each direction."""
+    from subjattn.evidence.returned import in_rows
+
+    layers = by_layer.assign_coords(layer=[str(layer) for layer in by_layer["layer"].values.tolist()])
+    if "role" in together.dims:
+        return [_by_role(f"{title}, into {late}", together, layers, str(late)) for late in together["into"].values]
+    every = in_rows(together.expand_dims(layer=["all"]), "layer")
+    return [returned_table(title, [*every, *in_rows(layers, "layer")], "layer")]
+
+
+def returned_table(title: str, rows: list[dict[str, Any]], dim: str, models: Sequence[str] = ()) -> Table:
+    """A row a place: median share [quartiles], its placebo, and the part of the facts whose share is 0 to 1.
+
+    A column of these for each model whose later layers are met; `models` are some of them.
+    """
+    made = table(f"{title}: share of the gap returned")
+    made.padding = (0, 1, 0, 0)
+    made.add_column(dim, justify="left" if dim == "put" else "right")
+    late = list(models or rows[0]["into"])
+    for heading in (f"into {one}" if not i else ("placebo", "0–1")[i - 1] for one in late for i in range(3)):
+        made.add_column(Text(heading), justify="right", no_wrap=True)
+    made.add_column("n", justify="right")
+    for row in rows:
+        shown = []
+        for one in late:
+            real, placebo = row["into"][one]["real"], row["into"][one]["placebo"]
+            ends = "" if real["share"] is None else f" [{_share(real['share_low'])}, {_share(real['share_high'])}]"
+            between = "–" if real["between"] is None else f"{real['between']:.0%}"
+            shown += [_share(real["share"]) + ends, _share(placebo["share"]), between]
+        made.add_row(Text(str(row[dim])), *map(Text, shown), str(row["n"]))
+    made.caption, made.caption_justify = (
+        Text("median [quartiles] over n facts; 0–1: so many of them lie between"),
+        "left",
+    )
+    return made
+
+
+def _by_role(title: str, together: Any, layers: Any, late: str) -> Table:
+    made = table(f"{title}: share of the gap returned")
+    made.padding = (0, 1, 0, 0)
+    roles = [str(role) for role in layers["role"].values if bool(layers["n_defined"].sel(role=role).any())]
+    for heading in ("layer", *roles):
+        made.add_column(heading.replace("_", "\n"), justify="right")
+
+    def cell(of: Any) -> str:
+        return " ".join(_share(None if (value := float(of.sel(patch=patch))) != value else value) for patch in PATCHES)
+
+    made.caption, made.caption_justify = Text("median over facts, and of the placebo"), "left"
+    for label, of in [("all", together), *((str(one), layers.sel(layer=one)) for one in layers["layer"].values)]:
+        made.add_row(label, *(cell(of["share"].sel(into=late, role=role)) for role in roles))
+    return made
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
 def foreseen_line(found: dict[str, Any], n: int) -> str:

@@ -34,7 +34,8 @@ USUAL_N = 100
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
-DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}}
+USUAL |= {"swap_weights": {}, "transfer": {"facts": 6}}
+DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer_by_layer": {}}
 """What `--deep` adds."""
 
 
@@ -59,7 +60,10 @@ def compare(
     leave_out_given: LeaveOutOption = False,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Also patch the residual stream by layer, and show attention token by token."),
+        typer.Option(
+            "--deep",
+            help="Also patch the residual stream and put the base's states back by layer; attention by token.",
+        ),
     ] = False,
     smallest: Annotated[
         list[str] | None,
@@ -87,7 +91,7 @@ def compare(
     if adapter is not None:
         resolve_adapter(adapter)
     if tuned is not None:
-        _refuse_same(base, tuned)
+        refuse_same(base, tuned)
     raw: dict[str, Any] = {
         "name": "compare",
         "model": base,
@@ -166,7 +170,8 @@ def _refuse_equal(out: Path, tuned: str | None) -> None:
         raise BadInput(f"--tuned {tuned!r} has the same weights as the base model: nothing was compared")
 
 
-def _refuse_same(base: str, tuned: str) -> None:
+def refuse_same(base: str, tuned: str) -> None:
+    """Refuse a tuned model that is the base by another name."""
     from subjattn.models import identity, resolve_model
 
     if identity(resolve_model(base)) == identity(resolve_model(tuned)):

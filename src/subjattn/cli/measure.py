@@ -190,7 +190,7 @@ def _run(
         if not means:
             typer.echo(f"{style}: measured")
         numbers = {key: {name: of[key] for name, of in means.items()} for key in ("mean", "low", "high", "n")}
-        results[style] = {"template": text, **numbers, "arrays": _plain(dataset)}
+        results[style] = {"template": text, **numbers, "arrays": plain(dataset)}
     asked: dict[str, Any] = {
         "model": model,
         "adapter": adapter,
@@ -230,15 +230,15 @@ def _means(found: Any, dataset: Any, relations: Any) -> dict[str, dict[str, Any]
         values = values.assign_coords(relation=("fact", relations.reindex(values["fact"].values).to_numpy(object)))
         over = None if quantity.over is None else quantity.over(dataset)
         if "part" not in values.dims:
-            means[quantity.name] = _mean(quantity, values, over)
+            means[quantity.name] = mean_of(quantity, values, over)
             continue
         for part in values["part"].values:
             own = over.sel(part=part) if over is not None and "part" in over.dims else over
-            means[f"{quantity.name}.{part}"] = _mean(quantity, values.sel(part=part), own)
+            means[f"{quantity.name}.{part}"] = mean_of(quantity, values.sel(part=part), own)
     return means
 
 
-def _mean(quantity: Any, values: Any, over: Any) -> dict[str, Any]:
+def mean_of(quantity: Any, values: Any, over: Any) -> dict[str, Any]:
     """Of one quantity, or of one part of it."""
     from subjattn.evidence.intervals import interval
     from subjattn.study.values import share
@@ -260,6 +260,6 @@ def _shown(of: dict[str, Any]) -> str:
     return "; ".join([f"{mean}{ends}, n {of['n']}", *of["notes"]])
 
 
-def _plain(dataset: Any) -> dict[str, Any]:
+def plain(dataset: Any) -> dict[str, Any]:
     """A dataset as JSON: its `to_dict`, with NaN as null."""
     return json.loads(json.dumps(dataset.to_dict()), parse_constant=lambda _: None)  # type: ignore[no-any-return]

@@ -62,8 +62,9 @@ def verify(
 ) -> int:
     """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 unless all agree.
 
-    The table lists what was compared and what was skipped, with the reason. Numbers that no reference computes are no
-    agreement.
+    With an adapter, also base and adapter in one batch, transfers between them and parts of the update, against each
+    model by itself. The table lists what was compared and what was skipped, with the reason. Numbers that no reference
+    computes are no agreement.
 
     Example: `subjattn verify --model smollm2-135m --json verify.json`
     """
@@ -77,7 +78,12 @@ def verify(
     show_styles({name: style}, table)
     use_threads(threads)
     loaded = load_model(model, adapter=adapter, dtype=dtype)
-    found = verification.verify(loaded, *verification.verify_facts(loaded, table, style, seed))
+    prompts, pairs = verification.verify_facts(loaded, table, style, seed)
+    found = verification.verify(loaded, prompts, pairs)
+    if adapter is not None:
+        from subjattn.verify_arms import with_arms
+
+        found = with_arms(found, loaded, load_model(model, dtype=dtype), prompts)
     shown = tables.table(f"largest differences from the engine: {model}, {dtype}")
     for heading in verification.HEADINGS:
         shown.add_column(heading, justify="right" if heading in verification.HEADINGS[2:6] else "left")

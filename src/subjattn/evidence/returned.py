@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from subjattn.errors import BadInput
@@ -27,7 +29,7 @@ def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: fl
         one; `share_low` and `share_high`, its quartiles; `between`, the part of these facts that land between the two
         models; `n_defined`; `change` and `gap`, means over all facts in the metric's unit, and `interaction`: how far
         the four cells are from adding up. Shares are NaN where no fact has one; the attribute `gap_interval` is the
-        95 % interval of the mean gap over facts.
+        95 % interval of the mean gap over facts, NaN where facts are too few for one.
 
     Raises:
         BadInput: no such metric, or not from `transfer`.
@@ -35,6 +37,21 @@ def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: fl
     if metric not in found or not {"state", "late", "patch"} <= set(found[metric].dims):
         raise BadInput(f"{metric!r} is no metric of a transfer: there are {', '.join(map(str, found.data_vars))}")
     cells = found[metric]
+    base, tuned = map(str, cells["state"].values)
+    gaps = cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
+    by_fact = gaps.max([dim for dim in gaps.dims if dim != "fact"])
+    clusters = {"fact", "answer", "relation"}
+    try:
+        ends = interval(by_fact.drop_vars([name for name in by_fact.coords if name not in clusters])).ends()
+    except BadInput:
+        ends = (np.nan, np.nan)
+    about = {"metric": metric, "unit": cells.attrs["unit"], "smallest_gap": smallest_gap, "tuned": tuned}
+    about |= {"gap_interval": list(ends), "component": cells.attrs["component"]}
+    return shares(cells, smallest_gap).assign_attrs(about)
+
+
+def shares(cells: xr.DataArray, smallest_gap: float = 0.1) -> xr.Dataset:
+    """What `returned` gives, but for the gap's interval, of one variable `(fact, patch, state, late, …)`."""
     base, tuned = map(str, cells["state"].values)
     into = []
     for late, state in ((tuned, base), (base, tuned)):
@@ -53,9 +70,29 @@ def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: fl
     result = xr.concat(into, xr.DataArray([tuned, base], dims="into", name="into"))
     signs = {(base, base): 1, (tuned, tuned): 1, (base, tuned): -1, (tuned, base): -1}
     crossed = sum(sign * cells.sel(state=state, late=late, drop=True) for (state, late), sign in signs.items())
-    result["interaction"] = crossed.mean("fact")  # type: ignore[union-attr]
-    gaps = cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
-    by_fact = gaps.max([dim for dim in gaps.dims if dim != "fact"])
-    ends = interval(by_fact.drop_vars([name for name in by_fact.coords if name != "fact"])).ends()
-    about = {"metric": metric, "unit": cells.attrs["unit"], "smallest_gap": smallest_gap, "tuned": tuned}
-    return result.assign_attrs(about | {"gap_interval": list(ends), "component": cells.attrs["component"]})
+    return result.assign(interaction=crossed.mean("fact"))  # type: ignore[union-attr]
+
+
+def in_rows(found: xr.Dataset, dim: str) -> list[dict[str, Any]]:
+    """Shares as plain data: a row for each label along `dim`, None where a number is not defined.
+
+    Each has `n`, the facts with a share, and for both models whose later layers are met, `into`, what `shares` gives
+    at the place and at its placebo.
+    """
+    patches = [str(patch) for patch in found["patch"].values]
+    names = ("share", "share_low", "share_high", "between", "change")
+    rows = []
+    for label in found[dim].values.tolist():
+        here = found.sel({dim: label})
+        into = {
+            str(late): {
+                patch: {name: _plain(here[name].sel(into=late, patch=patch)) for name in names} for patch in patches
+            }
+            for late in here["into"].values
+        }
+        rows.append({dim: label, "n": int(here["n_defined"].sel(patch="real").max()), "into": into})
+    return rows
+
+
+def _plain(number: xr.DataArray) -> float | None:
+    return None if np.isnan(value := float(number)) else value

@@ -1,17 +1,22 @@
-"""The measure `transfer`: what a tuned model's answer regains when the base's states are put back, place by place."""
+"""Measures `transfer` and `transfer_by_layer`: what a tuned model's answer regains of its base's states."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import xarray as xr
 from pydantic import Field, PositiveInt
 
 from subjattn.engine.interventions import Component
-from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
+from subjattn.measures.record import Asked, Measure, Need, Quantity, Settings, Shape
 from subjattn.measures.transfer import At, transfer
 
 
 CELL = 0.3
-"""Forward passes of a prompt that a cell costs, roughly."""
+"""Forward passes of a prompt that a cell of one layer costs, roughly."""
+TOGETHER = 4.5
+"""Those that the four cells of all layers together cost, with the runs that states are taken from."""
 PLACES: dict[str, tuple[Component, At]] = {
     "pattern at prediction": ("pattern", "prediction"),
     "q at prediction": ("q", "prediction"),
@@ -23,29 +28,45 @@ PLACES: dict[str, tuple[Component, At]] = {
 }
 """What is put where: what reads at the prediction position, and what is read or made at the subject."""
 
+_PAPER = "Prakash et al. 2024"
+_NEEDS: frozenset[Need] = frozenset({"subject", "same_prompts", "base"})
+
+
+def places_of(components: Sequence[Component], at: At | None = None) -> dict[str, tuple[Component, At]]:
+    """By name, where components are put: `at` one kind of place, or each where `PLACES` has it or the answer is."""
+    if at is not None:
+        return {f"{one} at {at}": (one, at) for one in components}
+    found: dict[str, tuple[Component, At]] = {}
+    for component in components:
+        usual = {name: place for name, place in PLACES.items() if place[0] == component}
+        found |= usual or {f"{component} at prediction": (component, "prediction")}
+    return found
+
 
 class TransferSettings(Settings):
     facts: PositiveInt = Field(8, description="facts in which states are put from one model into the other")
+
+
+class LayerSettings(TransferSettings):
     window: PositiveInt = Field(1, description="layers put together around each")
-    by_layer: bool = Field(True, description="layer by layer too, beside all layers together")
 
 
 def _run(asked: Asked, settings: TransferSettings) -> xr.Dataset:
-    few = asked.by_id(asked.order[: settings.facts]) or list(asked.prompts[: settings.facts])
-    together, by_layer = [], []
+    return xr.Dataset({"transfer": _put(asked, settings.facts, by=None)})
+
+
+def _run_by_layer(asked: Asked, settings: LayerSettings) -> xr.Dataset:
+    return xr.Dataset({"transfer_by_layer": _put(asked, settings.facts, window=settings.window)})
+
+
+def _put(asked: Asked, n_facts: int, **how: Any) -> xr.DataArray:
+    """Every place in turn, along `put`."""
+    few, found = asked.by_id(asked.order[:n_facts]) or list(asked.prompts[:n_facts]), []
     for component, at in PLACES.values():
-        about = {"at": at, "metric": "answer_logprob", **asked.computing}
-        together.append(transfer(asked.both, few, component, by=None, **about)["answer_logprob"])  # type: ignore[arg-type]
-        asked.tell(CELL * len(few) * 4)
-        if settings.by_layer:
-            one = transfer(asked.both, few, component, window=settings.window, **about)["answer_logprob"]  # type: ignore[arg-type]
-            by_layer.append(one)
-            asked.tell(CELL * len(few) * 4 * one.sizes["layer"])
-    names = xr.DataArray(list(PLACES), dims="put", name="put")
-    found = {"transfer": together} | ({"transfer_by_layer": by_layer} if by_layer else {})
-    return xr.Dataset(
-        {name: xr.concat(arrays, names, combine_attrs="drop_conflicts") for name, arrays in found.items()}
-    )
+        about = {"at": at, "metric": "answer_logprob", **asked.computing, **how}
+        found.append(transfer(asked.both, few, component, **about)["answer_logprob"])
+        asked.tell(len(few) * _passes(found[-1].sizes.get("layer")))
+    return xr.concat(found, xr.DataArray(list(PLACES), dims="put", name="put"), combine_attrs="drop_conflicts")
 
 
 def _moved(dataset: xr.Dataset, patch: str) -> xr.DataArray:
@@ -62,42 +83,58 @@ def _gap(dataset: xr.Dataset) -> xr.DataArray:
     return cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
 
 
-def _cost(shape: Shape, settings: TransferSettings) -> float:
-    cells = 1 + (shape.n_layers if settings.by_layer else 0)
-    return CELL * min(settings.facts, shape.n_facts) * len(PLACES) * 4 * cells
+def _passes(n_layers: int | None) -> float:
+    """Of one fact at one place; None: all layers together."""
+    return TOGETHER if n_layers is None else 4 * CELL * n_layers
 
 
-MEASURE = Measure(
-    name="transfer",
-    title="the base's states put back into the tuned model",
-    paper="Prakash et al. 2024",
-    quantities=(
-        Quantity(
-            "put_back",
-            "nats",
-            "change of the tuned model's answer log-probability when the base's states of all layers are put back at a "
-            "place",
-            per_fact=lambda dataset: _moved(dataset, "real"),
-            smallest_effect=0.1,
+def _cost(shape: Shape, settings: TransferSettings, n_layers: int | None = None) -> float:
+    return min(settings.facts, shape.n_facts) * len(PLACES) * _passes(n_layers)
+
+
+MEASURE = (
+    Measure(
+        name="transfer",
+        title="the base's states put back into the tuned model",
+        paper=_PAPER,
+        quantities=(
+            Quantity(
+                "put_back",
+                "nats",
+                "change of the tuned model's answer log-probability when the base's states of all layers are put back "
+                "at a place",
+                per_fact=lambda dataset: _moved(dataset, "real"),
+                smallest_effect=0.1,
+            ),
+            Quantity(
+                "put_back_placebo",
+                "nats",
+                "the same at as many other positions of the prompt, drawn at random",
+                per_fact=lambda dataset: _moved(dataset, "placebo"),
+                smallest_effect=0.1,
+            ),
+            Quantity(
+                "tuning_gap",
+                "nats",
+                "answer log-probability of the tuned model minus its base's, in these facts",
+                per_fact=_gap,
+                smallest_effect=0.1,
+            ),
         ),
-        Quantity(
-            "put_back_placebo",
-            "nats",
-            "the same at as many other positions of the prompt, drawn at random",
-            per_fact=lambda dataset: _moved(dataset, "placebo"),
-            smallest_effect=0.1,
-        ),
-        Quantity(
-            "tuning_gap",
-            "nats",
-            "answer log-probability of the tuned model minus its base's, in these facts",
-            per_fact=_gap,
-            smallest_effect=0.1,
-        ),
+        run=_run,
+        cost=_cost,
+        settings=TransferSettings,
+        needs=_NEEDS,
     ),
-    run=_run,
-    cost=_cost,
-    settings=TransferSettings,
-    needs=frozenset({"subject", "same_prompts", "base"}),
-    figure="transfer",
+    Measure(
+        name="transfer_by_layer",
+        title="the base's states put back into the tuned model, one layer at a time",
+        paper=_PAPER,
+        quantities=(),
+        run=_run_by_layer,
+        cost=lambda shape, settings: _cost(shape, settings, shape.n_layers),
+        settings=LayerSettings,
+        needs=_NEEDS,
+        figure="transfer",
+    ),
 )

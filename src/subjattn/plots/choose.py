@@ -11,12 +11,14 @@ from subjattn.plots.drawing import Drawing
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
 from subjattn.plots.patching import plot_heads, plot_patching, plot_trace
+from subjattn.plots.transfer import plot_parts, plot_transfer
 
 
 MOST_PROMPTS = 8
 _DRAWN = (
     "(fact, layer, head), (fact, layer), (fact, route, layer[, head]), (fact, layer[, head], role), "
-    "(fact, layer, position) and (fact, dose), with or without arm"
+    "(fact, layer, position), (fact, dose), (fact, part) and "
+    "(fact, patch, state, late, layer[, role]), with or without arm"
 )
 
 
@@ -27,8 +29,8 @@ def plot(
 
     Args:
         array: `(fact, …)`, with or without `arm`, from any measure: attention or knock-out by layer and head, knock-out
-            by layer or window, patching or tracing by role, position or head, attention over tokens, doses; also of a
-            finished run.
+            by layer or window, patching or tracing by role, position or head, attention over tokens, doses, states of
+            one model in another by layer, parts of an update; also of a finished run.
         difference: two arms, for `(arm, fact, layer, head)`; a last panel shows the first minus the second.
         significant: `(layer, head)`, from `significant`: the other cells of the last panel are faded.
 
@@ -60,6 +62,10 @@ def plot(
         return _tokens(array)
     if dims in ({"fact", "route", "layer"}, {"fact", "route", "layer", "head"}):
         return plot_knockout(array)
+    if dims - {"put", "role"} == {"fact", "patch", "state", "late", "layer"}:
+        return plot_transfer(array)
+    if dims == {"fact", "part"}:
+        return plot_parts(array)
     if dims == {"fact", "dose"}:
         return plot_doses(array)
     if dims == {"fact", "layer"}:

@@ -47,12 +47,8 @@ class Drawing(go.Figure):
             BadInput: another ending or width, panels that the width does not hold, or nothing here that can draw it.
         """
         path = Path(path)
-        kind = path.suffix.lower()
-        if kind not in (".html", ".svg", ".pdf", ".png"):
-            raise BadInput(f"a figure is saved as .html, .svg, .pdf or .png, not as {path.name!r}")
+        kind = check_file(path)
         figure = self if width is None else self.for_paper(width)
-        if not path.absolute().parent.is_dir():
-            raise BadInput(f"there is no folder {str(path.parent)!r} to save a figure in")
         if kind == ".html":
             figure.write_html(path)
             return path
@@ -107,6 +103,16 @@ class Drawing(go.Figure):
             if name in figure.layout.to_plotly_json():
                 figure.layout[name].colorbar.update(thickness=8, title={"font": {"size": small}}, tickfont_size=small)
         return figure
+
+
+def check_file(path: Path) -> str:
+    """The ending of a figure's file; refuses one that no figure could be written to."""
+    kind = path.suffix.lower()
+    if kind not in (".html", ".svg", ".pdf", ".png"):
+        raise BadInput(f"a figure is saved as .html, .svg, .pdf or .png, not as {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"there is no folder {str(path.parent)!r} to save a figure in")
+    return kind
 
 
 def panels(rows: int, columns: int, titles: Iterable[str], **settings: Any) -> Drawing:

@@ -15,6 +15,7 @@ from subjattn.plots.choose import plot
 from subjattn.plots.doses import plot_doses
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
+from subjattn.plots.transfer import plot_parts, plot_transfer
 from subjattn.registry import discover, named
 
 
@@ -94,6 +95,16 @@ def _tokens(drawn: Drawn) -> go.Figure | None:
     return None if array is None else plot_tokens(array)
 
 
+def _transfer(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("transfer_by_layer")
+    return None if array is None else plot_transfer(array)
+
+
+def _parts(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("update_share")
+    return None if array is None else plot_parts(array)
+
+
 FIGURE = (
     Figure(
         "attention",
@@ -132,6 +143,23 @@ FIGURE = (
         "layers at all positions of one role, bring back so many nats of its log-probability. Mean over draws of noise "
         "and a few facts. “Before” the subject nothing is noised: the effect is exactly 0.",
         _trace,
+    ),
+    Figure(
+        "transfer",
+        "What one model's states return in the other",
+        "Share of the gap between a tuned model's answer log-probability and its base's that comes back when states of "
+        "the one are put into the run of the other, one layer at a time: 0 leaves the model as it is, 1 makes it the "
+        "other. Median over a few facts, those whose gap is 0.1 nats or more. Placebo: as many other positions of the "
+        "same prompt. The scale ends at 1.",
+        _transfer,
+    ),
+    Figure(
+        "swap_weights",
+        "Which part of the update does it",
+        "Shapley value of each part of the tuned weights in the answer's log-probability, from all combinations of "
+        "base and tuned parts: the bars add up to the whole change. qk: projections of queries and keys; vo: of values "
+        "and outputs; rest: other norms, embeddings and unembedding. 95 % intervals over facts.",
+        _parts,
     ),
     Figure(
         "tokens",

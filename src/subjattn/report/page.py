@@ -44,7 +44,7 @@ def write(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": _signed, "short": _short, "shares": _shares, "needed": needed_in_words}
-    environment.filters["difference"] = difference
+    environment.filters |= {"difference": difference, "part": _part}
     page = environment.get_template("page.html.jinja").render(_content(run))
     target = folder / files.REPORT
     with replacing(target) as path:
@@ -88,6 +88,7 @@ def _style(run: Run, measured: list[Measure], style: str) -> dict[str, Any]:
         "asked": _asked(asked),
         "arms": {name: arm["styles"][style] for name, arm in summary["arms"].items()},
         "contrasts": [row for row in summary["contrasts"] if row["style"] == style],
+        "across": [row for row in summary["across"] if row["style"] == style],
         "outside": {name: arm["styles"][style] for name, arm in summary.get("out_of_distribution", {}).items()},
         "facts": _facts(run, style),
         "figures": list(_figures(run, measured, style, contrasts[0] if contrasts else None)),
@@ -180,7 +181,7 @@ def _html(figure: go.Figure) -> Markup:
 def _columns(summary: dict[str, Any]) -> list[dict[str, str]]:
     """The quantities per fact of the arms' table, part by part; accuracy has columns of its own."""
     arm = next(iter(summary["arms"].values()))
-    units = {name: of["unit"] for name, of in summary["quantities"].items()}
+    units = {name: of["unit"] for name, of in summary["quantities"].items() if not of["across"]}
     names = [name for name in arm if name.partition(".")[0] in units and name != "accuracy"]
     return [{"name": name, "unit": units[name.partition(".")[0]]} for name in names]
 
@@ -225,6 +226,10 @@ def _made_of(facts: pd.DataFrame, answers: list[str]) -> dict[str, Any]:
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.4f}"
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
 
 
 def _shares(shares: dict[str, float]) -> str:

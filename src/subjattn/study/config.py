@@ -256,6 +256,11 @@ class StudyConfig(_Section):
         """The arm that others are compared with by default."""
         return next(iter(self.arms))
 
+    def is_tuned(self, arm: str) -> bool:
+        """Whether an arm is a tuned version of the study's model, or a model of its own: what has a base beside it."""
+        own = self.arms[arm]
+        return bool(own.train or own.adapter) or own.model not in (None, self.model)
+
     def check_arm(self, arm: str) -> None:
         if arm not in self.arms:
             raise ValueError(f"arm {arm!r} is compared but not defined; the arms are {', '.join(self.arms)}")

@@ -213,17 +213,23 @@ class Run:
         return measured(arm, replicate or self.replicates(arm)[0], style, measure)
 
     def has(self, measure: str, variable: str, style: str) -> bool:
-        """Whether a measure is defined in a style and gave this variable."""
-        stage = self._stage(measure, self.arms[0], style, None)
-        return not not_defined(self.folder / stage) and variable in self.measure(measure, self.arms[0], style)
+        """Whether a measure is defined in a style, in some arm, and gave this variable."""
+        arms = self._defined(measure, style)
+        return bool(arms) and variable in self.measure(measure, arms[0], style)
+
+    def _defined(self, measure: str, style: str) -> list[str]:
+        """The arms in which a measure is defined."""
+        return [arm for arm in self.arms if not not_defined(self.folder / self._stage(measure, arm, style, None))]
 
     def array(self, measure: str, variable: str, style: str) -> xr.DataArray:
-        """A variable of a measure in every arm, `(arm, fact, …)`: mean over replicates, relations held out left out.
+        """A variable of a measure in every arm that has it, `(arm, fact, …)`: mean over replicates, relations held out
+        left out.
 
         `noise_floor` is a coordinate of `arm`.
         """
         arms = []
-        for arm in self.arms:
+        names = self._defined(measure, style) or self.arms
+        for arm in names:
             found = [self.measure(measure, arm, style, replicate) for replicate in self.replicates(arm, measure)]
             arrays = [self._inside(dataset[variable]) for dataset in found]
             floors = [array.attrs.pop("noise_floor") for array in arrays if "noise_floor" in array.attrs]
@@ -231,7 +237,7 @@ class Run:
             if len(arrays) > 1:
                 array = _mean(_joined(arrays, "replicate")).assign_attrs(array.attrs)
             arms.append(array.assign_coords(noise_floor=max(floors)) if floors else array)
-        return _joined(arms, pd.Index(self.arms, name="arm"))
+        return _joined(arms, pd.Index(names, name="arm"))
 
     def difference(self, measure: str, variable: str, style: str, a: str, b: str) -> xr.DataArray:
         """A variable of a measure in arm `a` minus arm `b`, replicate by replicate: `(fact, draw, seed, …)`."""

@@ -63,10 +63,15 @@ def _seconds_per_pass(config: StudyConfig, plan: Plan, folder: Folder) -> float:
     made = [(stage, record) for stage in plan if stage.cost and (record := folder.record(stage.name))]
     if made:
         return float(sum(record["seconds"] for _, record in made)) / sum(stage.cost for stage, _ in made)
+    return seconds_of_a_pass(config.model, config.dtype, plan.threads)
+
+
+def seconds_of_a_pass(model: str, dtype: str, threads: int) -> float:
+    """What a forward pass of a prompt should take at this machine's matrix rate."""
     import torch
 
-    parameters = weight_bytes(config.model, config.dtype) / getattr(torch, config.dtype).itemsize
-    return float(2 * parameters * TOKENS / (_matrix_rate(plan.threads) * SHARE) + 1e-5 * model_shape(config.model)[0])
+    parameters = weight_bytes(model, dtype) / getattr(torch, dtype).itemsize
+    return float(2 * parameters * TOKENS / (_matrix_rate(threads) * SHARE) + 1e-5 * model_shape(model)[0])
 
 
 def _matrix_rate(threads: int) -> float:

@@ -203,9 +203,8 @@ class _Builder:
         arm, base = self.config.arms[name], self.config.model
         if "base" not in measure.needs:
             return {}
-        own = bool(arm.train or arm.adapter)
-        checkpoint = arm.model is not None and arm.model != base and not own
-        return {"tuned": own or checkpoint} | ({"base_model": base} if checkpoint else {})
+        checkpoint = self.config.is_tuned(name) and not (arm.train or arm.adapter)
+        return {"tuned": self.config.is_tuned(name)} | ({"base_model": base} if checkpoint else {})
 
     def _choosing(self, style: str, prompts: str, accuracy: str) -> Stage:
         return Stage(
@@ -256,7 +255,7 @@ class _Builder:
             "measure",
             {**model, "measure": measure.name, "settings": settings.model_dump(mode="json")},
             inputs,
-            measure.cost(self.shape, settings),
+            measure.cost(self.shape, settings) if model.get("tuned", True) else 0.0,
             files.arm_folder(name, replicate),
             version=measure.version,
         )

@@ -19,6 +19,7 @@ from subjattn.measures.record import Measure, Quantity
 from subjattn.models import describe
 from subjattn.run.folder import Folder
 from subjattn.study import files
+from subjattn.study.across import across
 from subjattn.study.config import StudyConfig
 from subjattn.study.flips import flips
 from subjattn.study.registration import Registered
@@ -67,6 +68,7 @@ class Summary:
     def content(self) -> dict[str, Any]:
         """What `summary.json` holds."""
         config = self.config
+        arms = {arm: self._arm(self.inside, arm) for arm in config.arms}
         content = {
             "study": config.name,
             "model": config.model,
@@ -79,7 +81,8 @@ class Summary:
             "untrained": config.untrained,
             "quantities": self._described(),
             "not_defined": self._not_defined,
-            "arms": {arm: self._arm(self.inside, arm) for arm in config.arms},
+            "arms": arms,
+            "across": list(across(config, self.inside, arms)),
             "contrasts": list(self._contrasts()),
             "flips": list(flips(config, self.inside)),
             "claims": self._claims(),
@@ -93,11 +96,16 @@ class Summary:
             for quantity in measure.quantities:
                 yield measure, quantity
 
-    def _described(self) -> dict[str, dict[str, str]]:
+    def _first(self, measure: Measure) -> str:
+        """The arm that says what a measure is: the reference, or a tuned arm where a base is needed beside it."""
+        among = filter(self.config.is_tuned if "base" in measure.needs else None, self.config.arms)
+        return next(among, self.config.reference)
+
+    def _described(self) -> dict[str, dict[str, Any]]:
         """Unit, definition and paper of every quantity: the array's own, which go by settings, else the record's."""
         found = {}
         for measure, quantity in self._quantities():
-            arm = self.config.reference
+            arm = self._first(measure)
             styles = (self.inside.datasets(arm, style, measure.name) for style in self.config.styles)
             dataset = next((found for some in styles for found in some.values()), None)
             own = {} if dataset is None or quantity.over else quantity.per_fact(dataset).attrs
@@ -105,6 +113,7 @@ class Summary:
                 "unit": str(own.get("unit", quantity.unit)),
                 "definition": str(own.get("definition", quantity.definition)),
                 "paper": measure.paper,
+                "across": "base" in measure.needs,
             }
         return found
 
@@ -114,7 +123,7 @@ class Summary:
         found: dict[str, dict[str, str]] = {}
         for measure, quantity in self._quantities():
             for style in self.config.styles:
-                arm = self.config.reference
+                arm = self._first(measure)
                 stage = files.measured(arm, self.config.replicates_of(arm)[0], style, measure.name)
                 if reason := files.not_defined(self.folder.path(stage)):
                     found.setdefault(quantity.name, {})[style] = reason
@@ -184,7 +193,9 @@ class Summary:
         units, rows = self._described(), []
         for style in self.config.styles:
             for a, b in self.config.contrasts:
-                for _, quantity in self._quantities():
+                for measure, quantity in self._quantities():
+                    if "base" in measure.needs and not (self.config.is_tuned(a) and self.config.is_tuned(b)):
+                        continue
                     for part in self.inside.values.parts(quantity.name):
                         name = _key(quantity.name, part)
                         row = {"measure": name, "unit": units[quantity.name]["unit"], "arm_a": a, "arm_b": b}

@@ -1,0 +1,227 @@
+"""`subjattn transfer`: what a tuned model regains of its base's states, and which part of the update did it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from subjattn import tables
+from subjattn.cli.app import (
+    ColumnsOption,
+    DtypeOption,
+    FactsOption,
+    KnowledgeOption,
+    LeaveOutOption,
+    MemoryOption,
+    SeedOption,
+    TemplateOption,
+    ThreadsOption,
+    WhereOption,
+    app,
+    check_output,
+    columns_of,
+    show_styles,
+    some_of,
+    styles_of,
+    use_threads,
+    write_json,
+)
+from subjattn.cli.compare import refuse_same
+from subjattn.cli.measure import mean_of, plain
+from subjattn.errors import BadInput
+
+
+USUAL = 24
+"""Facts that are asked where there are as many and nothing else is said."""
+COMPONENTS = "pattern,v,mlp_out"
+
+
+class Place(StrEnum):
+    """Positions at which `subjattn transfer` can put states."""
+
+    role = "role"
+    prediction = "prediction"
+    subject = "subject"
+    all = "all"
+
+
+@app.command()
+def transfer(
+    base: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")],
+    tuned: Annotated[str | None, typer.Option(help="The tuned model, a full checkpoint.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Or a PEFT adapter on the base model.")] = None,
+    facts: FactsOption = "cities",
+    columns: ColumnsOption = "",
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many facts, drawn at random; else all, up to 24.")
+    ] = None,
+    template: TemplateOption = None,
+    components: Annotated[
+        str,
+        typer.Option(
+            help="What is put, comma-separated: `resid_pre`, `resid_post`, `attn_out`, `mlp_out`; of all heads `q`, "
+            "`k`, `v`, `pattern`, `z`."
+        ),
+    ] = COMPONENTS,
+    at: Annotated[
+        Place | None,
+        typer.Option(
+            help="Where: at each `role` of positions by itself, at the `prediction`, the `subject`, or `all`; without, "
+            "each where it is made or read: `k` and `v` at the subject, `mlp_out` there and at the prediction, others "
+            "at the prediction."
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Layers put together around each.")] = 1,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Keep what is off the route at the receiving model's own values.")
+    ] = False,
+    where: WhereOption = None,
+    knowledge: KnowledgeOption = None,
+    leave_out_given: LeaveOutOption = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all numbers, per fact too, to this file.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the shares by layer into this file: .html, .svg, .pdf or .png.")
+    ] = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+    memory_budget: MemoryOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Put states of a model before tuning into the tuned one, and the reverse: what of the gap between them returns?
+
+    Beside every share stands its placebo: as many other positions of the same prompt. Before that comes what each part
+    of the update changes: Shapley values over all combinations of base and tuned weights.
+
+    Example: `subjattn transfer --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 24
+    --components mlp_out,pattern`
+    """
+    from subjattn.facts import load_facts
+    from subjattn.measures.put_back import CELL, TOGETHER, places_of
+    from subjattn.measures.where import check_where
+    from subjattn.measures.where import where as facts_where
+    from subjattn.models import model_shape
+    from subjattn.models.arms import load_arms
+    from subjattn.plots.drawing import check_file
+    from subjattn.progress import clock
+    from subjattn.prompts import ROLES, make_prompts
+    from subjattn.study.foresee import seconds_of_a_pass
+
+    check_output(json_)
+    if figure is not None:
+        check_file(figure)
+    check_where(where, knowledge)
+    if (tuned is None) == (adapter is None):
+        raise BadInput("transfer needs the tuned model: give either --tuned or --adapter")
+    if tuned is not None:
+        refuse_same(base, tuned)
+    places = places_of(_components(components), None if at is None else at.value)
+    every = load_facts(facts, columns=columns_of(columns) or None)
+    styles = styles_of(every, template)
+    table, threads = some_of(every, n, USUAL, seed, leave_out_given), use_threads(threads)
+    show_styles(styles, table)
+    cells = len(places) * (len(ROLES) if at is Place.role else 1)
+    passes = len(table) * len(styles) * (8 + cells * (TOGETHER + 4 * CELL * model_shape(base)[0]))
+    time = clock(passes * seconds_of_a_pass(base, dtype, threads))
+    typer.echo(f"{len(table)} facts: about {passes:,.0f} forward passes of a prompt, {time}")
+
+    arms = load_arms(base, {"tuned": adapter} if adapter else None, {"tuned": tuned} if tuned else None, dtype=dtype)
+    relations, results, drawn = table.set_index("fact_id")["relation"], {}, {}
+    computing: dict[str, Any] = {"memory_budget": memory_budget}
+    putting: dict[str, Any] = {"window": window, "hold": hold, "seed": seed}
+    for style, text in styles.items():
+        prompts = make_prompts(table, arms.base.tokenizer, text)
+        if where is not None:
+            prompts = facts_where(prompts, where, model=arms.base, knowledge=knowledge)
+        parts = _parts(arms, prompts, relations, computing, style)
+        made = list(_put(arms, prompts, relations, places, computing | putting, style))
+        results[style] = {"template": text, "n": len(prompts), "swap_weights": parts}
+        results[style]["transfer"] = {one["name"]: one["content"] for one in made}
+        drawn[style] = made
+    asked: dict[str, Any] = {
+        "base": base,
+        "tuned": tuned,
+        "adapter": adapter,
+        "dtype": dtype,
+        "facts": facts,
+        "columns": columns,
+    }
+    asked |= {"n": len(table), "where": where, "knowledge": knowledge and str(knowledge), "threads": threads}
+    asked |= {"leave_out_given": leave_out_given, "components": components, "at": at and at.value, **putting}
+    write_json(json_, {**asked, **computing, "arms": arms.provenance(), "styles": results})
+    for style, made in drawn.items():
+        if figure is None:
+            break
+        _draw(figure if len(styles) == 1 else figure.with_stem(f"{figure.stem}-{style}"), made)
+
+
+def _components(given: str) -> list[Any]:
+    from subjattn.engine.interventions import COMPONENTS as KNOWN
+
+    found = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not found or (unknown := [name for name in found if name not in KNOWN]):
+        wrong = repr(unknown[0]) if found else "nothing"
+        raise BadInput(f"--components: {wrong} is not one of {', '.join(KNOWN)}")
+    return found
+
+
+def _parts(arms: Any, prompts: Any, relations: Any, computing: dict[str, Any], style: str) -> dict[str, Any]:
+    """What each part of the update changes, shown and as plain data; by log-probability and by logit."""
+    from subjattn.measures.swapping import MEASURE, swap_weights
+
+    found = swap_weights(arms, prompts, metric=["answer_logprob", "answer_logit"], **computing)
+    means: dict[str, dict[str, Any]] = {}
+    for metric in ("answer_logprob", "answer_logit"):
+        combined = found[metric]
+        shares = {str(part): found[f"{metric}_share"].sel(part=part) for part in found["part"].values}
+        shares["all"] = combined.isel(weights=-1, drop=True) - combined.sel(weights="base", drop=True)
+        means[metric] = {}
+        for part, values in shares.items():
+            values = values.reset_coords(drop=True)
+            about = {name: ("fact", found[name].values) for name in ("answer",)}
+            about |= {"relation": ("fact", relations.reindex(values["fact"].values).to_numpy(object))}
+            means[metric][part] = mean_of(MEASURE.quantities[0], values.assign_coords(about), None)
+    Console().print(*tables.parts_tables(means["answer_logprob"], style, len(prompts)), sep="\n")
+    return {**means, "arrays": plain(found)}
+
+
+def _put(
+    arms: Any, prompts: Any, relations: Any, places: dict[str, Any], how: dict[str, Any], style: str
+) -> Iterator[dict[str, Any]]:
+    """Each component at its place, all layers together and layer by layer; shown as they are made."""
+    from subjattn.evidence.returned import returned
+    from subjattn.measures.transfer import transfer as put
+
+    console = Console()
+    whole = {name: of for name, of in how.items() if name != "window"}
+    about = {"relation": ("fact", relations.reindex([prompt.fact_id for prompt in prompts]).to_numpy(object))}
+    for number, (name, (component, at)) in enumerate(places.items()):
+        found = {
+            "all_layers": put(arms, prompts, component, at=at, by=None, **whole).assign_coords(about),
+            "by_layer": put(arms, prompts, component, at=at, **how).assign_coords(about),
+        }
+        shares = {key: returned(of) for key, of in found.items()}
+        if not number:
+            for line in tables.gap_lines(shares["all_layers"], len(prompts)):
+                console.print(Text(line), soft_wrap=True)
+        console.print(*tables.returned_tables(f"{name}, style “{style}”", *shares.values()), sep="\n")
+        content: dict[str, Any] = {"component": component, "at": at}
+        for key, of in found.items():
+            both = {metric: plain(returned(of, metric)) for metric in ("answer_logprob", "answer_logit")}
+            content[key] = {**both, "arrays": plain(of)}
+        yield {"name": name, "content": content, "cells": found["by_layer"]["answer_logprob"]}
+
+
+def _draw(path: Path, made: Sequence[dict[str, Any]]) -> None:
+    import xarray as xr
+
+    from subjattn.plots.transfer import plot_transfer
+
+    names = xr.DataArray([one["name"] for one in made], dims="put", name="put")
+    cells = xr.concat([one["cells"] for one in made], names, combine_attrs="drop_conflicts")
+    typer.echo(plot_transfer(cells).save(path))

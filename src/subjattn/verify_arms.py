@@ -1,0 +1,271 @@
+"""Verify arms on a model of the user's: base and adapter in one batch, against each of the two models by itself.
+
+The references never see an arm. They run the base or the tuned model, and states of the other are brought along, read
+by hooks on that model; parts of an update are weights merged by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from subjattn.backends import BACKENDS, Backend, BackendName
+from subjattn.engine import checks
+from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads, n_kv_heads
+from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Component, Part, Patch, Row, Run
+from subjattn.errors import BadInput, NotFired, UnsupportedModel
+from subjattn.measures import hf_model, opened
+from subjattn.models import LoadedModel
+from subjattn.models.arms import load_arms
+from subjattn.prompts import Prompt
+from subjattn.verify import Comparison, Refusal, Verification
+
+
+TUNED = "tuned"
+ONE_BATCH, PARTS_OF = "arms in one batch", "parts of the update"
+_PARTS: dict[str, Part] = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}
+_PARTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+_INTERFACE = "subjattn_verify"
+_States = dict[tuple[Component, int], Tensor]
+_read: _States = {}
+
+
+@dataclass(frozen=True)
+class _Put:
+    """Rows of a transfer for the engine, by arm, and what tells them from rows of one model."""
+
+    component: Component
+    into: Arm | None
+    prompt: Prompt
+    cells: tuple[tuple[int, int | None], ...]
+    positions: tuple[int, ...]
+
+    def row(self, states: _States | None, arm: Arm | None) -> Row:
+        """With the other arm's states taken in the same batch; or, brought along, in a row of one model."""
+        patches = []
+        for layer, head in self.cells:
+            if states is None:
+                other = Run(self.prompt, None if self.into is not None else Arm(TUNED))
+                patches.append(Patch(layer, self.positions, other, self.component, head))
+                continue
+            values = states[self.component, layer]
+            values = (values if head is None else values[head])[list(self.positions)]
+            patches.append(Patch(layer, self.positions, values, self.component, head))
+        return Row(self.prompt, patches=tuple(patches), arm=arm)
+
+
+def with_arms(
+    found: Verification,
+    tuned: LoadedModel,
+    base: LoadedModel,
+    prompts: Sequence[Prompt],
+    backends: Sequence[BackendName] = BACKENDS,
+) -> Verification:
+    """What `verify` found, and how base and adapter in one batch compare with the two models by themselves.
+
+    Quantities, in logits of the tokens that predict the answer: plain rows of both; a transfer of each component in
+    both directions, all layers and heads together (of the residual stream the middle layer); and each part of a plain
+    LoRA's update alone. A scale is what an arm, a transfer or a part moves.
+
+    Args:
+        found: of the tuned model, from `verify`.
+        tuned: the base under its adapter, live.
+        base: the base alone; its weights are changed for a moment and put back.
+        prompts: few; every reference makes some twenty passes of each.
+        backends: what to compare.
+
+    Raises:
+        BadInput, AdapterMismatch, UnsupportedModel: the two cannot be arms of one batch.
+    """
+    arms = load_arms(base, {TUNED: str(tuned.adapter)})
+    engine = opened("engine", base.model, None, prompts)
+    apart = {None: hf_model(base), Arm(TUNED): hf_model(tuned)}
+    plain = [Row(prompt, arm=arm) for prompt in prompts for arm in apart]
+    puts = [put for prompt in prompts for arm in apart for put in _puts(base.model, prompt, arm)]
+    ours = _logits(engine, plain)
+    moved = _logits(engine, [put.row(None, put.into) for put in puts])
+    own = {(row.prompt.fact_id, row.arm): logits for row, logits in zip(plain, ours, strict=True)}
+    states = {(p.fact_id, arm): _states(model, p) for p in prompts for arm, model in apart.items()}
+    allowed = checks.logit_tolerance(base.model) * found.largest_logit
+    comparisons: list[Comparison] = []
+    refusals: list[Refusal] = []
+    shift = max(float((own[p.fact_id, Arm(TUNED)] - own[p.fact_id, None]).abs().max()) for p in prompts)
+    for name in (name for name in dict.fromkeys(backends) if name != "engine"):
+        try:
+            references = {arm: opened(name, model, None, prompts) for arm, model in apart.items()}
+        except (UnsupportedModel, BadInput) as error:
+            refusals.append(Refusal(name, ONE_BATCH, str(error)))
+            continue
+        theirs = [_logits(references[row.arm], [replace(row, arm=None)])[0] for row in plain]
+        comparisons.append(_compared(name, ONE_BATCH, ours, theirs, shift, allowed))
+        for component in COMPONENTS:
+            some = [(put, logits) for put, logits in zip(puts, moved, strict=True) if put.component == component]
+            scale = max(float((logits - own[put.prompt.fact_id, put.into]).abs().max()) for put, logits in some)
+            quantity = f"transfer {component}"
+            try:
+                theirs = [
+                    _logits(references[put.into], [put.row(states[put.prompt.fact_id, _other(put.into)], None)])[0]
+                    for put, _ in some
+                ]
+            except UnsupportedModel as error:
+                refusals.append(Refusal(name, quantity, str(error)))
+            except NotFired as error:
+                comparisons.append(Comparison(name, quantity, "logits", 0, None, allowed, None, fault=str(error)))
+            else:
+                comparisons.append(_compared(name, quantity, [of for _, of in some], theirs, scale, allowed))
+        del references
+    quantities = [ONE_BATCH, *(f"transfer {component}" for component in COMPONENTS)]
+    merged, reasons = _parts(engine, arms.arm, tuned, base, prompts, allowed)
+    comparisons += merged
+    refusals += [Refusal("hooks", PARTS_OF, reason) for reason in reasons]
+    quantities += [found_.quantity for found_ in merged]
+    return replace(
+        found,
+        quantities=[*found.quantities, *quantities],
+        comparisons=[*found.comparisons, *comparisons],
+        refusals=[*found.refusals, *refusals],
+    )
+
+
+def _other(arm: Arm | None) -> Arm | None:
+    return Arm(TUNED) if arm is None else None
+
+
+def _puts(model: PreTrainedModel, prompt: Prompt, into: Arm | None) -> Iterator[_Put]:
+    n_layers = len(decoder_layers(model))
+    for component in COMPONENTS:
+        at = prompt.subject_positions if component in ("resid_pre", "k", "v") else prompt.predicting
+        layers = [n_layers // 2] if component.startswith("resid") else range(n_layers)
+        counts = n_kv_heads(model) if component in ("k", "v") else [n_heads(model)] * n_layers
+        by_head = component in BY_HEAD
+        cells = tuple((layer, head) for layer in layers for head in (range(counts[layer]) if by_head else [None]))
+        yield _Put(component, into, prompt, cells, tuple(at))
+
+
+def _logits(backend: Backend, rows: Sequence[Row]) -> list[Tensor]:
+    """At the predicting positions of each row, in the order asked."""
+    found: dict[int, Tensor] = {}
+    for output in backend.forward(rows):
+        sizes = [len(row.prompt.predicting) for row in output.rows]
+        found |= dict(zip(output.index, output.logits.float().cpu().split(sizes), strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def _compared(
+    backend: BackendName, quantity: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], scale: float, allowed: float
+) -> Comparison:
+    cells = sum(of.numel() for of in ours)
+    if not all(bool(of.isfinite().all()) for of in (*ours, *theirs)):
+        fault = "a logit is not finite"
+        return Comparison(backend, quantity, "logits", cells, None, allowed, None, fault=fault)
+    gap = max(float((one - other).abs().max()) for one, other in zip(ours, theirs, strict=True))
+    return Comparison(backend, quantity, "logits", cells, scale, allowed, None, gap)
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any) -> tuple[Tensor, Any]:
+    """The model's own eager attention, and what goes into it and comes out kept."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    found, pattern = eager(module, query, key, value, mask, **how)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    inside: dict[Component, Tensor] = {"q": query, "k": key, "v": value, "pattern": pattern, "z": found.transpose(1, 2)}
+    _read.update({(name, layer): state[0].clone() for name, state in inside.items()})
+    return found, pattern
+
+
+AttentionInterface.register(_INTERFACE, _attend)
+AttentionMaskInterface.register(_INTERFACE, eager_mask)
+
+
+@torch.inference_mode()
+def _states(model: PreTrainedModel, prompt: Prompt) -> _States:
+    """Every component of every layer, `[position, width]` or `[head, position, width]`, by one plain pass."""
+    _read.clear()
+    with _attending(model), ExitStack() as stack:
+        for layer, module in enumerate(decoder_layers(model)):
+            named: tuple[tuple[Component, nn.Module], ...] = (
+                ("resid_post", module),
+                ("attn_out", attention_module(module)),
+                ("mlp_out", mlp_module(module)),
+            )
+            for name, at in named:
+                stack.callback(at.register_forward_hook(_keep(name, layer)).remove)
+            stack.callback(module.register_forward_pre_hook(_keep("resid_pre", layer), with_kwargs=True).remove)
+        model(input_ids=torch.tensor([prompt.ids], device=model.device), use_cache=False)
+    return dict(_read)
+
+
+def _keep(name: Component, layer: int) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, last: Any) -> None:
+        found = (args[0] if args else last["hidden_states"]) if name == "resid_pre" else last
+        _read[name, layer] = (found[0] if isinstance(found, tuple) else found)[0].clone()
+
+    if name == "resid_pre":
+        return hook
+    return lambda module, args, output: hook(module, args, output)
+
+
+@contextmanager
+def _attending(model: PreTrainedModel) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_INTERFACE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def _parts(
+    engine: Backend,
+    arm: Callable[..., Arm | None],
+    tuned: LoadedModel,
+    base: LoadedModel,
+    prompts: Sequence[Prompt],
+    allowed: float,
+) -> tuple[list[Comparison], list[str]]:
+    """Each part of a plain LoRA's update alone, against the base with that part merged by hand."""
+    from peft.tuners.lora import LoraLayer
+
+    updates: dict[Part, dict[str, Tensor]] = {}
+    for path, module in hf_model(tuned).named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        part, plain = _PARTS.get(path.rpartition(".")[2]), module.get_base_layer()
+        if part is None or type(plain) is not nn.Linear or module.lora_variant:
+            return [], [f"{path} is no plain LoRA on a projection of one part, so its weights are not merged by hand"]
+        (name,) = module.lora_A
+        down, up = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+        updates.setdefault(part, {})[path] = module.scaling[name] * up @ down
+    if not updates:
+        return [], ["the adapter is no LoRA, so its weights are not merged by hand"]
+    found, rows = [], [Row(prompt) for prompt in prompts]
+    before, reference = _logits(engine, rows), opened("hooks", base.model, None, prompts)
+    for part, weights in updates.items():
+        ours = _logits(engine, [replace(row, arm=arm(TUNED, parts=[part])) for row in rows])
+        with _merged(base.model, weights):
+            theirs = _logits(reference, rows)
+        scale = max(float((one - other).abs().max()) for one, other in zip(ours, before, strict=True))
+        found.append(_compared("hooks", f"{PARTS_OF}: {part}", ours, theirs, scale, allowed))
+    return found, []
+
+
+@contextmanager
+def _merged(model: PreTrainedModel, updates: dict[str, Tensor]) -> Iterator[None]:
+    """Updates added to weights, which are put back as they were."""
+    kept = {path: model.get_submodule(path).weight.clone() for path in updates}  # type: ignore[operator]
+    try:
+        for path, update in updates.items():
+            weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
+            weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+        yield
+    finally:
+        for path, weight in kept.items():
+            model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator, union-attr]

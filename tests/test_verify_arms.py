@@ -1,0 +1,139 @@
+"""`verify` of arms: base and adapter in one batch agree with each model by itself, and planted faults are named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import subjattn.verify_arms as verification
+from subjattn.backends import Backend, BackendName, open_backend
+from subjattn.cli import main
+from subjattn.engine.interventions import COMPONENTS, Arm, Output, Row
+from subjattn.facts.templates import TEMPLATES
+from subjattn.models import load_model
+from subjattn.verify import Verification, verify, verify_facts
+from subjattn.verify_arms import with_arms
+
+
+TRANSFERS = {f"transfer {component}" for component in COMPONENTS}
+PARTS = {f"parts of the update: {part}" for part in ("qk", "vo", "mlp")}
+ONE_BATCH = "arms in one batch"
+
+
+@pytest.fixture(scope="module")
+def found(tiny_folders: dict[str, Path], adapter: Path, cities: pd.DataFrame) -> tuple[Verification, Any, Any, Any]:
+    folder = str(tiny_folders["llama"])
+    tuned = load_model(folder, adapter=adapter)
+    prompts, pairs = verify_facts(tuned, cities, TEMPLATES["country"]["list"])
+    return verify(tuned, prompts, pairs, ("hooks",)), tuned, load_model(folder), prompts
+
+
+def of_arms(found: Verification) -> dict[tuple[str, str], bool]:
+    ours = TRANSFERS | PARTS | {ONE_BATCH}
+    return {(one.quantity, one.backend): one.passed for one in found.comparisons if one.quantity in ours}
+
+
+class Planted:
+    """The engine with a fault in its rows."""
+
+    def __init__(self, inner: Backend, change: Any) -> None:
+        self.inner, self.change, self.name = inner, change, inner.name
+
+    def forward(self, rows: Sequence[Row], *, only_contrast: bool = False) -> Iterator[Output]:
+        return self.inner.forward([self.change(row) for row in rows], only_contrast=only_contrast)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    def opened(name: BackendName, model: Any, *_: Any) -> Any:
+        backend = open_backend(name, model)
+        return Planted(backend, change) if name == "engine" else backend
+
+    monkeypatch.setattr(verification, "opened", opened)
+
+
+def test_arms_agree_with_each_model_by_itself(found: tuple[Verification, Any, Any, Any]) -> None:
+    before, tuned, base, prompts = found
+    kept = {name: weight.clone() for name, weight in base.model.state_dict().items()}
+    both = with_arms(before, tuned, base, prompts)
+    results = of_arms(both)
+    assert {quantity for quantity, _ in results} == TRANSFERS | PARTS | {ONE_BATCH} and all(results.values())
+    assert {name for _, name in results} == {"hooks", "transformer-lens", "nnsight"}
+    ours = [one for one in both.comparisons if (one.quantity, one.backend) in results]
+    assert not any(one.weak for one in ours), "too small to test anything"
+    assert both.passed and before.passed
+    json.dumps(both.to_dict(), allow_nan=False)
+    assert all(torch.equal(kept[name], weight) for name, weight in base.model.state_dict().items())
+
+
+def other_arm(row: Row) -> Row:
+    return replace(row, arm=None) if row.arm is not None and row.plain and row.arm.cells is None else row
+
+
+def next_layer(row: Row) -> Row:
+    return replace(row, patches=tuple(replace(one, layer=(one.layer + 1) % 3) for one in row.patches))
+
+
+def own_states(row: Row) -> Row:
+    """States of the receiving model itself."""
+    return replace(row, patches=tuple(replace(one, values=row.prompt) for one in row.patches))
+
+
+def whole_update(row: Row) -> Row:
+    return replace(row, arm=Arm(row.arm.name)) if row.arm is not None and row.arm.cells is not None else row
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        (other_arm, {ONE_BATCH}),
+        (next_layer, {"transfer resid_pre", "transfer resid_post"}),
+        (own_states, TRANSFERS),
+        (whole_update, PARTS),
+    ],
+)
+def test_planted_faults_are_named(
+    found: tuple[Verification, Any, Any, Any], monkeypatch: pytest.MonkeyPatch, change: Any, failed: set[str]
+) -> None:
+    plant(monkeypatch, change)
+    both = with_arms(*found, ("hooks",))
+    assert {quantity for (quantity, _), passed in of_arms(both).items() if not passed} == failed
+    assert not both.passed and "failed" in both.verdict
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_what_could_not_be_checked_is_said(
+    name: str, tuned: Any, cities: pd.DataFrame, tiny_folders: dict[str, Path]
+) -> None:
+    """GPT-2 makes q, k and v in one matrix, which is not merged by hand; all else is compared."""
+    _, apart = tuned(name)
+    one, base = apart["one"], load_model(str(tiny_folders[name]))
+    prompts, pairs = verify_facts(one, cities, TEMPLATES["country"]["list"])
+    both = with_arms(verify(one, prompts, pairs, ()), one, base, prompts, ("hooks",))
+    results = of_arms(both)
+    assert {quantity for quantity, _ in results} >= TRANSFERS | {ONE_BATCH} and all(results.values())
+    reasons = [refusal.reason for refusal in both.refusals if refusal.quantity == "parts of the update"]
+    assert len(reasons) == (name == "gpt2") and all("not merged by hand" in reason for reason in reasons)
+
+
+def test_the_command_covers_arms(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_folders: dict[str, Path],
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    target, asked = tmp_path / "verify.json", ("--model", tiny_folders["llama"], "--adapter", adapter)
+    monkeypatch.setattr(sys, "argv", ["subjattn", "verify", *map(str, asked), "--json", str(target)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0 and "parts of the update" in " ".join(capsys.readouterr().out.split())
+    content = json.loads(target.read_text())
+    assert content["passed"] and {one["quantity"] for one in content["comparisons"]} >= TRANSFERS | PARTS
