@@ -41,6 +41,7 @@ def test_public_names_are_pinned() -> None:
         "recovery",
         "rescale",
         "run_study",
+        "score_split",
         "significant",
         "slick",
         "slope",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
+    from subjattn.measures.score_split import score_split as score_split
     from subjattn.measures.trace import trace as trace
     from subjattn.measures.where import where as where
     from subjattn.models import load_model as load_model
@@ -91,6 +92,7 @@ _HOMES = {
     "recovery": "measures.patching",
     "rescale": "measures.rescale",
     "run_study": "study.run",
+    "score_split": "measures.score_split",
     "significant": "evidence.maps",
     "slick": "knowledge.slick",
     "slope": "evidence.ratios",
