@@ -50,6 +50,7 @@ def test_public_names_are_pinned() -> None:
         "rescale",
         "returned",
         "run_study",
+        "score_split",
         "significant",
         "slick",
         "slope",

@@ -62,6 +62,8 @@ def test_the_readmes_commands_run_and_its_numbers_are_theirs(tmp_path: Path) -> 
     assert len(commands) >= 5
     for command in commands:
         pages.run("sh", command, tmp_path, {})
+    for language, code in pages.blocks(pages.ROOT / "docs" / "across-models.md"):
+        pages.run(language, code, tmp_path, {})
     (labels,) = (tmp_path / "runs" / "knowledge").glob("knowledge.parquet")
     counts = pd.read_parquet(labels)["category"].value_counts()
     pattern = r"(\d+) cities HighlyKnown, (\d+) MaybeKnown, (\d+) WeaklyKnown and (\d+)\s+Unknown"

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
+    from subjattn.measures.score_split import score_split as score_split
     from subjattn.measures.swapping import swap_weights as swap_weights
     from subjattn.measures.trace import trace as trace
     from subjattn.measures.transfer import transfer as transfer
@@ -111,6 +112,7 @@ _HOMES = {
     "rescale": "measures.rescale",
     "returned": "evidence.returned",
     "run_study": "study.run",
+    "score_split": "measures.score_split",
     "significant": "evidence.maps",
     "slick": "knowledge.slick",
     "slope": "evidence.ratios",

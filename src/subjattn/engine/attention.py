@@ -17,7 +17,7 @@ A tap is seen only inside `tapped`; without one the function is plain SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ _TAP: ContextVar[Tap | None] = ContextVar("subjattn_tap", default=None)
 
 
 @contextmanager
-def tapped(model: nn.Module, tap: Tap, layers: range | None) -> Iterator[Tap]:
+def tapped(model: nn.Module, tap: Tap, layers: Collection[int] | None) -> Iterator[Tap]:
     """Let `model` attend through this module; the implementation it had comes back afterwards.
 
     Raises:

@@ -118,7 +118,7 @@ def only_arm(arms: Arms, tuned: str | None) -> str:
     return name
 
 
-def named(some: Collection[str], parts: Sequence[Part]) -> str:
+def named(some: Collection[str], parts: Sequence[str]) -> str:
     """A combination by its tuned parts."""
     return "+".join(part for part in parts if part in some) or BASE
 
