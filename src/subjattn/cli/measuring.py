@@ -45,6 +45,8 @@ class GridName(StrEnum):
     window = "window"
     head_knockout = "head-knockout"
     attention = "attention"
+    arms = "arms"
+    transfer = "transfer"
     spans = "spans"
     slick = "slick"
 
@@ -99,7 +101,11 @@ def verify(
 @app.command()
 def bench(
     grid: Annotated[
-        GridName, typer.Option(help="Which cells; or `spans` of all facts, or `slick`, labelling --n facts.")
+        GridName,
+        typer.Option(
+            help="Which cells; `arms` or `transfer`, base and adapters beside one model; `spans` of all facts, or "
+            "`slick`, labelling --n facts."
+        ),
     ],
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
     random_init: Annotated[
@@ -122,6 +128,7 @@ def bench(
     Example: `subjattn bench --grid resid --n 8 --peers transformer-lens --json bench.json`
     """
     from subjattn import bench as benches
+    from subjattn.errors import BadInput
     from subjattn.facts import load_facts
     from subjattn.models import best_device, load_model
 
@@ -137,6 +144,11 @@ def bench(
     else:
         hf = benches.random_model(random_init, dtype, best_device())
         pairs = benches.random_pairs(hf, n, 20, seed)
+    if grid in (GridName.arms, GridName.transfer):
+        if random_init is not None:
+            raise BadInput(f"--grid {grid.value} puts adapters on a model: give --model, and no --random-init")
+        _bench_arms(grid, model, pairs, dtype, json_)
+        return
     names: list[Any] = [name for name in peers.split(",") if name]
     found = benches.bench(
         hf,
@@ -149,6 +161,18 @@ def bench(
     found = {"model": random_init or model, "shots": shots, **found}
     Console().print(tables.bench_table(found))
     write_json(json_, found)
+
+
+def _bench_arms(grid: GridName, model: str, pairs: Any, dtype: str, json_: Path | None) -> None:
+    from subjattn.bench_arms import time_arms, time_transfer
+
+    if grid is GridName.arms:
+        found = time_arms(model, [one for pair in pairs for one in pair], dtype)
+    else:
+        found = time_transfer(model, pairs, dtype)
+    for name, value in found.items():
+        typer.echo(f"{name}: {value}")
+    write_json(json_, {"model": model, "dtype": dtype, **found})
 
 
 def _bench_facts(grid: GridName, model: str, facts: str, n: int, seed: int, dtype: str, json_: Path | None) -> None:
