@@ -31,7 +31,7 @@ FLOORS = (
     {"plots"},
     {"study"},
     {"report"},
-    {"verify", "verify_arms", "bench", "bench_facts", "tables"},
+    {"verify", "verify_arms", "bench", "bench_facts", "bench_arms", "tables"},
     {"cli"},
     {"subjattn"},
 )

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from planting import logprobs, plant, updates
 
+from subjattn.evidence.returned import returned
 from subjattn.facts import load_facts
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.score_split import score_split
 from subjattn.measures.swapping import swap_weights
-from subjattn.measures.transfer import returned, transfer
+from subjattn.measures.transfer import transfer
 from subjattn.models import LoadedModel, load_model
 from subjattn.models.arms import Arms, load_arms
 from subjattn.prompts import PromptSet, make_prompts

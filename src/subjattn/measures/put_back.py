@@ -66,7 +66,8 @@ def _put(asked: Asked, n_facts: int, **how: Any) -> xr.DataArray:
         about = {"at": at, "metric": "answer_logprob", **asked.computing, **how}
         found.append(transfer(asked.both, few, component, **about)["answer_logprob"])
         asked.tell(len(few) * _passes(found[-1].sizes.get("layer")))
-    return xr.concat(found, xr.DataArray(list(PLACES), dims="put", name="put"), combine_attrs="drop_conflicts")
+    names = xr.DataArray(list(PLACES), dims="put", name="put")
+    return xr.concat(found, names, combine_attrs="drop_conflicts").transpose("fact", ...)
 
 
 def _moved(dataset: xr.Dataset, patch: str) -> xr.DataArray:
