@@ -22,6 +22,7 @@ from subjattn.evidence.returned import returned
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.answers import predict
+from subjattn.measures.knockout import knockout
 from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.swapping import shapley, swap_weights
 from subjattn.measures.trace import trace
@@ -267,6 +268,8 @@ def swap_of(arms: Arms, prompts: PromptSet, arm: str, part: Any, layer: int) -> 
 
 def test_what_makes_no_sense_is_refused(tuned: Made, prompts: PromptSet) -> None:
     arms, _ = tuned("llama")
+    with pytest.raises(BadInput, match="this takes one model: give the arms' base"):
+        knockout(arms, prompts)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="several arms, one, two, other: name one"):
         transfer(arms, prompts)
     with pytest.raises(BadInput, match="takes a foil or a run of one model"):

@@ -18,6 +18,7 @@ from subjattn.backends import Backend, BackendName, open_backend
 from subjattn.engine.budget import Budget
 from subjattn.errors import BadInput, UnsupportedModel
 from subjattn.models import LoadedModel
+from subjattn.models.arms import Arms
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def hf_model(model: Model) -> PreTrainedModel:
         BadInput: no model at all.
         UnsupportedModel: a model of TransformerLens, one of nnsight without weights, or an adapter of prompt tokens.
     """
+    if isinstance(model, Arms):
+        raise BadInput(
+            "this takes one model: give the arms' base, or load a tuned one by itself, sa.load_model(…, adapter=…)"
+        )
     inner: Any = model.model if isinstance(model, LoadedModel) else model
     library = type(inner).__module__.partition(".")[0]
     if library == "transformer_lens":
