@@ -104,46 +104,24 @@ def transfer(
     asked = list(prompts)
     if {*metrics} <= {*AS_THEY_ARE, "answer_logit"}:
         asked = [shortened(prompt) for prompt in prompts]
-    rng = np.random.default_rng(seed)
     models: dict[str, Arm | None] = {BASE: None, name: arms.arm(name)}
-    places = [_places(prompt, at) for prompt in asked]
-    n_place = max(map(len, places))
-    shape = (len(asked), len(PATCHES), 2, 2, len(parts.groups), n_place)
-    rows = [Row(prompt, arm=arm) for prompt in asked for arm in models.values()]
-    cells: list[tuple[int, ...]] = []
-    own = np.zeros(shape, bool)
-    for fact, prompt in enumerate(asked):
-        for place, positions in enumerate(places[fact]):
-            where = [positions, _elsewhere(prompt, positions, rng) if parts.placebo else ()]
-            for kind, (late, into), group in product((0, 1), enumerate(models.values()), range(len(parts.groups))):
-                if not where[kind]:
-                    continue
-                own[fact, kind, late, late, group, place] = True
-                source = Run(prompt, list(models.values())[1 - late])
-                patches = tuple(_patches(parts.groups[group], where[kind], source, prompt, parts.n_layers))
-                if patches and hold:
-                    patches += tuple(_held(patches, prompt, into, parts.n_layers))
-                if not patches:
-                    own[fact, kind, 1 - late, late, group, place] = True
-                    continue
-                rows.append(Row(prompt, patches=patches, arm=into))
-                cells.append((fact, kind, 1 - late, late, group, place))
+    grid = _grid(asked, models, parts, at, hold=hold, seed=seed)
     run = opened(backend, arms.base.model, memory_budget, asked, patterns="pattern" in components)
-    found = measure_rows(run.forward(rows), rows, metrics)
+    found = measure_rows(run.forward(grid.rows), grid.rows, metrics)
     arrays = {}
     for one in metrics:
         plain, changed = np.split(found.values[one], [2 * len(asked)])
         by_model = plain.reshape(len(asked), 1, 1, 2, 1, 1)
-        grid = np.where(own, by_model, np.nan)
-        if cells:
-            grid[tuple(np.array(cells).T)] = changed
-        grid = grid.reshape(*shape[:4], *parts.shape, n_place)
+        values = np.where(grid.own, by_model, np.nan)
+        if grid.cells:
+            values[tuple(np.array(grid.cells).T)] = changed
+        values = values.reshape(*values.shape[:4], *parts.shape, values.shape[-1])
         dims = ("patch", "state", "late", *parts.dims, at)
         if at not in ("role", "position"):
-            grid, dims = grid[..., 0], dims[:-1]
+            values, dims = values[..., 0], dims[:-1]
         array = labelled(
             one,
-            grid,
+            values,
             prompts,
             dims,
             unit=unit_of(one),
@@ -161,7 +139,7 @@ def transfer(
         if at == "role":
             coords["role"] = list(ROLES)
         elif at == "position":
-            coords |= tokens_of(asked, n_place)
+            coords |= tokens_of(asked, grid.own.shape[-1])
         arrays[one] = array.assign_coords(coords)
     return xr.Dataset(arrays)
 
@@ -231,6 +209,44 @@ def _parts(
         return _Parts(groups, (), (), "all layers" if layers is None else "some layers together", n_layers, {})
     where = "one layer" if window == 1 else f"windows of {window} layers"
     return _Parts(groups, ("layer",), (len(some),), where, n_layers, {"layer": some})
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Rows of a transfer: each model's own runs, and a patched one for each of `cells`.
+
+    `own` marks the cells that are the later model's own run, `(fact, patch, state, late, group, place)`.
+    """
+
+    rows: list[Row]
+    cells: list[tuple[int, ...]]
+    own: np.ndarray
+
+
+def _grid(
+    asked: Sequence[Prompt], models: dict[str, Arm | None], parts: _Parts, at: At, *, hold: bool, seed: int
+) -> _Grid:
+    rng, arms = np.random.default_rng(seed), list(models.values())
+    places = [_places(prompt, at) for prompt in asked]
+    shape = (len(asked), len(PATCHES), len(arms), len(arms), len(parts.groups), max(map(len, places)))
+    grid = _Grid([Row(prompt, arm=arm) for prompt in asked for arm in arms], [], np.zeros(shape, bool))
+    for fact, prompt in enumerate(asked):
+        for place, positions in enumerate(places[fact]):
+            where = [positions, _elsewhere(prompt, positions, rng) if parts.placebo else ()]
+            for kind, late, group in product((0, 1), range(len(arms)), range(len(parts.groups))):
+                if not where[kind]:
+                    continue
+                grid.own[fact, kind, late, late, group, place] = True
+                source, cell = Run(prompt, arms[1 - late]), (fact, kind, 1 - late, late, group, place)
+                patches = tuple(_patches(parts.groups[group], where[kind], source, prompt, parts.n_layers))
+                if not patches:
+                    grid.own[cell] = True
+                    continue
+                if hold:
+                    patches += tuple(_held(patches, prompt, arms[late], parts.n_layers))
+                grid.rows.append(Row(prompt, patches=patches, arm=arms[late]))
+                grid.cells.append(cell)
+    return grid
 
 
 def _places(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
