@@ -126,6 +126,15 @@ def test_refusals(
     assert message in error and error.count("error: ") == 1
 
 
+def test_a_figure_that_nothing_here_can_draw_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: Path, adapter: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    assert run(monkeypatch, "--base", base, "--adapter", adapter, "--figure", "a.png") == 2
+    shown = capsys.readouterr()
+    assert ".png figures need a library" in shown.err and not shown.out
+
+
 def test_a_gap_near_zero_has_no_share() -> None:
     """Planted: two models that are all but the same, and one fact of five that differs."""
     cells = crossed(layer=2)

@@ -53,12 +53,6 @@ class Drawing(go.Figure):
             figure.write_html(path)
             return path
         try:
-            import kaleido  # type: ignore  # noqa: F401
-        except ImportError:
-            raise BadInput(
-                f"{kind} figures need a library: pip install 'subjattn[figures]' (or save the figure as .html)"
-            ) from None
-        try:
             figure.write_image(path, scale=1 if kind != ".png" else 2 if width is None else 300 / PIXELS)
         except RuntimeError as error:
             if "requires Google Chrome" not in str(error):
@@ -106,12 +100,19 @@ class Drawing(go.Figure):
 
 
 def check_file(path: Path) -> str:
-    """The ending of a figure's file; refuses one that no figure could be written to."""
+    """The ending of a figure's file; refuses one that no figure could be written to here."""
     kind = path.suffix.lower()
     if kind not in (".html", ".svg", ".pdf", ".png"):
         raise BadInput(f"a figure is saved as .html, .svg, .pdf or .png, not as {path.name!r}")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"there is no folder {str(path.parent)!r} to save a figure in")
+    try:
+        if kind != ".html":
+            import kaleido  # type: ignore  # noqa: F401
+    except ImportError:
+        raise BadInput(
+            f"{kind} figures need a library: pip install 'subjattn[figures]' (or save the figure as .html)"
+        ) from None
     return kind
 
 
