@@ -44,7 +44,7 @@ def with_adapter(
 
     folder = resolve_adapter(adapter)
     ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
-    with reading(f"adapter {adapter!r}", AdapterMismatch), torch.inference_mode():
+    with reading(f"adapter {adapter!r}", AdapterMismatch), torch.no_grad():
         config = _adapter_config(adapter)
         before = model(ids).logits
         tuned = PeftModel(model, config)
