@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
+    from subjattn.measures.head_contributions import head_contributions as head_contributions
     from subjattn.measures.knockout import knockout as knockout
+    from subjattn.measures.logit_lens import logit_lens as logit_lens
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
@@ -84,6 +86,7 @@ _HOMES = {
     "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
     "contrast": "evidence.intervals",
+    "head_contributions": "measures.head_contributions",
     "interval": "evidence.intervals",
     "join_popularity": "facts",
     "knockout": "measures.knockout",
@@ -91,6 +94,7 @@ _HOMES = {
     "load_facts": "facts",
     "load_model": "models",
     "load_study": "study.read",
+    "logit_lens": "measures.logit_lens",
     "make_prompts": "prompts",
     "measure": "measures.alone",
     "open_run": "study.files",

@@ -105,6 +105,20 @@ def _parts(drawn: Drawn) -> go.Figure | None:
     return None if array is None else plot_parts(array)
 
 
+def _lens(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("lens_logprob")
+    return None if array is None else plot(array)
+
+
+def _contributions(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("head_contribution")
+    if array is None:
+        return None
+    array = array.sel(source="subject", drop=True)
+    over = array.sel(of="answer", drop=True) - array.sel(of="others", drop=True)
+    return plot_attention(over.rename("contribution").assign_attrs(array.attrs), drawn.difference)
+
+
 FIGURE = (
     Figure(
         "attention",
@@ -160,6 +174,22 @@ FIGURE = (
         "base and tuned parts: the bars add up to the whole change. qk: projections of queries and keys; vo: of values "
         "and outputs; rest: other norms, embeddings and unembedding. 95 % intervals over facts.",
         _parts,
+    ),
+    Figure(
+        "logit_lens",
+        "The answer read from every layer",
+        "Log-probability of the answer's first token when the model's final norm and unembedding read the residual "
+        "stream behind a layer (logit lens); mean over facts. They were not made for early layers: low there does not "
+        "say that the answer is not encoded.",
+        _lens,
+    ),
+    Figure(
+        "head_contributions",
+        "What heads write into the answer, reading the subject",
+        "Direct logit attribution: what each head, reading the subject's tokens at the prediction position, adds to "
+        "the logit of the right answer over the mean of the other facts' answers; mean over facts. The direct part "
+        "alone: what heads move to other positions is counted where it is read.",
+        _contributions,
     ),
     Figure(
         "tokens",
