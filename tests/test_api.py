@@ -57,6 +57,7 @@ def test_public_names_are_pinned() -> None:
         "slick",
         "slope",
         "subject_attention",
+        "subject_sensitivity",
         "swap_subjects",
         "swap_weights",
         "token_attention",

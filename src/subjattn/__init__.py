@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.score_split import score_split as score_split
+    from subjattn.measures.subject_sensitivity import subject_sensitivity as subject_sensitivity
     from subjattn.measures.swapping import swap_weights as swap_weights
     from subjattn.measures.trace import trace as trace
     from subjattn.measures.transfer import transfer as transfer
@@ -121,6 +122,7 @@ _HOMES = {
     "slick": "knowledge.slick",
     "slope": "evidence.ratios",
     "subject_attention": "measures.attention",
+    "subject_sensitivity": "measures.subject_sensitivity",
     "swap_subjects": "prompts",
     "swap_weights": "measures.swapping",
     "token_attention": "measures.attention",

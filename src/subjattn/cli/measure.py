@@ -138,6 +138,9 @@ def _shared(
     where: WhereOption = None,
     knowledge: KnowledgeOption = None,
     leave_out_given: LeaveOutOption = False,
+    training: Annotated[
+        str | None, typer.Option(help="Facts that the model was trained on, for measures that compare with them.")
+    ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers per fact to this file.")] = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
@@ -160,6 +163,7 @@ def _run(
     where: str | None,
     knowledge: Path | None,
     leave_out_given: bool,
+    training: str | None,
     json_: Path | None,
     seed: int,
     dtype: str,
@@ -179,11 +183,18 @@ def _run(
     table = some_of(every, n, USUAL, seed, leave_out_given)
     show_styles(styles, table)
     results, threads = {}, use_threads(threads)
+    if training is not None and "facts" not in found.needs:
+        raise BadInput(
+            f"--training: measure {found.name!r} does not look at what the model was trained on: leave it out"
+        )
+    about: dict[str, Any] = {"facts": every, "training": training and load_facts(training)}
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():
         loaded = loaded or _loaded(found, model, adapter, dtype)
         prompts = make_prompts(table, loaded.tokenizer, text)
-        dataset = measured(found.name, loaded, prompts, settings, where=where, knowledge=knowledge, **computing)
+        dataset = measured(
+            found.name, loaded, prompts, settings, where=where, knowledge=knowledge, **about, **computing
+        )
         means = _means(found, dataset, table.set_index("fact_id")["relation"])
         for name, of in means.items():
             typer.echo(f"{style}: {name} {_shown(of)}")
@@ -204,6 +215,7 @@ def _run(
         "where": where,
         "knowledge": knowledge and str(knowledge),
         "leave_out_given": leave_out_given,
+        "training": training,
     }
     write_json(json_, {"measure": found.name, "settings": settings, **asked, **computing, "styles": results})
 

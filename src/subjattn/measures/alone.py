@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from pydantic import ValidationError
 
@@ -33,6 +34,8 @@ def measure(
     *,
     where: str | None = None,
     knowledge: str | Path | None = None,
+    facts: pd.DataFrame | None = None,
+    training: pd.DataFrame | None = None,
     seed: int = 0,
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -46,6 +49,9 @@ def measure(
         settings: of the measure; `subjattn measure NAME --help` shows them.
         where: only the facts that the model knows: `correct`, `known` or a SliCK category; see `subjattn.where`.
         knowledge: the labels of `subjattn knowledge`, for all but `correct`.
+        facts: a table that holds the facts asked, and more from which priors of answers come, for measures that look at
+            relations and priors; without, all facts asked count as of one relation.
+        training: the facts that the model was trained on, for measures that compare its answers with those.
         seed: of the draw of facts and pairs, for measures that do not take all.
         backend: what computes it.
         memory_budget: bytes of working memory beyond the weights.
@@ -70,6 +76,8 @@ def measure(
     if ("base" in found.needs) != (arms is not None):
         given = "takes a tuned model beside its base" if arms is None else "takes one model"
         raise BadInput(f"measure {name!r} {given}: give it what {'load_arms' if arms is None else 'load_model'} gives")
+    if "trained" in found.needs and training is None:
+        raise BadInput(f"measure {name!r} compares answers with those trained on: give training=…, a table of facts")
     asked_of = len(prompts)
     if where is not None:
         prompts = facts_where(prompts, where, model=one, scorer=getattr(chosen, "scorer", None), knowledge=knowledge)
@@ -94,6 +102,21 @@ def measure(
         backend=backend,
         memory_budget=memory_budget,
         arms=arms,
+        training=training,
+        **_about(facts, prompts),
     )
     dataset = found.run(asked, chosen)
     return dataset if where is None else dataset.assign_attrs(where=f"{where}: {len(prompts)} of {asked_of} facts")
+
+
+def _about(facts: pd.DataFrame | None, prompts: PromptSet) -> dict[str, Any]:
+    """Relations of the facts asked, and the facts that are not."""
+    if facts is None:
+        return {}
+    asked = [prompt.fact_id for prompt in prompts]
+    relations = facts.set_index("fact_id")["relation"]
+    if missing := [fact for fact in asked if fact not in relations.index]:
+        raise BadInput(
+            f"facts: there is no fact {missing[0]!r} in the table, but it is asked: give the table it is from"
+        )
+    return {"relations": relations[asked].to_dict(), "pool": facts[~facts["fact_id"].isin(asked)]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from pydantic import BaseModel, ConfigDict
 
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from subjattn.models.arms import Arms
     from subjattn.prompts import Prompt, PromptSet
 
-Need = Literal["subject", "same_prompts", "known", "swaps", "base"]
+Need = Literal["subject", "same_prompts", "known", "swaps", "base", "facts", "trained"]
 """`subject`: facts that have one; `same_prompts`: every arm reads the same tokens; `known`: which facts the reference
-model answers rightly; `swaps`: pairs of prompts whose subjects are swapped; `base`: a tuned model beside its base."""
+model answers rightly; `swaps`: pairs of prompts whose subjects are swapped; `base`: a tuned model beside its base;
+`facts`: the facts beside their prompts, those of the pool and those that the model was trained on, if any; `trained`:
+not defined for a model whose training facts are not known."""
 
 
 class Settings(BaseModel):
@@ -125,6 +128,9 @@ class Asked:
         memory_budget: bytes of working memory beyond the weights; None: the usual.
         tell: told of forward passes done.
         arms: the model beside its base, for measures that need `base`.
+        relations: by fact id, for measures that need `facts`.
+        pool: facts that are not asked, with `relation` and `answers`; None where there are none.
+        training: those that the model was trained on, as it was taught them; None where that is not known.
     """
 
     model: LoadedModel
@@ -136,6 +142,9 @@ class Asked:
     memory_budget: int | None = None
     tell: Callable[[float], None] = field(default=lambda _units: None)
     arms: Arms | None = None
+    relations: Mapping[str, str] = field(default_factory=dict)
+    pool: pd.DataFrame | None = None
+    training: pd.DataFrame | None = None
 
     @property
     def both(self) -> Arms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +107,32 @@ SCORERS: Mapping[str, Scorer] = {
     ),
 }
 LETTERS_DEFINITION = "the right letter has the largest logit of the letters of the choices (Ghosal et al. 2024)"
+
+
+class Named:
+    """Which answer a generated text gives: the accepted answer that it fits, else its own first words.
+
+    So that "Kenya. The city" and "Kenya, in the east" are one answer. Of several that fit the longest counts.
+    """
+
+    def __init__(self, accepted: Iterable[Sequence[str]], scorer: Scorer) -> None:
+        self._scorer, self._found = scorer, dict[str, str]()
+        self._canonical: dict[str, str] = {}
+        for answers in accepted:
+            for answer in answers:
+                self._canonical.setdefault(_plain(answer).casefold(), _plain(answers[0]).casefold())
+        self._longest_first = sorted(self._canonical, key=lambda answer: (-len(answer), answer))
+
+    def __call__(self, text: str) -> str:
+        if text not in self._found:
+            fit = (answer for answer in self._longest_first if answer and self._scorer.correct(text, [answer]))
+            words = re.split(r"[.,;:(\n]", _plain(text), maxsplit=1)[0].strip().casefold()
+            self._found[text] = next((self._canonical[answer] for answer in fit), f"“{words}”")
+        return self._found[text]
+
+    def canonical(self, answers: Sequence[str]) -> str:
+        """What a fact's right answer is called."""
+        return self._canonical[_plain(answers[0]).casefold()]
 
 
 def definition_of(scorer: str) -> str:

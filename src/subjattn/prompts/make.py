@@ -105,6 +105,20 @@ def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, sty
     return lengths
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
+    """The first token of any answer behind a prompt.
+
+    Raises:
+        SpanNotFound: the answer's tokens merge with the prompt's.
+    """
+    asked = list(prompt.ids[: prompt.prediction + 1])
+    for special in (True, False):
+        (whole,) = encode(tokenizer, [_answered(prompt.text, answer)], special)
+        if list(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
+            return int(whole.ids[len(asked)])
+    raise SpanNotFound(f"fact {prompt.fact_id}: the tokens of the answer {answer!r} merge with those of the prompt")
+
+
 def _answered(text: str, answer: str) -> str:
     return text + (answer if text[-1:].isspace() else f" {answer}")
 

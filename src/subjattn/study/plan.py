@@ -190,6 +190,10 @@ class _Builder:
                 inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
+                if "facts" in measure.needs:
+                    inputs["pool"] = f"{files.POOL}:facts.parquet"
+                    if arm.train and replicate is not None:
+                        inputs["training"] = files.training_facts(config.trained[name], replicate[0])
                 about = model | {"own_prompts": own} | self._beside_base(name, measure)
                 if config.facts.where == "correct" and measure.name != "accuracy":
                     about["where"] = "correct"

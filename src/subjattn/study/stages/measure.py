@@ -27,7 +27,7 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
     if settings.get("where") == "correct" and chosen:
         prompts, chosen = _known_alone(prompts, chosen)
-    if reason := _not_defined(measure, prompts, settings, chosen):
+    if reason := _not_defined(measure, prompts, settings, chosen, trained="training" in inputs):
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
     arms = loaded_arms(settings, inputs) if "base" in measure.needs else None
@@ -41,6 +41,7 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
         memory_budget=None if context.memory_share == 1 else _half_of_what_is_free(model),
         tell=context.tell,
         arms=arms,
+        **_facts(inputs, prompts),
     )
     dataset = measure.run(asked, measure.parse(settings["settings"]))
     _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
@@ -59,6 +60,20 @@ def _known_alone(prompts: PromptSet, chosen: Mapping[str, Any]) -> tuple[PromptS
     return PromptSet(prompts.style, tuple(prompt for prompt in prompts if prompt.fact_id in known)), left
 
 
+def _facts(inputs: Mapping[str, Path], prompts: PromptSet) -> dict[str, Any]:
+    """What measures that need `facts` are given beside the prompts."""
+    if "pool" not in inputs:
+        return {}
+    pool = pd.read_parquet(inputs["pool"])
+    asked = {prompt.fact_id for prompt in prompts}
+    inside = pool["fact_id"].isin(asked)
+    return {
+        "relations": dict(zip(pool["fact_id"][inside], pool["relation"][inside], strict=True)),
+        "pool": pool[~inside],
+        "training": pd.read_parquet(inputs["training"]) if "training" in inputs else None,
+    }
+
+
 def _storable(dataset: xr.Dataset) -> xr.Dataset:
     """The dataset with NUL characters in its texts made visible, which netCDF cannot hold."""
     for name, array in dataset.variables.items():
@@ -70,7 +85,7 @@ def _storable(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _not_defined(
-    measure: Measure, prompts: PromptSet, settings: Mapping[str, Any], chosen: Mapping[str, Any]
+    measure: Measure, prompts: PromptSet, settings: Mapping[str, Any], chosen: Mapping[str, Any], *, trained: bool
 ) -> str | None:
     if not prompts:
         return "the reference model answers none of the facts rightly"
@@ -82,6 +97,8 @@ def _not_defined(
         return "no two facts can be swapped: none agree in length and differ in their answer"
     if "base" in measure.needs and not settings.get("tuned"):
         return "this arm is the base itself"
+    if "trained" in measure.needs and not trained:
+        return "this arm is not trained here, so what it was taught is not known"
     return None
 
 
