@@ -16,9 +16,8 @@ from subjattn.backends import BackendName
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
-from subjattn.measures import rescale as module
 from subjattn.measures.alone import measure
-from subjattn.measures.knockout import ROUTES, knockout
+from subjattn.measures.knockout import ROUTES, knockout, other_edges
 from subjattn.measures.record import measure_of, values_of
 from subjattn.measures.rescale import rescale, slope_at_nothing
 from subjattn.models import LoadedModel
@@ -87,7 +86,7 @@ def test_the_control_takes_as_many_other_edges(tiny: LoadedModel, prompts: Promp
     found = rescale(tiny, prompts, DOSES)
     rng, seen = np.random.default_rng(0), 0
     for i, prompt in enumerate(prompts):
-        others = module._others(prompt, frozenset(direct(prompt)), rng)
+        others = other_edges(prompt, frozenset(direct(prompt)), rng)
         for query in prompt.predicting:
             keys = {key for at, key in others if at == query}
             assert len(keys) in (0, len(prompt.subject_positions))

@@ -198,7 +198,8 @@ def interval(
     if not drawn:
         fillings = [(one.mean(1, keepdims=True), 0.0) for one, _ in fillings]
     cases = [case for one, share in fillings for case in cases_of(one, share, clusterings, bounds)]
-    if all(float(sum(squares.reach())) == 0 for _, squares in cases):
+    rounding = 1e-12 * float(np.nanmax(np.abs(table)))
+    if all(float(sum(squares.reach())) <= rounding for _, squares in cases):
         raise BadInput(
             f"every one of the {n} facts has the value {table.flat[0]:g}, which says nothing of how much others would "
             "vary: give bounds, if the measure has any"

@@ -6,6 +6,7 @@ is a set of edges; those of the subject tell how it reaches the answer:
 * `direct`: from every position that predicts an answer token to the subject;
 * `total`: from every position after the subject to it, answer tokens included: what the subject is
   worth by any route, relays through the words in between among them;
+* `relayed`: those of `total` that are not `direct`: from the words in between to the subject;
 * `non_subject`: from every predicting position to all but the subject and itself;
 * `last`: from every predicting position to itself;
 * `subject_to_earlier`: from the subject to everything before it.
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import xarray as xr
-from pydantic import Field, PositiveInt
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers, n_heads
@@ -31,7 +31,6 @@ from subjattn.engine.interventions import Block, Row
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened, some_layers, windows
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
-from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
 from subjattn.measures.sets import Heads, parse_sets
 from subjattn.prompts import Prompt
 
@@ -45,7 +44,7 @@ NOTE = (
     "Knock-out by head tells which heads read the subject's name, not which of them move the answer: "
     "patch_grid(component='z') tells that."
 )
-Route = Literal["direct", "total", "non_subject", "last", "subject_to_earlier"]
+Route = Literal["direct", "total", "relayed", "non_subject", "last", "subject_to_earlier"]
 By = Literal["layer", "window", "head"]
 Edges = Callable[[Prompt], Iterable[tuple[int, int]]]
 ROUTES: tuple[Route, ...] = get_args(Route)
@@ -58,6 +57,10 @@ _EDGES: dict[str, tuple[str, Edges]] = {
         "from every position after the subject to the subject",
         lambda p: [(query, key) for query in range(p.subject_span[1], len(p) - 1) for key in p.subject_positions],
     ),
+    "relayed": (
+        "from every position between the subject and the prediction to the subject",
+        lambda p: [(query, key) for query in range(p.subject_span[1], p.prediction) for key in p.subject_positions],
+    ),
     "non_subject": (
         "from every answer-predicting position to all but the subject and itself",
         lambda p: [(query, key) for query in p.predicting for key in range(query) if key not in p.subject_positions],
@@ -68,6 +71,9 @@ _EDGES: dict[str, tuple[str, Edges]] = {
         lambda p: [(query, key) for query in p.subject_positions for key in range(p.subject_span[0])],
     ),
 }
+
+
+IN_WORDS = {route: words for route, (words, _) in _EDGES.items()}
 
 
 @overload
@@ -189,7 +195,7 @@ def knockout(
             prompts,
             ("route", *parts.dims),
             unit=unit_of(name),
-            definition=_definition(
+            definition=definition_of(
                 name, " or ".join(f"{_EDGES[r][0]} ({r})" if r in _EDGES else r for r in edges), parts.where
             ),
             paper="Geva et al. 2023 (there: windows of 9 layers, change of the top prediction's probability)",
@@ -217,6 +223,25 @@ def same_edges(prompts: Sequence[Prompt], one: Route = "direct", other: Route = 
 def edges_of(route: Route, prompt: Prompt) -> Iterable[tuple[int, int]]:
     """The edges `(query, key)` that a route is in a prompt."""
     return _EDGES[route][1](prompt)
+
+
+def other_edges(
+    prompt: Prompt, edges: Iterable[tuple[int, int]], rng: np.random.Generator
+) -> frozenset[tuple[int, int]]:
+    """As many other edges of the same queries, that lead neither to the subject nor to the first token.
+
+    None where there are too few. Queries share keys where they can.
+    """
+    edges = set(edges)
+    order = [int(key) for key in rng.permutation(len(prompt))]
+    found: set[tuple[int, int]] = set()
+    for query in sorted({query for query, _ in edges}):
+        taken = {key for at, key in edges if at == query}
+        pool = [key for key in order if 0 < key < query and key not in taken and key not in prompt.subject_positions]
+        if len(pool) < len(taken):
+            return frozenset()
+        found |= {(query, key) for key in pool[: len(taken)]}
+    return frozenset(found)
 
 
 def _same(prompts: Sequence[Prompt], one: Edges, other: Edges) -> np.ndarray:
@@ -287,103 +312,6 @@ def _parts(
     return _Parts([(at, None) for at in around], ("layer",), (len(some),), where, {"layer": some})
 
 
-def _definition(metric: str, edges: str, layers: str) -> str:
+def definition_of(metric: str, edges: str, layers: str) -> str:
     fall = meaning_of(metric) if metric in AS_THEY_ARE else f"fall in the {meaning_of(metric)}"
     return f"{fall}, when the edges {edges} are blocked before the softmax in {layers}"
-
-
-CELL = 0.25
-"""Forward passes of a prompt that a layer's or head's cell costs, roughly."""
-
-
-class KnockoutSettings(Settings):
-    by: By | None = Field(None, description="beside all layers at once: one layer, window or head at a time")
-    window: PositiveInt = Field(9, description="layers of a window")
-    facts: PositiveInt = Field(12, description="facts whose knock-out is repeated so")
-
-
-def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
-    found: xr.Dataset = knockout(asked.model, asked.prompts, **asked.computing).to_dataset()
-    asked.tell(2.0 * len(asked.prompts))
-    if settings.by is not None:
-        few = asked.by_id(asked.order[: settings.facts])
-        apart = knockout(asked.model, few, by=settings.by, window=settings.window, **asked.computing)
-        apart = apart.drop_vars(["baseline_answer_logprob", "routes_coincide"])
-        found[f"knockout_drop_by_{settings.by}"] = apart.rename(
-            fact="few_fact", subject="few_subject", answer="few_answer"
-        )
-        asked.tell(CELL * apart.size / apart.sizes["route"])
-    return found
-
-
-def _route(route: Route) -> Callable[[xr.Dataset], xr.DataArray]:
-    definition = _definition("answer_logprob", _EDGES[route][0], "all layers")
-    return lambda dataset: dataset["knockout_drop"].sel(route=route, drop=True).assign_attrs(definition=definition)
-
-
-def _where_routes_differ(route: Route) -> Callable[[xr.Dataset], xr.DataArray]:
-    def value(dataset: xr.Dataset) -> xr.DataArray:
-        drop = dataset["knockout_drop"].sel(route=route, drop=True)
-        return drop.where(~drop["routes_coincide"])
-
-    return value
-
-
-def _in_parts(dataset: xr.Dataset) -> xr.DataArray:
-    """Of facts whose knock-out is repeated part by part, by the direct route unless another alone is there."""
-    name = next((name for name in map(str, dataset.data_vars) if name.startswith("knockout_drop_by_")), None)
-    if name is None:
-        return dataset["knockout_drop"].isel(route=0, drop=True).isel(fact=slice(0))
-    drop = dataset[name].rename(few_fact="fact")
-    route = drop["route"].values[0] if drop.sizes["route"] == 1 else "direct"
-    return drop.sel(route=route, drop=True).mean([dim for dim in ("layer", "head") if dim in drop.dims])
-
-
-def _cost(shape: Shape, settings: KnockoutSettings) -> float:
-    cells = {None: 0, "head": shape.n_layers * shape.n_heads}.get(settings.by, shape.n_layers)
-    return 2.0 * shape.n_facts + CELL * settings.facts * cells
-
-
-MEASURE = Measure(
-    name="knockout",
-    title="knock-out of the subject",
-    paper="Geva et al. 2023",
-    quantities=(
-        Quantity(
-            "knockout_drop",
-            "nats",
-            _definition("answer_logprob", _EDGES["direct"][0], "all layers"),
-            per_fact=_route("direct"),
-            smallest_effect=0.1,
-        ),
-        Quantity(
-            "knockout_drop_total",
-            "nats",
-            _definition("answer_logprob", _EDGES["total"][0], "all layers"),
-            per_fact=_route("total"),
-            smallest_effect=0.1,
-        ),
-        Quantity(
-            "direct_share",
-            "share of the total drop",
-            "mean direct drop over mean total drop, over facts in which the two block other edges",
-            per_fact=_where_routes_differ("direct"),
-            over=_where_routes_differ("total"),
-            smallest_effect=0.1,
-        ),
-        Quantity(
-            "knockout_drop_in_parts",
-            "nats",
-            "fall in the answer's log-probability when the edges are blocked in one layer (window, head) alone, mean "
-            "over these, for a few facts; a claim names the parts and the route, else direct",
-            per_fact=_in_parts,
-            cells={"layer": "mean", "head": "mean", "route": "one"},
-        ),
-    ),
-    run=_run,
-    cost=_cost,
-    settings=KnockoutSettings,
-    needs=frozenset({"subject", "same_prompts"}),
-    any_backend=True,
-    figure="knockout",
-)

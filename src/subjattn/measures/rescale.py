@@ -22,7 +22,7 @@ from subjattn.engine.anatomy import decoder_layers, n_heads
 from subjattn.engine.interventions import Block, Row, Scale, times
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
-from subjattn.measures.knockout import ROUTES, Route, edges_of
+from subjattn.measures.knockout import ROUTES, Route, edges_of, other_edges
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
 from subjattn.measures.sets import Heads, parse_sets
@@ -95,7 +95,7 @@ def rescale(
     rng = np.random.default_rng(seed)
     for fact, prompt in enumerate(asked):
         own = frozenset(edge for edge in edges_of(route, prompt) if edge[0] <= prompt.predicting[-1])
-        for number, edges in enumerate((own, _others(prompt, own, rng))):
+        for number, edges in enumerate((own, other_edges(prompt, own, rng))):
             rows += [_row(prompt, edges, where, dose, what) for dose in asked_for if edges]
             cells += [(number, fact, dose) for dose in range(len(asked_for)) if edges]
     run = opened(backend, hf, memory_budget, asked)
@@ -174,19 +174,6 @@ def _row(prompt: Prompt, edges: Edges, where: tuple[Any, ...], dose: float, what
     if what == "times" and dose == 0:
         return Row(prompt, Block(edges, *where))
     return Row(prompt, scale=Scale(edges, *where, add=times(dose) if what == "times" else dose))
-
-
-def _others(prompt: Prompt, edges: Edges, rng: np.random.Generator) -> Edges:
-    """As many other edges of the same queries; none where there are too few. Queries share keys where they can."""
-    order = [int(key) for key in rng.permutation(len(prompt))]
-    found: set[tuple[int, int]] = set()
-    for query in sorted({query for query, _ in edges}):
-        taken = {key for at, key in edges if at == query}
-        pool = [key for key in order if 0 < key < query and key not in taken and key not in prompt.subject_positions]
-        if len(pool) < len(taken):
-            return frozenset()
-        found |= {(query, key) for key in pool[: len(taken)]}
-    return frozenset(found)
 
 
 CELL = 0.25

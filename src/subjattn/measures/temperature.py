@@ -1,0 +1,167 @@
+"""How sure a model is of its answers: the temperature that its logits fit, and metrics at that temperature.
+
+A model tuned on what it knew gives sharper distributions, so that any log-probability falls further, in nats, whatever
+is done to it. Divided by the temperature that suits each model's own answers (Guo et al. 2017), logits of two models
+stand on one scale, and differences between them are no longer those of sureness alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from subjattn.engine.answers import answer_logits
+from subjattn.errors import BadInput
+from subjattn.measures import check_prompts, hf_model, labelled
+from subjattn.measures.metrics import Own
+from subjattn.measures.pooled import pseudo_values
+from subjattn.measures.record import Asked, Measure, Quantity, one_per_fact
+from subjattn.prompts import Prompt
+
+
+if TYPE_CHECKING:
+    from subjattn.measures import Model
+
+PAPER = "Guo et al. 2017"
+GRID = np.geomspace(1 / 8, 16, 85)
+"""Temperatures tried, twelve an octave; between them the loss is taken for a parabola in log T."""
+
+
+def fit_temperature(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
+    """The temperature at which a model's logits give the right answers' tokens the largest mean log-probability.
+
+    Facts are parted in two halves by their ids, and each fact has the temperature that fits the *other* half: what is
+    then measured at it was not used to fit it.
+
+    Args:
+        model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
+        prompts: facts asked.
+
+    Returns:
+        * `temperature` `(fact,)`: fitted on the other half;
+        * `fitted` `(fact,)`: jackknife pseudo-values of the one fitted on all, for its interval; the attribute
+          `temperature` is that one;
+        * `calibrated_logprob` `(fact,)`: log-probability of the answer at `temperature`, in nats.
+
+        NaN where no temperature from 1/8 to 16 fits best: the model knows none of the answers, or all for certain.
+
+    Raises:
+        BadInput: fewer than two facts, or facts whose ids all fall into one half.
+    """
+    check_prompts(prompts)
+    halves = np.array([zlib.crc32(prompt.fact_id.encode()) % 2 for prompt in prompts])
+    if len(set(halves.tolist())) < 2:
+        raise BadInput(f"{len(prompts)} facts are too few to fit a temperature on half of them: ask more")
+    losses = np.empty((len(prompts), len(GRID)))
+    for output in answer_logits(hf_model(model), prompts):
+        at = 0
+        for i, row in zip(output.index, output.rows, strict=True):
+            n = len(row.prompt.predicting)
+            losses[i] = _losses(output.logits[at : at + n], row.prompt)
+            at += n
+    own = np.array([_best(losses[halves != half].mean(0)) for half in halves])
+    calibrated = [
+        np.nan if np.isnan(t) else -np.interp(np.log(t), np.log(GRID), row) for t, row in zip(own, losses, strict=True)
+    ]
+    definition = "temperature at which the logits give the right answers the largest log-probability"
+    attrs = {"paper": PAPER, "unit": "temperature"}
+    found = {
+        "temperature": labelled(
+            "temperature",
+            own,
+            prompts,
+            definition=f"{definition}, fitted on the half of the facts without this",
+            **attrs,
+        ),
+        "fitted": labelled(
+            "fitted",
+            pseudo_values(lambda index: _best(losses[index].mean(0)), len(prompts)),
+            prompts,
+            definition=f"{definition} (jackknife pseudo-values)",
+            **attrs,
+        ),
+        "calibrated_logprob": labelled(
+            "calibrated_logprob",
+            np.array(calibrated),
+            prompts,
+            unit="nats",
+            definition="log-probability of the answer at the model's own temperature, fitted on other facts",
+            paper=PAPER,
+        ),
+    }
+    return xr.Dataset(found, attrs={"temperature": _best(losses.mean(0))})
+
+
+def at_temperature(temperature: float | Mapping[str, float]) -> Own:
+    """A metric for `knockout`, `patch_grid`, `transfer` and others: the answer's log-probability at a temperature.
+
+    Args:
+        temperature: one for all facts, or by fact id.
+    """
+
+    def calibrated_logprob(logits: Tensor, prompt: Prompt) -> float:
+        own = temperature[prompt.fact_id] if isinstance(temperature, Mapping) else temperature
+        if not own > 0:
+            return float("nan")
+        answers = torch.tensor(prompt.answer_ids, device=logits.device)[:, None]
+        return float((logits / own).log_softmax(-1).gather(1, answers).double().sum())
+
+    return calibrated_logprob
+
+
+def _losses(logits: Tensor, prompt: Prompt) -> np.ndarray:
+    """Negative log-probability of the answer at every temperature of the grid."""
+    answers = torch.tensor(prompt.answer_ids, device=logits.device)
+    picked = logits[torch.arange(len(answers)), answers]
+    return np.array(
+        [float(((logits / t).logsumexp(-1) - picked / t).double().sum()) for t in GRID.tolist()], np.float64
+    )
+
+
+def _best(loss: np.ndarray) -> float:
+    """Where the loss is least, by a parabola through the three points around; NaN at an end of the grid."""
+    at = int(loss.argmin())
+    if not 0 < at < len(GRID) - 1:
+        return float("nan")
+    below, here, above = loss[at - 1 : at + 2]
+    step = np.log(GRID[1] / GRID[0])
+    return float(GRID[at] * np.exp(step * (below - above) / (2 * (below - 2 * here + above))))
+
+
+def _run(asked: Asked, _: object) -> xr.Dataset:
+    found = fit_temperature(asked.model, asked.prompts)
+    asked.tell(len(asked.prompts))
+    return found
+
+
+MEASURE = Measure(
+    name="temperature",
+    title="how sure the model is",
+    paper=PAPER,
+    quantities=(
+        Quantity(
+            "temperature",
+            "temperature",
+            "temperature at which the logits give the right answers the largest log-probability; above 1 the model is "
+            "surer than it is right",
+            per_fact=one_per_fact("fitted"),
+            smallest_effect=0.1,
+        ),
+        Quantity(
+            "calibrated_logprob",
+            "nats",
+            "log-probability of the answer at the model's own temperature, fitted on other facts",
+            per_fact=one_per_fact("calibrated_logprob"),
+            smallest_effect=0.1,
+        ),
+    ),
+    run=_run,
+    cost=lambda shape, _: 1.5 * shape.n_facts,
+    needs=frozenset({"same_prompts"}),
+)

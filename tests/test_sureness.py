@@ -1,0 +1,189 @@
+"""Temperatures, and a knock-out that a model's sureness alone cannot move; relays against hand-made masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import oracles
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from scipy.optimize import minimize_scalar
+
+import subjattn as sa
+from subjattn.errors import BadInput
+from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
+from subjattn.measures import hf_model
+from subjattn.measures.knockout import edges_of, knockout
+from subjattn.measures.record import measure_of, values_of
+from subjattn.measures.subject_knockout import answered_rightly, relay_drop
+from subjattn.measures.temperature import at_temperature, fit_temperature
+from subjattn.models import LoadedModel
+from subjattn.prompts import Prompt, PromptSet, make_prompts
+
+
+@pytest.fixture(scope="module")
+def asked(tokenizer: Any, cities: pd.DataFrame) -> PromptSet:
+    return make_prompts(draw(cities, 24, seed=3), tokenizer, TEMPLATES["country"]["sentence"])
+
+
+@pytest.fixture(scope="module")
+def knowing(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> LoadedModel:
+    """A random model that gives the answers of these facts some weight, so that a temperature fits it."""
+    model = deepcopy(tiny_models["llama"])
+    hf = hf_model(model)
+    old = hf.get_output_embeddings()
+    head = torch.nn.Linear(old.in_features, old.out_features)
+    spread = torch.stack([answer_logits(model, prompt)[0] for prompt in asked]).std()
+    with torch.no_grad():
+        head.weight.copy_(old.weight / spread)
+        head.bias.zero_()
+        head.bias[sorted({prompt.answer_ids[0] for prompt in asked})] = 2.0
+    hf.set_output_embeddings(head)
+    return model
+
+
+@contextmanager
+def sharpened(model: LoadedModel, factor: float) -> Iterator[None]:
+    """The same model, surer of everything."""
+    head = hf_model(model).get_output_embeddings()
+    with torch.no_grad():
+        for parameter in (head.weight, head.bias):
+            parameter.mul_(factor)
+        yield
+        for parameter in (head.weight, head.bias):
+            parameter.div_(factor)
+
+
+def answer_logits(model: LoadedModel, prompt: Prompt) -> torch.Tensor:
+    with torch.no_grad():
+        return hf_model(model)(torch.tensor([prompt.ids])).logits[0, list(prompt.predicting)].double()
+
+
+def test_the_temperature_is_scipys_minimum_on_the_other_half(knowing: LoadedModel, asked: PromptSet) -> None:
+    found = fit_temperature(knowing, asked)
+    logits = [answer_logits(knowing, prompt) for prompt in asked]
+
+    def logprob(i: int, t: float) -> float:
+        answers = torch.tensor(asked[i].answer_ids)[:, None]
+        return float((logits[i] / t).log_softmax(-1).gather(1, answers).sum())
+
+    values = found["temperature"].values
+    assert len(set(values.tolist())) == 2
+    for own in set(values.tolist()):
+        others = [i for i in range(len(asked)) if values[i] != own]
+        best = minimize_scalar(
+            lambda log_t, others=others: -np.mean([logprob(i, np.exp(log_t)) for i in others]),
+            bounds=(-2, 2.7),
+            method="bounded",
+        )
+        assert own == pytest.approx(np.exp(best.x), rel=2e-3)
+    for i in range(4):
+        assert float(found["calibrated_logprob"][i]) == pytest.approx(logprob(i, values[i]), abs=1e-2)
+    whole = minimize_scalar(
+        lambda log_t: -np.mean([logprob(i, np.exp(log_t)) for i in range(len(asked))]),
+        bounds=(-2, 2.7),
+        method="bounded",
+    )
+    assert found.attrs["temperature"] == pytest.approx(np.exp(whole.x), rel=2e-3)
+    assert float(found["fitted"].mean()) == pytest.approx(np.exp(whole.x), rel=0.3)
+
+
+def test_sureness_alone_moves_nats_and_nothing_else(knowing: LoadedModel, asked: PromptSet) -> None:
+    """The planted confounder: logits times 2.2, as training on known facts makes them."""
+    plain = sa.measure("knockout", knowing, asked)
+    with sharpened(knowing, 2.2):
+        surer = sa.measure("knockout", knowing, asked)
+        hot = fit_temperature(knowing, asked)
+    np.testing.assert_allclose(hot["temperature"], 2.2 * fit_temperature(knowing, asked)["temperature"], rtol=1e-3)
+    falls = [float(abs(one["knockout_drop"].sel(route="total")).mean()) for one in (plain, surer)]
+    assert falls[1] > 1.4 * falls[0] > 0.1
+    for name in ("knockout_calibrated_drop", "knockout_rank_rise", "knockout_lost"):
+        np.testing.assert_allclose(surer[name], plain[name], atol=2e-3)
+
+
+def test_rank_and_right_answers_are_those_of_masks_by_hand(knowing: LoadedModel, asked: PromptSet) -> None:
+    found = sa.measure("knockout", knowing, asked)
+    model = hf_model(knowing)
+    for i, prompt in enumerate(asked[:6]):
+        mask = oracles.hand_mask(model, len(prompt), set(edges_of("total", prompt)))
+        logits = {
+            "plain": oracles.logits(model, prompt)[list(prompt.predicting)],
+            "blocked": oracles.logits(model, prompt, mask)[list(prompt.predicting)],
+        }
+        answers = torch.tensor(prompt.answer_ids)
+        right = {name: float((of.argmax(-1) == answers).all()) for name, of in logits.items()}
+        rank = {name: float((of[0] > of[0, answers[0]]).sum()) + 1 for name, of in logits.items()}
+        row = found.isel(fact=i).sel(route="total")
+        assert float(row["knockout_rank_rise"]) == pytest.approx(np.log2(rank["blocked"] / rank["plain"]), abs=1e-6)
+        assert float(row["knockout_lost"]) == right["plain"] * (right["plain"] - right["blocked"])
+        assert answered_rightly(logits["plain"], prompt) == right["plain"]
+
+
+def test_relays_are_blocked_on_either_side(tiny: LoadedModel, asked: PromptSet) -> None:
+    found = relay_drop(tiny, asked[:6])
+    model = hf_model(tiny)
+    for i, prompt in enumerate(asked[:6]):
+        start, stop = prompt.subject_span
+        plain = oracles.answer_logprob(model, prompt)
+        for relay in range(found.sizes["relay"]):
+            position = stop + relay
+            if position >= prompt.prediction:
+                assert found[i, :, relay].isnull().all()
+                continue
+            legs = {
+                "reads": {(position, key) for key in range(start, stop)},
+                "passes_on": {(query, position) for query in prompt.predicting},
+            }
+            for leg, edges in legs.items():
+                blocked = oracles.answer_logprob(model, prompt, oracles.hand_mask(model, len(prompt), edges))
+                assert float(found.sel(leg=leg)[i, relay]) == pytest.approx(plain - blocked, abs=1e-4)
+            assert found["token"].values[i, relay] == prompt.tokens[position]
+
+
+def test_total_edges_are_direct_and_relayed_ones(asked: PromptSet) -> None:
+    for prompt in asked:
+        direct, relayed = set(edges_of("direct", prompt)), set(edges_of("relayed", prompt))
+        assert not direct & relayed
+        assert direct | relayed == set(edges_of("total", prompt))
+
+
+def test_a_calibrated_metric_is_taken_by_other_measures(tiny: LoadedModel, asked: PromptSet) -> None:
+    cold = knockout(tiny, asked[:3], metric=at_temperature(1.0))
+    np.testing.assert_allclose(cold, knockout(tiny, asked[:3]), atol=1e-5)
+    hot = knockout(tiny, asked[:3], ["total"], metric=at_temperature(4.0))
+    for i, prompt in enumerate(asked[:3]):
+        model = hf_model(tiny)
+        mask = oracles.hand_mask(model, len(prompt), set(edges_of("total", prompt)))
+        answers = torch.tensor(prompt.answer_ids)[:, None]
+        plain, blocked = (
+            (oracles.logits(model, prompt, one)[list(prompt.predicting)].double() / 4)
+            .log_softmax(-1)
+            .gather(1, answers)
+            .sum()
+            for one in (None, mask)
+        )
+        assert float(hot[i, 0]) == pytest.approx(float(plain - blocked), abs=1e-4)
+
+
+def test_where_nothing_fits_there_is_no_temperature(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> None:
+    """A random model is the less wrong the less sure it is."""
+    found = fit_temperature(tiny_models["gpt2"], asked)
+    assert np.isnan(found["temperature"]).all() and np.isnan(found["calibrated_logprob"]).all()
+    with pytest.raises(BadInput, match="too few to fit"):
+        fit_temperature(tiny_models["gpt2"], PromptSet("s", asked.prompts[:1]))
+    one = sa.measure("knockout", tiny_models["gpt2"], PromptSet("s", asked.prompts[:1]))
+    assert np.isnan(one["knockout_calibrated_drop"]).all()
+    assert np.isfinite(one["knockout_drop"].sel(route="direct")).all()
+
+
+def test_every_quantity_of_the_knockout_has_a_value(knowing: LoadedModel, asked: PromptSet) -> None:
+    found: xr.Dataset = sa.measure("knockout", knowing, asked)
+    names = {row[1] for row in values_of(measure_of("knockout"), found) if np.isfinite(row[3])}
+    assert names == {quantity.name for quantity in measure_of("knockout").quantities} - {"knockout_drop_in_parts"}
