@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import xarray as xr
-from pydantic import Field
 from torch import Tensor
 
 from subjattn.backends import Backend, BackendName
@@ -19,14 +18,13 @@ from subjattn.engine.forward import attention_rows
 from subjattn.engine.interventions import Output
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, tokens_of
-from subjattn.measures.record import Asked, Measure, Quantity, Settings, mean_over
 from subjattn.prompts import Prompt
 
 
 if TYPE_CHECKING:
     from subjattn.measures import Model
 
-_REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda row: row.sum(-1),
     "max": lambda row: row.max(-1),
     "last": lambda row: row[..., -1],
@@ -66,18 +64,18 @@ def subject_attention(
         UnsupportedModel: the model's attention cannot be read exactly.
     """
     check_askable(prompts)
-    if reduce not in _REDUCTIONS:
-        raise BadInput(f"reduce {reduce!r} is not one of {', '.join(_REDUCTIONS)}")
+    if reduce not in REDUCTIONS:
+        raise BadInput(f"reduce {reduce!r} is not one of {', '.join(REDUCTIONS)}")
     values: np.ndarray | None = None
     run = opened(backend, hf_model(model), memory_budget, prompts)
     for output in run.attention_rows(prompts, value_norms=value_weighted):
-        rows = _prediction_rows(output)
+        rows = prediction_rows(output)
         if value_weighted:
-            rows = rows * _stacked(output.value_norms)
+            rows = rows * by_layer(output.value_norms)
         if values is None:
             values = np.empty((len(prompts), *rows.shape[1:3]), np.float32)
         for i, row in zip(output.index, rows, strict=True):
-            values[i] = _REDUCTIONS[reduce](row[..., list(prompts[i].subject_positions)])
+            values[i] = REDUCTIONS[reduce](row[..., list(prompts[i].subject_positions)])
     assert values is not None
     weight = "attention weight × ‖value·W_O‖" if value_weighted else "attention weight"
     over = {"sum": "summed over the subject's tokens", "max": "largest of the subject's tokens"}
@@ -104,7 +102,7 @@ def token_attention(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     length = max(prompt.prediction + 1 for prompt in prompts)
     values: np.ndarray | None = None
     for output in attention_rows(hf_model(model), prompts):
-        rows = _prediction_rows(output).mean(2)
+        rows = prediction_rows(output).mean(2)
         if values is None:
             values = np.full((len(prompts), rows.shape[1], length), np.nan, np.float32)
         for i, row in zip(output.index, rows, strict=True):
@@ -123,44 +121,11 @@ def token_attention(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
     return array.assign_coords(tokens_of(prompts, length))
 
 
-def _prediction_rows(output: Output) -> np.ndarray:
+def prediction_rows(output: Output) -> np.ndarray:
     """`[row, layer, head, key]` of the prediction position."""
-    return _stacked({layer: weights[:, :, 0] for layer, weights in output.attention.items()})
+    return by_layer({layer: weights[:, :, 0] for layer, weights in output.attention.items()})
 
 
-def _stacked(by_layer: dict[int, Tensor]) -> np.ndarray:
-    return np.stack([by_layer[layer].cpu().numpy() for layer in sorted(by_layer)], axis=1)
-
-
-class AttentionSettings(Settings):
-    reduce: Literal["sum", "max", "last"] = Field("sum", description="over the subject's tokens")
-    value_weighted: bool = Field(False, description="weight × ‖value·W_O‖ (Kobayashi et al. 2020)")
-
-
-def _run(asked: Asked, settings: AttentionSettings) -> xr.Dataset:
-    array = subject_attention(asked.model, asked.prompts, **settings.model_dump(), **asked.computing)
-    asked.tell(len(asked.prompts))
-    return array.to_dataset()
-
-
-MEASURE = Measure(
-    name="attention_to_subject",
-    title="attention to the subject",
-    paper=PAPER,
-    quantities=(
-        Quantity(
-            "attention_to_subject",
-            "share of attention",
-            "attention from the prediction position to the subject, mean over layers and heads",
-            per_fact=mean_over("attention_to_subject", "layer", "head"),
-            cells={"layer": "mean", "head": "mean"},
-            smallest_effect=0.005,
-        ),
-    ),
-    run=_run,
-    cost=lambda shape, _: shape.n_facts,
-    settings=AttentionSettings,
-    needs=frozenset({"subject", "same_prompts"}),
-    any_backend=True,
-    figure="attention",
-)
+def by_layer(each: dict[int, Tensor]) -> np.ndarray:
+    """`[row, layer, …]` of arrays by layer."""
+    return np.stack([each[layer].cpu().numpy() for layer in sorted(each)], axis=1)
