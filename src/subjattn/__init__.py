@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from subjattn.engine.interventions import Row as Row
     from subjattn.engine.interventions import Run as Run
     from subjattn.engine.interventions import Scale as Scale
+    from subjattn.evidence.hypotheses import test_hypothesis as test_hypothesis
     from subjattn.evidence.intervals import contrast as contrast
     from subjattn.evidence.intervals import interval as interval
     from subjattn.evidence.maps import significant as significant
@@ -52,8 +53,11 @@ if TYPE_CHECKING:
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.score_split import score_split as score_split
+    from subjattn.measures.subject_attention import controlled_attention as controlled_attention
     from subjattn.measures.subject_sensitivity import subject_sensitivity as subject_sensitivity
     from subjattn.measures.swapping import swap_weights as swap_weights
+    from subjattn.measures.temperature import at_temperature as at_temperature
+    from subjattn.measures.temperature import fit_temperature as fit_temperature
     from subjattn.measures.trace import trace as trace
     from subjattn.measures.transfer import transfer as transfer
     from subjattn.measures.where import where as where
@@ -86,7 +90,10 @@ _HOMES = {
     "ablation": "measures.ablation",
     "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
+    "at_temperature": "measures.temperature",
     "contrast": "evidence.intervals",
+    "controlled_attention": "measures.subject_attention",
+    "fit_temperature": "measures.temperature",
     "head_contributions": "measures.head_contributions",
     "interval": "evidence.intervals",
     "join_popularity": "facts",
@@ -125,6 +132,7 @@ _HOMES = {
     "subject_sensitivity": "measures.subject_sensitivity",
     "swap_subjects": "prompts",
     "swap_weights": "measures.swapping",
+    "test_hypothesis": "evidence.hypotheses",
     "token_attention": "measures.attention",
     "top": "evidence.top",
     "trace": "measures.trace",

@@ -1,0 +1,118 @@
+"""Hypotheses about sets of heads and layers: on models where what is needed, and enough, was planted."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import subjattn as sa
+from subjattn.errors import BadInput
+from subjattn.facts import draw
+from subjattn.facts.templates import TEMPLATES
+from subjattn.measures import hf_model
+from subjattn.measures.ablation import ablation
+from subjattn.measures.hypotheses import Named, ablate_hypothesis
+from subjattn.measures.record import VALUE_COLUMNS, measure_of, values_of
+from subjattn.models import LoadedModel
+from subjattn.prompts import PromptSet, make_prompts
+
+
+@pytest.fixture(scope="module")
+def asked(tokenizer: Any, cities: pd.DataFrame) -> PromptSet:
+    return make_prompts(draw(cities, 24, seed=3), tokenizer, TEMPLATES["country"]["sentence"])
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> LoadedModel:
+    """A random GPT-2 in which head 2.1 alone writes, wherever it looks, what raises every token of the answers."""
+    model = deepcopy(tiny_models["gpt2"])
+    hf = hf_model(model)
+    width, raises = 8, torch.zeros(32)
+    raises[0], raises[1] = 1.0, -1.0
+    hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        for layer in hf.transformer.h:
+            for parameter in (*layer.attn.c_proj.parameters(), *layer.mlp.c_proj.parameters()):
+                parameter.mul_(1e-3)
+        last = hf.transformer.h[2].attn
+        last.c_attn.weight[:, 64 + width : 64 + 2 * width] = 0
+        last.c_attn.bias[64 + width : 64 + 2 * width] = 1
+        last.c_proj.weight[width : 2 * width] = raises
+        answers = sorted({token for prompt in asked for token in prompt.answer_ids})
+        hf.lm_head.weight[answers] += raises * hf.transformer.ln_f.weight.sign()
+    return model
+
+
+def test_numbers_are_those_of_ablations(tiny: LoadedModel, asked: PromptSet) -> None:
+    heads = [(1, 2), (2, 0)]
+    found = ablate_hypothesis(tiny, asked, Named(heads=((1, 2), (2, 0))), random_sets=3)
+    own = ablation(tiny, asked, heads=heads, random_sets=3)
+    np.testing.assert_allclose(found["drop"], own[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found["random_drop"], own[:, 1:].mean("set"), atol=1e-5)
+    others = [(layer, head) for layer in range(3) for head in range(4) if (layer, head) not in heads]
+    np.testing.assert_allclose(found["others_drop"], ablation(tiny, asked, heads=others)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found["all_drop"], ablation(tiny, asked, heads=[*others, *heads])[:, 0], atol=1e-5)
+    layers = ablate_hypothesis(tiny, asked, Named(layers=(1,), component="mlp_out", to="zero"), random_sets=2)
+    mlp = {"component": "mlp_out", "to": "zero"}
+    np.testing.assert_allclose(layers["drop"], ablation(tiny, asked, layers=[1], **mlp)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(layers["others_drop"], ablation(tiny, asked, layers=[0, 2], **mlp)[:, 0], atol=1e-5)
+
+
+def test_a_planted_head_is_needed_and_enough_and_another_is_neither(planted: LoadedModel, asked: PromptSet) -> None:
+    tested = sa.test_hypothesis(planted, asked, heads=[(2, 1)], to="zero", random_sets=3)
+    assert tested.verdicts["necessity"].verdict == "supported"
+    assert tested.verdicts["sufficiency"].verdict == "supported"
+    assert tested.intervals["sufficiency"].estimate == pytest.approx(1, abs=0.05)
+    other = sa.test_hypothesis(planted, asked, heads=[(1, 1)], to="zero", random_sets=3)
+    assert other.verdicts["necessity"].verdict == "no effect that matters"
+    assert other.verdicts["sufficiency"].verdict == "contradicted"
+    assert "sufficiency: contradicted" in str(other)
+
+
+def test_what_tuning_changed_is_a_claim_of_two_models(
+    planted: LoadedModel, tiny_models: dict[str, LoadedModel], asked: PromptSet
+) -> None:
+    tested = sa.test_hypothesis(
+        planted, asked, heads=[(2, 1)], to="zero", random_sets=3, base=deepcopy(planted), smallest_effect=0.2
+    )
+    assert (
+        tested.verdicts["change"]
+        == "every one of the 24 facts has the value 0, which says nothing of how much "
+        "others would vary: give bounds, if the measure has any"
+        or tested.intervals["change"].estimate == 0
+    )
+    against = sa.test_hypothesis(
+        tiny_models["gpt2"], asked, heads=[(2, 1)], to="zero", random_sets=3, base=planted, smallest_effect=0.2
+    )
+    assert against.verdicts["change"].verdict == "contradicted"
+
+
+def test_the_measure_takes_named_sets(planted: LoadedModel, asked: PromptSet) -> None:
+    sets = {"planted": {"heads": [[2, 1]], "to": "zero"}, "other": {"heads": [[1, 1]], "to": "zero"}}
+    found: xr.Dataset = sa.measure("hypotheses", planted, asked, {"sets": sets, "random_sets": 3})
+    rows = pd.DataFrame(values_of(measure_of("hypotheses"), found), columns=VALUE_COLUMNS)
+    means = rows[rows["quantity"] == "necessity"].groupby("part")["value"].mean()
+    assert means["planted"] > 0.5 > 0.05 > abs(means["other"])
+    shares = rows[rows["quantity"] == "sufficiency"].groupby("part")[["value", "over"]].mean()
+    assert shares["value"]["planted"] / shares["over"]["planted"] == pytest.approx(1, abs=0.05)
+
+
+def test_bad_sets_are_refused(planted: LoadedModel, asked: PromptSet) -> None:
+    for wrong in ({}, {"heads": [(0, 0)], "layers": [1]}, {"layers": [1]}):
+        with pytest.raises(BadInput, match=r"give heads=\[\(layer, head\), …\] with"):
+            sa.test_hypothesis(planted, asked, **wrong)
+    with pytest.raises(BadInput, match="is no set of this model"):
+        sa.test_hypothesis(planted, asked, heads=[(7, 0)])
+    with pytest.raises(BadInput, match="keeps=2"):
+        sa.test_hypothesis(planted, asked, heads=[(0, 0)], keeps=2)
+    with pytest.raises(BadInput, match="name at least one set"):
+        sa.measure("hypotheses", planted, asked)
+    everything = [(layer, head) for layer in range(3) for head in range(4)]
+    with pytest.raises(BadInput, match="no set of this model|there are 0 other sets"):
+        sa.test_hypothesis(planted, asked, heads=everything, random_sets=1)
