@@ -81,12 +81,7 @@ def test_what_tuning_changed_is_a_claim_of_two_models(
     tested = sa.test_hypothesis(
         planted, asked, heads=[(2, 1)], to="zero", random_sets=3, base=deepcopy(planted), smallest_effect=0.2
     )
-    assert (
-        tested.verdicts["change"]
-        == "every one of the 24 facts has the value 0, which says nothing of how much "
-        "others would vary: give bounds, if the measure has any"
-        or tested.intervals["change"].estimate == 0
-    )
+    assert "the value 0, which says nothing" in str(tested.verdicts["change"])
     against = sa.test_hypothesis(
         tiny_models["gpt2"], asked, heads=[(2, 1)], to="zero", random_sets=3, base=planted, smallest_effect=0.2
     )
