@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -67,3 +68,77 @@ def test_reasoning_is_one_line_that_ends_before_the_conclusion(smollm2: LoadedMo
             part for part in (begun.text, thoughts[prompt.fact_id], "So the answer is") if part
         )
         assert prompt.subject_span == begun.subject_span
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_verdict_that_is_decided_stands(scorer: str) -> None:
+    """Texts put together at random from what decides: the whole is judged as the beginning that was enough."""
+    rng, rule, decided = np.random.default_rng(0), SCORERS[scorer], set()
+    names = [
+        "Niger",
+        "Nigeria",
+        "Guinea",
+        "Guinea-Bissau",
+        "Côte d’Ivoire",
+        "The Gambia",
+        "Thailand",
+        "U.S.",
+        "St. Lucia",
+    ]
+    pieces = [
+        " ",
+        "the ",
+        "The ",
+        "Niger",
+        "ia",
+        "-",
+        "Guinea",
+        " Bissau",
+        ",",
+        ".",
+        "\u0301",
+        "'s",
+        " in",
+        " Republic",
+    ]
+    pieces += [
+        "t",
+        "th",
+        "e ",
+        "Gambia",
+        "T",
+        "hailand",
+        "(",
+        "Côte d'",
+        "Ivoire",
+        "é",
+        "\n",
+        "U",
+        ".S",
+        "St. ",
+        "Lucia",
+    ]
+    tokens = [*(piece.encode() for piece in pieces), b"\xe2\x80", b"\x99", b"\xc3", b"\xa9"]
+    for _ in range(20_000):
+        answers = rng.choice(names, 2).tolist()
+        said = [tokens[i] for i in rng.integers(len(tokens), size=6)]
+        texts = [b"".join(said[:n]).decode(errors="replace") for n in range(1, 7)]
+        begun = next((text.lstrip() for text in texts if rule.decided(text.lstrip(), answers)), None)
+        if begun is None or len(begun.splitlines()) > 1:
+            continue
+        whole = texts[-1].strip().splitlines()[0].strip() if rule.one_line else texts[-1].strip()
+        assert rule.correct(begun.strip(), answers) == rule.correct(whole, answers), (said, answers)
+        decided.add((rule.correct(whole, answers), len(begun) < len(texts[-1])))
+    assert (False, True) in decided or scorer == "containment"
+    assert (True, True) in decided or scorer == "exact_match"
+
+
+@pytest.mark.parametrize(
+    ("begun", "decided"),
+    [
+        *((text, False) for text in ("Niger", "Niger ", "Nige", "Nig\N{REPLACEMENT CHARACTER}", "the ", "th", "")),
+        *((text, True) for text in ("Niger,", "Niger in", "Nigeria", "Niger Re", "than", "Chad")),
+    ],
+)
+def test_what_is_enough_of_an_answer(begun: str, decided: bool) -> None:
+    assert SCORERS["answer_start"].decided(begun, ["Niger"]) == decided

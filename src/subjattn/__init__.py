@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
     from subjattn.evidence.returned import returned as returned
+    from subjattn.evidence.returned import returned_accuracy as returned_accuracy
     from subjattn.evidence.top import top as top
     from subjattn.facts import join_popularity as join_popularity
     from subjattn.facts import load_facts as load_facts
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from subjattn.measures.logit_lens import logit_lens as logit_lens
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
+    from subjattn.measures.put_back_accuracy import put_back_accuracy as put_back_accuracy
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.score_split import score_split as score_split
     from subjattn.measures.subject_attention import controlled_attention as controlled_attention
@@ -117,12 +119,14 @@ _HOMES = {
     "plot_transfer": "plots.transfer",
     "predict": "measures.answers",
     "predict_rows": "measures.answers",
+    "put_back_accuracy": "measures.put_back_accuracy",
     "ratio": "evidence.ratios",
     "read_facts": "facts",
     "reason": "measures.answers",
     "recovery": "measures.patching",
     "rescale": "measures.rescale",
     "returned": "evidence.returned",
+    "returned_accuracy": "evidence.returned",
     "run_study": "study.run",
     "score_split": "measures.score_split",
     "significant": "evidence.maps",

@@ -158,15 +158,43 @@ def _across(row: dict[str, Any], several: bool) -> list[Any]:
     """What one tuned arm and its base give each other."""
     style = f"{row['arm']}, {row['style']}" if several else row["style"]
     lines: list[Any] = [Text(""), *parts_tables(row["parts"], style, None)] if row["parts"] else []
-    if "put" not in row:
-        return lines
+    if "put" in row:
+        lines += _put_back(row, style)
+    if "answers" in row:
+        lines += [Text(""), *answers_tables(f"base put back in all layers, style “{style}”", row["answers"])]
+    return lines
+
+
+def _put_back(row: dict[str, Any], style: str) -> list[Any]:
     gap = row["gap"]
     ends = "" if gap["low"] is None else f" [{gap['low']:+.2f}, {gap['high']:+.2f}]"
-    lines += [Text(""), returned_table(f"base put back in all layers, style “{style}”", row["put"], "put", ["tuned"])]
+    made = returned_table(f"base put back in all layers, style “{style}”", row["put"], "put", ["tuned"])
     words = f"of {row['n']} facts; gap of these, tuned − base: {gap['mean']:+.2f}{ends} nats"
     if not any(put["n"] for put in row["put"]):
         words += "; none has a gap of 0.1 nats: a share of it is not defined"
-    return [*lines, Text(words)]
+    return [Text(""), made, Text(words)]
+
+
+def answers_tables(title: str, found: dict[str, Any]) -> list[Any]:
+    """A row a place: answers right, the share of the accuracy gap returned, and lost answers right again."""
+    from subjattn.evidence.returned import accuracy_gap_in_words
+
+    made = table(f"{title}: answers of the tuned model")
+    made.padding = (0, 1, 0, 0)
+    made.add_column("put")
+    for heading in ("right", "placebo", "share of the gap", "placebo", f"again, of {found['lost']} lost", "placebo"):
+        made.add_column(Text(heading), justify="right")
+    for row in found["put"]:
+        real, placebo = row["real"], row["placebo"]
+        ends = "" if real["share_low"] is None else f" [{_share(real['share_low'])}, {_share(real['share_high'])}]"
+        shown = [_percent(real["accuracy"]), _percent(placebo["accuracy"]), _share(real["share"]) + ends]
+        shown += [_share(placebo["share"]), str(real["again"]), str(placebo["again"])]
+        made.add_row(Text(row["put"]), *map(Text, shown))
+    return [made, Text(f"of {found['n']} answers {accuracy_gap_in_words(found)}")]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def parts_tables(means: dict[str, dict[str, Any]], style: str, n: int | None) -> list[Any]:

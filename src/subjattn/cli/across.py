@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,6 +36,9 @@ from subjattn.cli.compare import refuse_same
 from subjattn.cli.measure import mean_of, plain
 from subjattn.errors import BadInput
 
+
+if TYPE_CHECKING:
+    from subjattn.measures.scoring import ScorerName
 
 USUAL = 24
 """Facts that are asked where there are as many and nothing else is said."""
@@ -96,13 +99,15 @@ def transfer(
     """Put states of a model before tuning into the tuned one, and the reverse: what of the gap between them returns?
 
     Beside every share stands its placebo: as many other positions of the same prompt. Before that comes what each part
-    of the update changes: Shapley values over all combinations of base and tuned weights.
+    of the update changes: Shapley values over all combinations of base and tuned weights; behind it, how many answers
+    return with the base's states of all layers (not by role, and not with `--hold`).
 
     Example: `subjattn transfer --base smollm2-135m --adapter runs/cities/arms/unknown/draw0-seed0/adapter --n 24
     --components mlp_out,pattern`
     """
     from subjattn.facts import load_facts
     from subjattn.measures.put_back import CELL, TOGETHER, places_of
+    from subjattn.measures.put_back_accuracy import PASSES
     from subjattn.measures.where import check_where
     from subjattn.measures.where import where as facts_where
     from subjattn.models import model_shape
@@ -127,6 +132,8 @@ def transfer(
     show_styles(styles, table)
     cells = len(places) * (len(ROLES) if at is Place.role else 1)
     passes = len(table) * len(styles) * (8 + cells * (TOGETHER + 4 * CELL * model_shape(base)[0]))
+    answering = at is not Place.role and not hold
+    passes += len(table) * len(styles) * len(places) * PASSES * answering
     time = clock(passes * seconds_of_a_pass(base, dtype, threads))
     typer.echo(f"{len(table)} facts: about {passes:,.0f} forward passes of a prompt, {time}")
 
@@ -143,6 +150,10 @@ def transfer(
         results[style] = {"template": text, "n": len(prompts), "swap_weights": parts}
         results[style]["transfer"] = {one["name"]: one["content"] for one in made}
         drawn[style] = made
+        if answering:
+            results[style]["answers"] = _answered(
+                arms, prompts, relations, places, at, computing | {"seed": seed}, style
+            )
     asked: dict[str, Any] = {
         "base": base,
         "tuned": tuned,
@@ -215,6 +226,22 @@ def _put(
             both = {metric: plain(returned(of, metric)) for metric in ("answer_logprob", "answer_logit")}
             content[key] = {**both, "arrays": plain(of)}
         yield {"name": name, "content": content, "cells": found["by_layer"]["answer_logprob"]}
+
+
+def _answered(
+    arms: Any, prompts: Any, relations: Any, places: dict[str, Any], at: Place | None, how: dict[str, Any], style: str
+) -> dict[str, Any]:
+    """Answers with all layers of each component put back into the tuned model, shown and as plain data."""
+    from subjattn.evidence.returned import accuracy_in_rows, returned_accuracy
+    from subjattn.measures.put_back_accuracy import put_back_accuracy
+
+    scorer: ScorerName = "letters" if all(prompt.choice_ids for prompt in prompts) else "answer_start"
+    components = list(dict.fromkeys(component for component, _ in places.values()))
+    found = put_back_accuracy(arms, prompts, components, at=None if at is None else at.value, scorer=scorer, **how)
+    about = relations.reindex([prompt.fact_id for prompt in prompts]).to_numpy(object)
+    rows = accuracy_in_rows(returned_accuracy(found.assign_coords(relation=("fact", about))))
+    Console().print(*tables.answers_tables(f"all layers put back, style “{style}”", rows), sep="\n")
+    return {**rows, "scorer": scorer, "arrays": plain(found)}
 
 
 def _draw(path: Path, made: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 
 from subjattn.errors import BadInput
 from subjattn.evidence.intervals import interval
+from subjattn.evidence.ratios import ratio
 
 
 def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: float = 0.1) -> xr.Dataset:
@@ -40,9 +42,8 @@ def returned(found: xr.Dataset, metric: str = "answer_logprob", smallest_gap: fl
     base, tuned = map(str, cells["state"].values)
     gaps = cells.sel(state=tuned, late=tuned, drop=True) - cells.sel(state=base, late=base, drop=True)
     by_fact = gaps.max([dim for dim in gaps.dims if dim != "fact"])
-    clusters = {"fact", "answer", "relation"}
     try:
-        ends = interval(by_fact.drop_vars([name for name in by_fact.coords if name not in clusters])).ends()
+        ends = interval(_clustered(by_fact)).ends()
     except BadInput:
         ends = (np.nan, np.nan)
     about = {"metric": metric, "unit": cells.attrs["unit"], "smallest_gap": smallest_gap, "tuned": tuned}
@@ -73,6 +74,80 @@ def shares(cells: xr.DataArray, smallest_gap: float = 0.1) -> xr.Dataset:
     return result.assign(interaction=crossed.mean("fact"))  # type: ignore[union-attr]
 
 
+def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
+    """What states put back return of the accuracy that tuning cost (or gained), at every place.
+
+    The share is a difference of means over another, (with the base's states − tuned) / (base − tuned), with its
+    interval. Where the interval of the gap holds 0 there is none.
+
+    Args:
+        found: from `put_back_accuracy`; of several replicates its `correct`, with `draw` and `seed`.
+
+    Returns:
+        A Dataset over `put`: `accuracy` by `cell`; by `patch`, real or placebo, `share` of the gap, `share_low` and
+        `share_high`, NaN where it is not defined, and `right_again`: how many of the `n_lost` answers, right by the
+        base and wrong by the tuned model, are right; `n`, answers. Attributes `gap`, tuned minus base, and
+        `gap_interval`, NaN where facts are too few for one.
+
+    Raises:
+        BadInput: not from `put_back_accuracy`.
+    """
+    correct = found.get("correct") if isinstance(found, xr.Dataset) else found
+    if correct is None or not {"fact", "put", "cell"} <= set(correct.dims):
+        raise BadInput("this is no accuracy of states put back: give what put_back_accuracy returns")
+    base, tuned = (correct.isel(put=0, drop=True).sel(cell=cell, drop=True) for cell in ("base", "tuned"))
+    gap, lost = _clustered(tuned - base), (base == 1) & (tuned == 0)
+    ends = _ends(gap, (-1.0, 1.0))
+    defined = ends[0] > 0 or ends[1] < 0
+    shares, again = [], []
+    for cell in ("put_back", "placebo"):
+        put = correct.sel(cell=cell, drop=True)
+        moved = [_clustered(put.sel(put=place, drop=True) - tuned) for place in correct["put"].values]
+        shares.append([_share(change, gap) if defined else (np.nan,) * 3 for change in moved])
+        again.append([int(((put.sel(put=place) == 1) & lost).sum()) for place in correct["put"].values])
+    table, dims = np.array(shares), ("patch", "put")
+    dropped = [dim for dim in correct.dims if dim not in ("put", "cell")]
+    return xr.Dataset(
+        {
+            "accuracy": correct.mean(dropped),
+            **{name: (dims, table[..., i]) for i, name in enumerate(("share", "share_low", "share_high"))},
+            "right_again": (dims, np.array(again)),
+            "n_lost": int(lost.sum()),
+            "n": int(base.notnull().sum()),
+        },
+        {"put": correct["put"].values, "cell": correct["cell"].values, "patch": ["real", "placebo"]},
+        {"gap": float(gap.mean()), "gap_interval": list(ends)},
+    )
+
+
+def _share(change: xr.DataArray, gap: xr.DataArray) -> tuple[float, float, float]:
+    """Of the gap that a change of answers returns, with its interval; NaN where it is not defined.
+
+    What single answers can move it by bounds it, so that answers that all stay are no proof that others would.
+    """
+    change, gap = (array.where(change.notnull()) for array in (change, -gap))
+    try:
+        values = ratio(change, gap)
+    except BadInput:
+        return (np.nan,) * 3
+    share, most = float(values.mean()), (1 + abs(float(values.mean()))) / abs(float(gap.mean()))
+    return share, *_ends(values, (share - most, share + most))
+
+
+def _clustered(values: xr.DataArray) -> xr.DataArray:
+    """Values with those coordinates alone that say which facts belong together, and replicates."""
+    kept = {"fact", "answer", "relation", "draw", "seed"}
+    return values.drop_vars([name for name in values.coords if name not in kept])
+
+
+def _ends(values: xr.DataArray, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Of the mean's interval; NaN where there are too few facts for one."""
+    try:
+        return interval(values, bounds=bounds).ends()
+    except BadInput:
+        return np.nan, np.nan
+
+
 def in_rows(found: xr.Dataset, dim: str) -> list[dict[str, Any]]:
     """Shares as plain data: a row for each label along `dim`, None where a number is not defined.
 
@@ -96,3 +171,31 @@ def in_rows(found: xr.Dataset, dim: str) -> list[dict[str, Any]]:
 
 def _plain(number: xr.DataArray) -> float | None:
     return None if np.isnan(value := float(number)) else value
+
+
+def accuracy_in_rows(found: xr.Dataset) -> dict[str, Any]:
+    """What `returned_accuracy` gives as plain data, None where a number is not defined: `put` holds a row a place."""
+    rows = []
+    for place in found["put"].values.tolist():
+        there = found.sel(put=place)
+        row: dict[str, Any] = {"put": place}
+        for patch, cell in (("real", "put_back"), ("placebo", "placebo")):
+            own = there.sel(patch=patch)
+            row[patch] = {name: _plain(own[name]) for name in ("share", "share_low", "share_high")}
+            row[patch] |= {"accuracy": _plain(there["accuracy"].sel(cell=cell)), "again": int(own["right_again"])}
+        rows.append(row)
+    models = found["accuracy"].isel(put=0)
+    low, high = (None if np.isnan(end) else end for end in found.attrs["gap_interval"])
+    about = {"n": int(found["n"]), "lost": int(found["n_lost"]), "gap": found.attrs["gap"], "low": low, "high": high}
+    return {**about, "base": float(models.sel(cell="base")), "tuned": float(models.sel(cell="tuned")), "put": rows}
+
+
+def accuracy_gap_in_words(found: Mapping[str, Any]) -> str:
+    """Of `accuracy_in_rows`: both models' accuracies, and whether there is a gap to have a share of."""
+    low, high = found["low"], found["high"]
+    ends = "no interval" if low is None else f"[{low:+.2f}, {high:+.2f}]"
+    words = f"are right: base {found['base']:.0%}, tuned {found['tuned']:.0%}; gap, tuned − base: "
+    words += f"{found['gap']:+.2f} {ends}"
+    if low is None or low <= 0 <= high:
+        words += ", which may be nothing: a share of it is not defined"
+    return words

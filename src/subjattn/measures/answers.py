@@ -80,7 +80,7 @@ def predict(
     """
     if interventions is not None:
         each = [interventions] * len(prompts)
-        return _intervened(model, prompts, each, scorer, tokenizer, backend, memory_budget)
+        return answered(model, prompts, each, scorer, tokenizer, backend, memory_budget)
     if backend != "engine" or memory_budget is not None:
         raise BadInput("without interventions the model itself generates: leave out the backend and the memory budget")
     hf = hf_model(model)
@@ -119,10 +119,10 @@ def predict_rows(
         BadInput, NotFired, UnsupportedModel: as `predict`; a patch behind its prompt.
     """
     each = [kept(row) for row in rows]
-    return _intervened(model, [row.prompt for row in rows], each, scorer, tokenizer, backend, memory_budget)
+    return answered(model, [row.prompt for row in rows], each, scorer, tokenizer, backend, memory_budget)
 
 
-def _intervened(
+def answered(
     model: Model,
     prompts: Sequence[Prompt],
     interventions: Sequence[Interventions],
@@ -130,19 +130,34 @@ def _intervened(
     tokenizer: PreTrainedTokenizerBase | None,
     backend: BackendName | Backend,
     memory_budget: int | None,
+    *,
+    patterns: bool = False,
+    whole: bool = True,
 ) -> pd.DataFrame:
+    """What `predict` gives, each prompt under interventions of its own.
+
+    `patterns` says whether some of them put patterns; texts that are not `whole` end where their verdict stands.
+    """
     check_prompts(prompts)
     _check_scorer(scorer)
     if not prompts:
         return _judged(prompts, [], scorer)
     hf, rule = hf_model(model), SCORERS.get(scorer)
     longest = [followed(prompt, prompt.ids[:1] * (rule.new_tokens if rule else 0)) for prompt in prompts]
-    run = opened(backend, hf, memory_budget, longest)
+    run = opened(backend, hf, memory_budget, longest, patterns=patterns)
     if rule is None:
         return _judged(prompts, [ascii_uppercase[i] for i in letters(run, prompts, interventions)], scorer)
     own = tokenizer_of(model, tokenizer)
     eos, newlines = ending_tokens(hf, own)
-    tokens = greedy(run, prompts, interventions, eos, newlines if rule.one_line else (), rule.new_tokens)
+
+    def enough(number: int, tokens: list[int]) -> bool:
+        begun = str(own.decode(tokens, skip_special_tokens=True)).lstrip()
+        if whole or getattr(own, "clean_up_tokenization_spaces", False):  # which changes what was written before
+            return False
+        return len(begun.splitlines()) < 2 and rule.decided(begun, prompts[number].answers)
+
+    lines = newlines if rule.one_line else ()
+    tokens = greedy(run, prompts, interventions, eos, lines, rule.new_tokens, enough)
     return _judged(prompts, [text_of(own, of, one_line=rule.one_line) for of in tokens], scorer)
 
 

@@ -28,18 +28,21 @@ PLACES: dict[str, tuple[Component, At]] = {
 }
 """What is put where: what reads at the prediction position, and what is read or made at the subject."""
 
-_PAPER = "Prakash et al. 2024"
-_NEEDS: frozenset[Need] = frozenset({"subject", "same_prompts", "base"})
+PAPER = "Prakash et al. 2024"
+NEEDS: frozenset[Need] = frozenset({"subject", "same_prompts", "base"})
 
 
-def places_of(components: Sequence[Component], at: At | None = None) -> dict[str, tuple[Component, At]]:
-    """By name, where components are put: `at` one kind of place, or each where `PLACES` has it or the answer is."""
+def places_of(components: Sequence[str], at: At | None = None) -> dict[str, tuple[Component, At]]:
+    """By name, where components are put: `at` one kind of place, or each where `PLACES` has it or the answer is.
+
+    A name of `PLACES` is that one.
+    """
     if at is not None:
-        return {f"{one} at {at}": (one, at) for one in components}
+        return {f"{one} at {at}": (one, at) for one in components}  # type: ignore[misc]
     found: dict[str, tuple[Component, At]] = {}
     for component in components:
-        usual = {name: place for name, place in PLACES.items() if place[0] == component}
-        found |= usual or {f"{component} at prediction": (component, "prediction")}
+        usual = {name: place for name, place in PLACES.items() if component in (name, place[0])}
+        found |= usual or {f"{component} at prediction": (component, "prediction")}  # type: ignore[dict-item]
     return found
 
 
@@ -61,7 +64,7 @@ def _run_by_layer(asked: Asked, settings: LayerSettings) -> xr.Dataset:
 
 def _put(asked: Asked, n_facts: int, **how: Any) -> xr.DataArray:
     """Every place in turn, along `put`."""
-    few, found = asked.by_id(asked.order[:n_facts]) or list(asked.prompts[:n_facts]), []
+    few, found = asked.few(n_facts), []
     for component, at in PLACES.values():
         about = {"at": at, "metric": "answer_logprob", **asked.computing, **how}
         found.append(transfer(asked.both, few, component, **about)["answer_logprob"])
@@ -97,7 +100,7 @@ MEASURE = (
     Measure(
         name="transfer",
         title="the base's states put back into the tuned model",
-        paper=_PAPER,
+        paper=PAPER,
         quantities=(
             Quantity(
                 "put_back",
@@ -125,17 +128,17 @@ MEASURE = (
         run=_run,
         cost=_cost,
         settings=TransferSettings,
-        needs=_NEEDS,
+        needs=NEEDS,
     ),
     Measure(
         name="transfer_by_layer",
         title="the base's states put back into the tuned model, one layer at a time",
-        paper=_PAPER,
+        paper=PAPER,
         quantities=(),
         run=_run_by_layer,
         cost=lambda shape, settings: _cost(shape, settings, shape.n_layers),
         settings=LayerSettings,
-        needs=_NEEDS,
+        needs=NEEDS,
         figure="transfer",
     ),
 )

@@ -167,6 +167,10 @@ class Asked:
         found = {prompt.fact_id: prompt for prompt in self.prompts}
         return [found[fact_id] for fact_id in ids]
 
+    def few(self, n: int) -> list[Prompt]:
+        """The first facts in the order that is the same in every arm; without one as they stand."""
+        return self.by_id(self.order[:n]) or list(self.prompts[:n])
+
 
 def measures() -> dict[str, Measure]:
     """All measures by name."""

@@ -101,7 +101,7 @@ class SplitSettings(Settings):
 
 
 def _run(asked: Asked, settings: SplitSettings) -> xr.Dataset:
-    few = asked.by_id(asked.order[: settings.facts]) or list(asked.prompts[: settings.facts])
+    few = asked.few(settings.facts)
     found = score_split(asked.both, few, memory_budget=asked.memory_budget)
     asked.tell(6.0 * len(few))
     return found.rename(share="score_share", log_odds="subject_log_odds")

@@ -27,6 +27,8 @@ class Scorer:
     correct: Callable[[str, Sequence[str]], bool]
     hopeless: Callable[[str, Sequence[str]], bool] = lambda _begun, _answers: False
     """Whether an answer that begins so is wrong whatever follows; False where that is not known."""
+    decided: Callable[[str, Sequence[str]], bool] = lambda _begun, _answers: False
+    """Whether an answer that begins so is right or wrong whatever follows; False where that is not known."""
 
 
 def is_correct(prediction: str, answers: Sequence[str]) -> bool:
@@ -38,6 +40,22 @@ def is_correct(prediction: str, answers: Sequence[str]) -> bool:
     text = _plain(prediction)
     ends = r"(?![\w-])(?!\s+(?-i:[A-Z]))"
     return any(re.match(re.escape(plain) + ends, text, re.IGNORECASE) for plain in map(_plain, answers) if plain)
+
+
+def start_is_decided(begun: str, answers: Sequence[str]) -> bool:
+    """Whether every text that begins so is correct, or none is.
+
+    What follows may still make a character of its last bytes, and end a name or go on with it.
+    """
+    text = _bare(begun).rstrip("\N{REPLACEMENT CHARACTER}")
+    if re.fullmatch(r"\W*(t|th|the\s*)?", text, re.IGNORECASE):
+        return False
+    own, names = _without_lead(text), [plain for plain in map(_plain, answers) if plain]
+    behind = [own[len(name) :] for name in names if re.match(re.escape(name), own, re.IGNORECASE)]
+    if any(re.match(r"[^\w\s-]|\s+[^\sA-Z]", rest) for rest in behind):
+        return True
+    begins = any(re.match(re.escape(own), name, re.IGNORECASE) for name in names)
+    return not begins and not any(rest.isspace() for rest in behind)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
@@ -91,6 +109,7 @@ SCORERS: Mapping[str, Scorer] = {
         8,
         True,
         is_correct,
+        decided=start_is_decided,
     ),
     "exact_match": Scorer(
         "first line of the greedy answer is an accepted answer; case, punctuation, articles and spaces do not count",
@@ -98,12 +117,14 @@ SCORERS: Mapping[str, Scorer] = {
         True,
         exact_match,
         no_exact_match,
+        no_exact_match,
     ),
     "containment": Scorer(
         "an accepted answer is part of the first 10 tokens generated, both in lower case (Ghosal et al. 2024)",
         10,
         False,
         contains_alias,
+        decided=contains_alias,
     ),
 }
 LETTERS_DEFINITION = "the right letter has the largest logit of the letters of the choices (Ghosal et al. 2024)"
@@ -141,9 +162,18 @@ def definition_of(scorer: str) -> str:
 
 
 def _plain(text: str) -> str:
+    return _without_lead(_bare(text)).rstrip(" .,:;")
+
+
+def _bare(text: str) -> str:
+    """Text without accents, with one space for any."""
     decomposed = unicodedata.normalize("NFKD", text.replace("’", "'"))
-    plain = re.sub(r"\s+", " ", "".join(char for char in decomposed if not unicodedata.combining(char)))
-    return re.sub(r"^\W*(the\s+)?", "", plain, flags=re.IGNORECASE).rstrip(" .,:;")
+    return re.sub(r"\s+", " ", "".join(char for char in decomposed if not unicodedata.combining(char)))
+
+
+def _without_lead(text: str) -> str:
+    """Text without the punctuation and the "the" before a name."""
+    return re.sub(r"^\W*(the\s+)?", "", text, flags=re.IGNORECASE)
 
 
 def _normalised(text: str) -> str:

@@ -185,7 +185,7 @@ class SwapSettings(Settings):
 
 
 def _run(asked: Asked, settings: SwapSettings) -> xr.Dataset:
-    few = asked.by_id(asked.order[: settings.facts]) or list(asked.prompts[: settings.facts])
+    few = asked.few(settings.facts)
     found = swap_weights(asked.both, few, **asked.computing)
     asked.tell(float(found["answer_logprob"].size))
     return found.rename(answer_logprob="swapped_weights", answer_logprob_share="update_share")

@@ -98,7 +98,7 @@ def transfer(
     if wrong := {*metrics} & {"kl", "logit_diff"}:
         raise BadInput(f"metric {min(wrong)!r} takes a foil or a run of one model: use answer_logprob or answer_logit")
     components = [component] if isinstance(component, str) else list(component)
-    parts = _parts(arms, components, by, window, layers, heads, random_sets, seed)
+    parts = parts_put(arms, components, by, window, layers, heads, random_sets, seed)
     if at not in get_args(At):
         raise BadInput(f"at {at!r} is not one of {', '.join(get_args(At))}")
     asked = list(prompts)
@@ -163,7 +163,7 @@ class _Parts:
     placebo: bool = True
 
 
-def _parts(
+def parts_put(
     arms: Arms,
     components: Sequence[Component],
     by: By | None,
@@ -227,7 +227,7 @@ def _grid(
     asked: Sequence[Prompt], models: dict[str, Arm | None], parts: _Parts, at: At, *, hold: bool, seed: int
 ) -> _Grid:
     rng, arms = np.random.default_rng(seed), list(models.values())
-    places = [_places(prompt, at) for prompt in asked]
+    places = [places_in(prompt, at) for prompt in asked]
     shape = (len(asked), len(PATCHES), len(arms), len(arms), len(parts.groups), max(map(len, places)))
     grid = _Grid([Row(prompt, arm=arm) for prompt in asked for arm in arms], [], np.zeros(shape, bool))
     for fact, prompt in enumerate(asked):
@@ -238,7 +238,7 @@ def _grid(
                     continue
                 grid.own[fact, kind, late, late, group, place] = True
                 source, cell = Run(prompt, arms[1 - late]), (fact, kind, 1 - late, late, group, place)
-                patches = tuple(_patches(parts.groups[group], where[kind], source, prompt, parts.n_layers))
+                patches = tuple(patches_of(parts.groups[group], where[kind], source, prompt, parts.n_layers))
                 if not patches:
                     grid.own[cell] = True
                     continue
@@ -249,7 +249,7 @@ def _grid(
     return grid
 
 
-def _places(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
+def places_in(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
     predicting, last = tuple(prompt.predicting), prompt.predicting[-1]
     if at == "role":
         return [predicting if role == "prediction" else tuple(prompt.role(role)) for role in ROLES]
@@ -266,7 +266,7 @@ def _elsewhere(prompt: Prompt, positions: Sequence[int], rng: np.random.Generato
     return tuple(sorted(int(at) for at in rng.choice(others, len(positions), replace=False)))
 
 
-def _patches(
+def patches_of(
     group: Sequence[_Cell],
     positions: Sequence[int],
     source: Run,

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from subjattn.evidence.changes import difference
+from subjattn.evidence.returned import accuracy_gap_in_words
 from subjattn.measures.record import Measure, measure_of
 from subjattn.plots.figures import Drawn, figure_of
 from subjattn.plots.verdicts import plot_claims
@@ -44,7 +45,7 @@ def write(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": _signed, "short": _short, "shares": _shares, "needed": needed_in_words}
-    environment.filters |= {"difference": difference, "part": _part}
+    environment.filters |= {"difference": difference, "part": _part, "accuracy_gap": accuracy_gap_in_words}
     page = environment.get_template("page.html.jinja").render(_content(run))
     target = folder / files.REPORT
     with replacing(target) as path:
