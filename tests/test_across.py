@@ -77,6 +77,12 @@ def test_the_command_gives_what_the_functions_give(
     share = xr.Dataset.from_dict(found["transfer"]["mlp_out at subject"]["by_layer"]["answer_logprob"])["share"]
     values = by_hand(wanted["answer_logprob"], "tuned", layer=1, patch="real")
     assert float(share.sel(into="tuned", patch="real", layer=1)) == pytest.approx(np.median(values), abs=1e-4)
+    answers = sa.put_back_accuracy(arms, prompts, ["mlp_out", "pattern"], seed=3)
+    np.testing.assert_equal(
+        xr.Dataset.from_dict(found["answers"]["arrays"])["correct"].values.astype(float), answers["correct"].values
+    )
+    assert [row["put"] for row in found["answers"]["put"]] == list(found["transfer"])
+    assert "all layers put back, style “list”: answers of the tuned model" in shown
     parts = sa.swap_weights(arms, prompts)["answer_logprob_share"]
     for part in parts["part"].values:
         row = found["swap_weights"]["answer_logprob"][str(part)]
@@ -97,6 +103,7 @@ def test_where_states_are_put(
     assert run(monkeypatch, *asked, "--window", 2, "--hold") == 0
     shown = capsys.readouterr().out
     assert f"v at {at}, style “style1”" in shown and ("into base: share" in shown) == (at == "role")
+    assert "answers of the tuned model" not in shown, "an answer grows under what is put, and this holds the rest"
     assert at == "role" or " – " in shown, "positions that are all there are have no placebo"
 
 

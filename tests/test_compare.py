@@ -339,4 +339,12 @@ def test_what_the_base_gives_the_tuned_model(
         assert row["n"] == known.sum() and real["share"] == pytest.approx(share, abs=1e-3)
         assert real["change"] == pytest.approx(np.mean(put - tuned), abs=1e-4)
         assert row["put"] in shown and row["put"] in page and f"{real['share']:+.2f}" in shown
+    answers = found["answers"]
+    few = [every[fact] for fact in run.measure("transfer_accuracy", "tuned", "style1")["fact"].values]
+    put = sa.put_back_accuracy(arms, few)["correct"].sel(cell=["base", "tuned", "put_back"]).mean("fact")
+    assert (answers["n"], len(answers["put"])) == (20, 7) and "may be nothing: a share of it is not defined" in page
+    for row in answers["put"]:
+        base, tuned, back = put.sel(put=row["put"]).values
+        assert (answers["base"], answers["tuned"], row["real"]["accuracy"]) == pytest.approx((base, tuned, back))
+    assert "answers of the tuned model" in shown and "right again" in page
     assert "Which part of the update does it" in page and "return in the other" in page and "Not drawn" not in page

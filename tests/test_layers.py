@@ -31,7 +31,7 @@ FLOORS = (
     {"plots"},
     {"study"},
     {"report"},
-    {"verify", "verify_arms", "bench", "bench_facts", "bench_arms", "tables"},
+    {"verify", "verify_arms", "bench", "bench_facts", "bench_arms", "bench_tables", "tables"},
     {"cli"},
     {"subjattn"},
 )

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn import tables
+from subjattn import bench_tables, tables
 from subjattn.cli.app import (
     DtypeOption,
     FactsOption,
@@ -159,7 +159,7 @@ def bench(
         memory_budget=memory_budget,  # type: ignore[arg-type]
     )
     found = {"model": random_init or model, "shots": shots, **found}
-    Console().print(tables.bench_table(found))
+    Console().print(bench_tables.bench_table(found))
     write_json(json_, found)
 
 
@@ -183,11 +183,11 @@ def _bench_facts(grid: GridName, model: str, facts: str, n: int, seed: int, dtyp
 
     if grid is GridName.spans:
         found = time_spans(facts, model)
-        for line in tables.spans_lines(found):
+        for line in bench_tables.spans_lines(found):
             typer.echo(line)
     else:
         pool = load_facts(facts)
         found = time_slick(load_model(model, dtype=dtype), draw(pool, n, seed), pool, Budget(seed=seed))
-        for line in tables.slick_lines(found):
+        for line in bench_tables.slick_lines(found):
             typer.echo(line)
     write_json(json_, {"model": model, "facts": facts, "dtype": dtype, **found})

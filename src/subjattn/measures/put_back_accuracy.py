@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ANSWERED = ("base", "tuned", "put_back", "placebo")
 """Whose answer: the base's, the tuned model's, and the tuned model's with the base's states and with the placebo's."""
-PASSES = 4.5
+PASSES = 2.5
 """Forward passes of a prompt that the answers at a place cost, roughly."""
 
 
