@@ -31,7 +31,17 @@ FLOORS = (
     {"plots"},
     {"study"},
     {"report"},
-    {"verify", "verify_arms", "bench", "bench_facts", "bench_arms", "bench_tables", "tables"},
+    {
+        "verify",
+        "verify_arms",
+        "verify_hooks",
+        "verify_inside",
+        "bench",
+        "bench_facts",
+        "bench_arms",
+        "bench_tables",
+        "tables",
+    },
     {"cli"},
     {"subjattn"},
 )

@@ -6,20 +6,17 @@ by hooks on that model; parts of an update are weights merged by hand.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from subjattn.backends import BACKENDS, Backend, BackendName
 from subjattn.engine import checks
-from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads, n_kv_heads
+from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
 from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Component, Part, Patch, Row, Run
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.measures import hf_model, opened
@@ -27,15 +24,14 @@ from subjattn.models import LoadedModel
 from subjattn.models.arms import load_arms
 from subjattn.prompts import Prompt
 from subjattn.verify import Comparison, Refusal, Verification
+from subjattn.verify_hooks import States, run
+from subjattn.verify_inside import with_scores
 
 
 TUNED = "tuned"
 ONE_BATCH, PARTS_OF = "arms in one batch", "parts of the update"
 _PARTS: dict[str, Part] = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}
 _PARTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
-_INTERFACE = "subjattn_verify"
-_States = dict[tuple[Component, int], Tensor]
-_read: _States = {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class _Put:
     cells: tuple[tuple[int, int | None], ...]
     positions: tuple[int, ...]
 
-    def row(self, states: _States | None, arm: Arm | None) -> Row:
+    def row(self, states: States | None, arm: Arm | None) -> Row:
         """With the other arm's states taken in the same batch; or, brought along, in a row of one model."""
         patches = []
         for layer, head in self.cells:
@@ -73,11 +69,11 @@ def with_arms(
 
     Quantities, in logits of the tokens that predict the answer: plain rows of both; a transfer of each component in
     both directions, all layers and heads together (of the residual stream the middle layer); and each part of a plain
-    LoRA's update alone. A scale is what an arm, a transfer or a part moves.
+    LoRA's update alone. A scale is what an arm, a transfer or a part moves. Then what `with_scores` adds.
 
     Args:
         found: of the tuned model, from `verify`.
-        tuned: the base under its adapter, live.
+        tuned: the base under its adapter, live; or a checkpoint of its own.
         base: the base alone; its weights are changed for a moment and put back.
         prompts: few; every reference makes some twenty passes of each.
         backends: what to compare.
@@ -85,19 +81,20 @@ def with_arms(
     Raises:
         BadInput, AdapterMismatch, UnsupportedModel: the two cannot be arms of one batch.
     """
-    arms = load_arms(base, {TUNED: str(tuned.adapter)})
+    own = {TUNED: str(tuned.adapter or tuned.name)}
+    arms = load_arms(base, own if tuned.adapter else None, None if tuned.adapter else own)
     engine = opened("engine", base.model, None, prompts)
     apart = {None: hf_model(base), Arm(TUNED): hf_model(tuned)}
     plain = [Row(prompt, arm=arm) for prompt in prompts for arm in apart]
     puts = [put for prompt in prompts for arm in apart for put in _puts(base.model, prompt, arm)]
     ours = _logits(engine, plain)
     moved = _logits(engine, [put.row(None, put.into) for put in puts])
-    own = {(row.prompt.fact_id, row.arm): logits for row, logits in zip(plain, ours, strict=True)}
-    states = {(p.fact_id, arm): _states(model, p) for p in prompts for arm, model in apart.items()}
+    alone = {(row.prompt.fact_id, row.arm): logits for row, logits in zip(plain, ours, strict=True)}
+    states = {(p.fact_id, arm): run(model, p)[1] for p in prompts for arm, model in apart.items()}
     allowed = checks.logit_tolerance(base.model) * found.largest_logit
     comparisons: list[Comparison] = []
     refusals: list[Refusal] = []
-    shift = max(float((own[p.fact_id, Arm(TUNED)] - own[p.fact_id, None]).abs().max()) for p in prompts)
+    shift = max(float((alone[p.fact_id, Arm(TUNED)] - alone[p.fact_id, None]).abs().max()) for p in prompts)
     for name in (name for name in dict.fromkeys(backends) if name != "engine"):
         try:
             references = {arm: opened(name, model, None, prompts) for arm, model in apart.items()}
@@ -108,7 +105,7 @@ def with_arms(
         comparisons.append(_compared(name, ONE_BATCH, ours, theirs, shift, allowed))
         for component in COMPONENTS:
             some = [(put, logits) for put, logits in zip(puts, moved, strict=True) if put.component == component]
-            scale = max(float((logits - own[put.prompt.fact_id, put.into]).abs().max()) for put, logits in some)
+            scale = max(float((logits - alone[put.prompt.fact_id, put.into]).abs().max()) for put, logits in some)
             quantity = f"transfer {component}"
             try:
                 theirs = [
@@ -127,12 +124,13 @@ def with_arms(
     comparisons += merged
     refusals += [Refusal("hooks", PARTS_OF, reason) for reason in reasons]
     quantities += [found_.quantity for found_ in merged]
-    return replace(
+    found = replace(
         found,
         quantities=[*found.quantities, *quantities],
         comparisons=[*found.comparisons, *comparisons],
         refusals=[*found.refusals, *refusals],
     )
+    return with_scores(found, arms, tuned, prompts)
 
 
 def _other(arm: Arm | None) -> Arm | None:
@@ -170,58 +168,6 @@ def _compared(
     return Comparison(backend, quantity, "logits", cells, scale, allowed, None, gap)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any) -> tuple[Tensor, Any]:
-    """The model's own eager attention, and what goes into it and comes out kept."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    found, pattern = eager(module, query, key, value, mask, **how)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    inside: dict[Component, Tensor] = {"q": query, "k": key, "v": value, "pattern": pattern, "z": found.transpose(1, 2)}
-    _read.update({(name, layer): state[0].clone() for name, state in inside.items()})
-    return found, pattern
-
-
-AttentionInterface.register(_INTERFACE, _attend)
-AttentionMaskInterface.register(_INTERFACE, eager_mask)
-
-
-@torch.inference_mode()
-def _states(model: PreTrainedModel, prompt: Prompt) -> _States:
-    """Every component of every layer, `[position, width]` or `[head, position, width]`, by one plain pass."""
-    _read.clear()
-    with _attending(model), ExitStack() as stack:
-        for layer, module in enumerate(decoder_layers(model)):
-            named: tuple[tuple[Component, nn.Module], ...] = (
-                ("resid_post", module),
-                ("attn_out", attention_module(module)),
-                ("mlp_out", mlp_module(module)),
-            )
-            for name, at in named:
-                stack.callback(at.register_forward_hook(_keep(name, layer)).remove)
-            stack.callback(module.register_forward_pre_hook(_keep("resid_pre", layer), with_kwargs=True).remove)
-        model(input_ids=torch.tensor([prompt.ids], device=model.device), use_cache=False)
-    return dict(_read)
-
-
-def _keep(name: Component, layer: int) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, last: Any) -> None:
-        found = (args[0] if args else last["hidden_states"]) if name == "resid_pre" else last
-        _read[name, layer] = (found[0] if isinstance(found, tuple) else found)[0].clone()
-
-    if name == "resid_pre":
-        return hook
-    return lambda module, args, output: hook(module, args, output)
-
-
-@contextmanager
-def _attending(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_INTERFACE)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 @torch.inference_mode()
 def _parts(
     engine: Backend,
@@ -234,6 +180,8 @@ def _parts(
     """Each part of a plain LoRA's update alone, against the base with that part merged by hand."""
     from peft.tuners.lora import LoraLayer
 
+    if tuned.adapter is None:
+        return [], ["a checkpoint's update is no sum of parts by itself, so it is not merged by hand"]
     updates: dict[Part, dict[str, Tensor]] = {}
     for path, module in hf_model(tuned).named_modules():
         if not isinstance(module, LoraLayer):

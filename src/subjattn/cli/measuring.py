@@ -26,6 +26,8 @@ from subjattn.cli.app import (
     use_threads,
     write_json,
 )
+from subjattn.cli.compare import refuse_same
+from subjattn.errors import BadInput
 
 
 class MetricChoice(StrEnum):
@@ -55,6 +57,7 @@ class GridName(StrEnum):
 def verify(
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
     adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    tuned: Annotated[str | None, typer.Option(help="Or a full checkpoint tuned from it.")] = None,
     facts: FactsOption = "cities",
     template: TemplateOption = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all comparisons to this file.")] = None,
@@ -64,25 +67,31 @@ def verify(
 ) -> int:
     """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 unless all agree.
 
-    With an adapter, also base and adapter in one batch, transfers between them and parts of the update, against each
-    model by itself. The table lists what was compared and what was skipped, with the reason. Numbers that no reference
-    computes are no agreement.
+    Tracing and scaled attention scores are among it. With an adapter or a tuned checkpoint, which is then what is
+    verified, also base and tuned model in one batch, transfers between them, parts of an adapter's update, and
+    attention scores split, against each model by itself. The table lists what was compared and what was skipped, with
+    the reason. Numbers that no reference computes are no agreement.
 
     Example: `subjattn verify --model smollm2-135m --json verify.json`
     """
     from subjattn import verify as verification
     from subjattn.facts import load_facts
     from subjattn.models import load_model
+    from subjattn.verify_inside import with_inside
 
     check_output(json_)
+    if adapter is not None and tuned is not None:
+        raise BadInput("verify compares one tuned model with its base: give --tuned or --adapter, not both")
+    if tuned is not None:
+        refuse_same(model, tuned)
     table = load_facts(facts)
     name, style = next(iter(styles_of(table, template).items()))
     show_styles({name: style}, table)
     use_threads(threads)
-    loaded = load_model(model, adapter=adapter, dtype=dtype)
+    loaded = load_model(tuned or model, adapter=adapter, dtype=dtype)
     prompts, pairs = verification.verify_facts(loaded, table, style, seed)
-    found = verification.verify(loaded, prompts, pairs)
-    if adapter is not None:
+    found = with_inside(verification.verify(loaded, prompts, pairs), loaded, prompts)
+    if adapter is not None or tuned is not None:
         from subjattn.verify_arms import with_arms
 
         found = with_arms(found, loaded, load_model(model, dtype=dtype), prompts)
@@ -128,7 +137,6 @@ def bench(
     Example: `subjattn bench --grid resid --n 8 --peers transformer-lens --json bench.json`
     """
     from subjattn import bench as benches
-    from subjattn.errors import BadInput
     from subjattn.facts import load_facts
     from subjattn.models import best_device, load_model
 
