@@ -6,7 +6,7 @@ by hooks on that model; parts of an update are weights merged by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -31,6 +31,7 @@ from subjattn.verify_inside import with_scores
 TUNED = "tuned"
 ONE_BATCH, PARTS_OF = "arms in one batch", "parts of the update"
 _PARTS: dict[str, Part] = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "o_proj": "vo"}
+_PARTS |= {"q_norm": "qk", "k_norm": "qk"}
 _PARTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
 
@@ -69,7 +70,8 @@ def with_arms(
 
     Quantities, in logits of the tokens that predict the answer: plain rows of both; a transfer of each component in
     both directions, all layers and heads together (of the residual stream the middle layer); and each part of a plain
-    LoRA's update alone. A scale is what an arm, a transfer or a part moves. Then what `with_scores` adds.
+    LoRA's or a checkpoint's update alone. A scale is what an arm, a transfer or a part moves. Then what `with_scores`
+    adds.
 
     Args:
         found: of the tuned model, from `verify`.
@@ -177,43 +179,70 @@ def _parts(
     prompts: Sequence[Prompt],
     allowed: float,
 ) -> tuple[list[Comparison], list[str]]:
-    """Each part of a plain LoRA's update alone, against the base with that part merged by hand."""
-    from peft.tuners.lora import LoraLayer
-
-    if tuned.adapter is None:
-        return [], ["a checkpoint's update is no sum of parts by itself, so it is not merged by hand"]
-    updates: dict[Part, dict[str, Tensor]] = {}
-    for path, module in hf_model(tuned).named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        part, plain = _PARTS.get(path.rpartition(".")[2]), module.get_base_layer()
-        if part is None or type(plain) is not nn.Linear or module.lora_variant:
-            return [], [f"{path} is no plain LoRA on a projection of one part, so its weights are not merged by hand"]
-        (name,) = module.lora_A
-        down, up = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
-        updates.setdefault(part, {})[path] = module.scaling[name] * up @ down
-    if not updates:
-        return [], ["the adapter is no LoRA, so its weights are not merged by hand"]
+    """Each part of the update alone, against the base with that part's weights put in by hand."""
+    try:
+        updates = dict(_of_checkpoint(tuned, base) if tuned.adapter is None else _of_lora(tuned, base))
+    except UnsupportedModel as error:
+        return [], [str(error)]
     found, rows = [], [Row(prompt) for prompt in prompts]
     before, reference = _logits(engine, rows), opened("hooks", base.model, None, prompts)
     for part, weights in updates.items():
         ours = _logits(engine, [replace(row, arm=arm(TUNED, parts=[part])) for row in rows])
-        with _merged(base.model, weights):
+        with _put_in(base.model, weights):
             theirs = _logits(reference, rows)
         scale = max(float((one - other).abs().max()) for one, other in zip(ours, before, strict=True))
         found.append(_compared("hooks", f"{PARTS_OF}: {part}", ours, theirs, scale, allowed))
     return found, []
 
 
+_Weights = dict[str, Tensor]
+"""By a parameter's name, what it becomes."""
+
+
+def _of_lora(tuned: LoadedModel, base: LoadedModel) -> Mapping[Part, _Weights]:
+    """The base's weights with a plain LoRA's update in them, by part."""
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[Part, _Weights] = {}
+    for path, module in hf_model(tuned).named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        part, plain = _PARTS.get(path.rpartition(".")[2]), module.get_base_layer()
+        if part is None or type(plain) is not nn.Linear or module.lora_variant:
+            raise UnsupportedModel(
+                f"{path} is no plain LoRA on a projection of one part, so its weights are not merged by hand"
+            )
+        (name,) = module.lora_A
+        down, up = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+        weight = base.model.get_parameter(f"{path}.weight")
+        update = (module.scaling[name] * up @ down).to(weight.device)
+        found.setdefault(part, {})[f"{path}.weight"] = weight.float() + update
+    if not found:
+        raise UnsupportedModel("the adapter is no LoRA, so its weights are not merged by hand")
+    return found
+
+
+def _of_checkpoint(tuned: LoadedModel, base: LoadedModel) -> Mapping[Part, _Weights]:
+    """A checkpoint's weights, by part: told by the names of their modules, what stands outside the layers is `rest`."""
+    inside = {id(weight) for layer in decoder_layers(base.model) for weight in layer.parameters()}
+    theirs, found = dict(tuned.model.named_parameters()), dict[Part, _Weights]()
+    for path, weight in base.model.named_parameters():
+        part = _PARTS.get(path.split(".")[-2], "rest")
+        if part == "rest" and id(weight) in inside and weight.ndim > 1:
+            raise UnsupportedModel(f"{path} is no projection of one part, so its weights are not merged by hand")
+        if not torch.equal(weight, theirs[path]):
+            found.setdefault(part, {})[path] = theirs[path]
+    return found
+
+
 @contextmanager
-def _merged(model: PreTrainedModel, updates: dict[str, Tensor]) -> Iterator[None]:
-    """Updates added to weights, which are put back as they were."""
-    kept = {path: model.get_submodule(path).weight.clone() for path in updates}  # type: ignore[operator]
+def _put_in(model: PreTrainedModel, weights: _Weights) -> Iterator[None]:
+    """Weights replaced, and then as they were."""
+    kept = {path: model.get_parameter(path).clone() for path in weights}
     try:
-        for path, update in updates.items():
-            weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
-            weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+        for path, weight in weights.items():
+            model.get_parameter(path).copy_(weight)
         yield
     finally:
         for path, weight in kept.items():
-            model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator, union-attr]
+            model.get_parameter(path).copy_(weight)

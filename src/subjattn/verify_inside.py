@@ -35,7 +35,7 @@ from subjattn.verify_hooks import Put, States, run
 
 
 NOISED = "noised runs"
-SCALED, SCALED_HEADS = "scores scaled", "scores scaled by head"
+SCALED, SCALED_HEADS = "scores scaled", "scores scaled in heads"
 RESTORED, SPLIT = "restored mlp_out of the tuned", "scores split"
 DOSES = (-1.0, 1.0)
 _Measure = Callable[[Backend], dict[str, xr.DataArray]]
@@ -52,7 +52,7 @@ def with_inside(
 
     Quantities, in nats of the answer's log-probability: runs with noise on the subject's embeddings; each component's
     clean states restored into them, by role, in the first, the middle and the last layer; and a dose added to the
-    scores from all positions that predict the answer to the subject, in all heads and in two. A scale is what noise,
+    scores from all positions that predict the answer to the subject, in all heads and in every other. A scale is what noise,
     a restored state or a dose moves.
 
     Args:
@@ -212,8 +212,9 @@ def _scaling(model: LoadedModel, prompts: Sequence[Prompt]) -> _Measure:
 
 
 def _heads(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """The first head of the first layer, and the last of the middle one."""
-    return [(0, 0), (len(decoder_layers(model)) // 2, n_heads(model) - 1)]
+    """Every other one, as on a chessboard of layers and heads."""
+    every = product(range(len(decoder_layers(model))), range(n_heads(model)))
+    return [(layer, head) for layer, head in every if (layer + head) % 2]
 
 
 def _scaled_by_hand(

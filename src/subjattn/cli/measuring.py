@@ -68,7 +68,7 @@ def verify(
     """Compare the engine with plain hooks, TransformerLens and nnsight on your model; status 1 unless all agree.
 
     Tracing and scaled attention scores are among it. With an adapter or a tuned checkpoint, which is then what is
-    verified, also base and tuned model in one batch, transfers between them, parts of an adapter's update, and
+    verified, also base and tuned model in one batch, transfers between them, parts of the update, and
     attention scores split, against each model by itself. The table lists what was compared and what was skipped, with
     the reason. Numbers that no reference computes are no agreement.
 
