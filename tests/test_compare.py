@@ -341,8 +341,12 @@ def test_what_the_base_gives_the_tuned_model(
         assert row["put"] in shown and row["put"] in page and f"{real['share']:+.2f}" in shown
     answers = found["answers"]
     few = [every[fact] for fact in run.measure("transfer_accuracy", "tuned", "style1")["fact"].values]
-    put = sa.put_back_accuracy(arms, few)["correct"].sel(cell=["base", "tuned", "put_back"]).mean("fact")
-    assert (answers["n"], len(answers["put"])) == (20, 7) and "may be nothing: a share of it is not defined" in page
+    put = (
+        sa.put_back_accuracy(arms, few, ["pattern", "z", "mlp_out at prediction"])["correct"]
+        .sel(cell=["base", "tuned", "put_back"])
+        .mean("fact")
+    )
+    assert (answers["n"], len(answers["put"])) == (20, 3) and "may be nothing: a share of it is not defined" in page
     for row in answers["put"]:
         base, tuned, back = put.sel(put=row["put"]).values
         assert (answers["base"], answers["tuned"], row["real"]["accuracy"]) == pytest.approx((base, tuned, back))

@@ -52,8 +52,8 @@ def with_inside(
 
     Quantities, in nats of the answer's log-probability: runs with noise on the subject's embeddings; each component's
     clean states restored into them, by role, in the first, the middle and the last layer; and a dose added to the
-    scores from all positions that predict the answer to the subject, in all heads and in every other. A scale is what noise,
-    a restored state or a dose moves.
+    scores from all positions that predict the answer to the subject, in all heads and in every other. A scale is what
+    noise, a restored state or a dose moves.
 
     Args:
         found: of the model, from `verify`.

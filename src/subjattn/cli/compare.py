@@ -34,9 +34,9 @@ USUAL_N = 100
 QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 """Measures made first, in both models, and shown."""
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
-USUAL |= {"swap_weights": {}, "transfer": {"facts": 6}}
 ANSWERED = ["pattern", "z", "mlp_out at prediction"]
-"""What is put back while the tuned model answers; with `--deep` all that `transfer` puts back."""
+"""What is put back while the tuned model answers; `subjattn transfer` puts back all."""
+USUAL |= {"swap_weights": {}, "transfer": {"facts": 6}, "transfer_accuracy": {"components": ANSWERED}}
 DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer_by_layer": {}}
 """What `--deep` adds."""
 
@@ -110,7 +110,7 @@ def compare(
         "arms": {"base": {}, "tuned": {"model": tuned} if tuned else {"adapter": adapter}},
         "contrasts": [["tuned", "base"]],
         "smallest_effects": effects_of(smallest or []),
-        "measures": USUAL | {"transfer_accuracy": {} if deep else {"components": ANSWERED}} | (DEEP if deep else {}),
+        "measures": USUAL | (DEEP if deep else {}),
     }
     config, console = parse_study(raw | _asked(raw, n, template), "compare"), Console()
     if adapter is not None and not check_adapter(base, adapter):
