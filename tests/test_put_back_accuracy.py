@@ -232,6 +232,16 @@ def test_the_share_is_a_difference_of_means_over_another() -> None:
     assert gained["share"].sel(patch="real").item() == pytest.approx(again)
 
 
+def test_every_share_has_an_interval() -> None:
+    """Also where an answer moves it as far as one can: right by the tuned model alone, and wrong with the state put."""
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        base, tuned, put = ((rng.random(40) < share).astype(int) for share in (0.6, 0.15, 0.1))
+        found = returned_accuracy(correct_of(base, tuned, put, tuned))
+        if found.attrs["gap_interval"][1] < 0:
+            assert (found["share_low"] < found["share"]).all() and (found["share"] < found["share_high"]).all()
+
+
 def test_a_gap_that_may_be_nothing_has_no_share() -> None:
     """Planted: as many answers won as lost; and a gap of one fact in thirty."""
     base, tuned = [1, 0] * 15, [0, 1] * 15

@@ -130,8 +130,9 @@ def _share(change: xr.DataArray, gap: xr.DataArray) -> tuple[float, float, float
         values = ratio(change, gap)
     except BadInput:
         return (np.nan,) * 3
-    share, most = float(values.mean()), (1 + abs(float(values.mean()))) / abs(float(gap.mean()))
-    return share, *_ends(values, (share - most, share + most))
+    share = float(values.mean())
+    most = (1 + 1e-9) * (1 + abs(share)) / abs(float(gap.mean()))
+    return share, *interval(values, bounds=(share - most, share + most)).ends()
 
 
 def _clustered(values: xr.DataArray) -> xr.DataArray:
