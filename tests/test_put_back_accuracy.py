@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import Prompt, PromptSet, make_prompts
+from subjattn.study.across import _replicated
 
 
 Made = Callable[[str], tuple[Arms, dict[str, LoadedModel]]]
@@ -264,7 +266,7 @@ def test_a_gap_that_may_be_nothing_has_no_share() -> None:
 def test_the_measure_gives_what_the_function_gives(tuned: Made, prompts: PromptSet) -> None:
     arms, _ = tuned("llama")
     two = Arms(arms.base, {"one": arms.sources["one"]})
-    found = measure("transfer_accuracy", two, prompts, {"facts": 4, "components": ["z", "mlp_out at subject"]})
+    found = measure("transfer_accuracy", two, prompts, {"facts": 4, "components": "z, mlp_out at subject"})
     few = [prompt for prompt in prompts if prompt.fact_id in set(found["fact"].values)]
     own = put_back_accuracy(arms, few, ["z", "mlp_out"], "one")["correct"].sel(fact=found["fact"], put=found["put"])
     some = ["base", "tuned", "put_back"]
@@ -275,6 +277,8 @@ def test_the_measure_gives_what_the_function_gives(tuned: Made, prompts: PromptS
     gap = (own.sel(cell="tuned") - own.sel(cell="base")).isel(put=0)
     assert rows["accuracy_gap", ""].tolist() == gap.values.tolist()
     assert found["put"].values.tolist() == ["z at prediction", "mlp_out at subject"]
+    for given in (list(PLACES), ",".join(PLACES), str(tuple(PLACES))):  # the last as the command line has its default
+        assert measure_of("transfer_accuracy").parse({"components": given}).components == tuple(PLACES)
     with pytest.raises(BadInput, match="'y' is not one of resid_pre"):
         measure("transfer_accuracy", two, prompts, {"components": ["y"]})
 
@@ -287,3 +291,23 @@ def test_refusals(tuned: Made, prompts: PromptSet) -> None:
         put_back_accuracy(arms, prompts, "y", "one")
     with pytest.raises(BadInput, match="scorer 'bleu' is not one of"):
         put_back_accuracy(arms, prompts, "z", "one", scorer="bleu")
+
+
+def test_replicates_are_crossed_with_facts() -> None:
+    """Answers of two draws of two seeds: the share is that of all of them, the interval one over facts and draws."""
+    rng = np.random.default_rng(3)
+    found, every = {}, []
+    for replicate in product(range(3), range(2)):
+        base, tuned = (np.arange(40) % 5 > 0).astype(int), (rng.random(40) < 0.2).astype(int)
+        put = np.where(rng.random(40) < 0.6, base, tuned)
+        found[replicate] = correct_of(base, tuned, put, tuned).to_dataset()
+        every.append((base, tuned, put))
+    facts = pd.DataFrame({"fact_id": np.arange(40), "relation": "country"})
+    whole = returned_accuracy(_replicated(found, facts))
+    base, tuned, put = (np.mean([one[i] for one in every]) for i in range(3))
+    assert whole["share"].sel(patch="real").item() == pytest.approx((put - tuned) / (base - tuned))
+    assert whole["n"] == 240 and whole.attrs["gap"] == pytest.approx(tuned - base)
+    lost = sum(int(((one[0] == 1) & (one[1] == 0)).sum()) for one in every)
+    assert whole["n_lost"] == lost
+    alone = returned_accuracy(_replicated({None: found[0, 0]}, facts))
+    assert alone["n"] == 40 and alone.attrs["gap"] == pytest.approx(every[0][1].mean() - every[0][0].mean())

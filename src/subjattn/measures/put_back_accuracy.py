@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import xarray as xr
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers
@@ -146,21 +146,27 @@ def _others(prompt: Prompt, at: At, rng: np.random.Generator) -> list[int] | Non
     return rng.permutation(others).tolist() if len(others) >= len(own) else None
 
 
+def _read(given: object) -> object:
+    """Names separated by commas, as on the command line."""
+    if not isinstance(given, str):
+        return given
+    return tuple(name for part in given.split(",") if (name := part.strip(" ()[]'")))
+
+
+def _known(components: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [one for one in components if one not in (*COMPONENTS, *PLACES)]:
+        raise ValueError(f"{wrong[0]!r} is not one of {', '.join([*COMPONENTS, *PLACES])}")
+    return components
+
+
 class AccuracySettings(Settings):
     facts: PositiveInt = Field(20, description="facts answered with the base's states put back")
-    components: tuple[str, ...] = Field(
+    components: Annotated[tuple[str, ...], BeforeValidator(_read), AfterValidator(_known)] = Field(
         tuple(PLACES),
         min_length=1,
         description="what is put back, each by itself: components, or places such as `mlp_out at prediction`",
     )
     scorer: ScorerName = Field("answer_start", description="when an answer is right (subjattn.measures.scoring)")
-
-    @field_validator("components")
-    @classmethod
-    def _known(cls, components: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [one for one in components if one not in (*COMPONENTS, *PLACES)]:
-            raise ValueError(f"{wrong[0]!r} is not one of {', '.join([*COMPONENTS, *PLACES])}")
-        return components
 
 
 def _run(asked: Asked, settings: AccuracySettings) -> xr.Dataset:
