@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module
-from subjattn.engine.interventions import Component
+from subjattn.engine.interventions import Component, wide
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
 
@@ -51,6 +51,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     if layer in _now.added:
         mask = mask + _now.added[layer].to(mask)
     found, pattern = eager(module, query, key, value, mask, **how)
+    if layer in _now.queries:  # in float16 small weights are 0, whose logarithm is asked for
+        pattern = eager(module, *map(wide, (query, key, value, mask)), **how)[1]
     inside: dict[Component, Tensor] = {"q": query, "k": key, "v": value, "pattern": pattern, "z": found.transpose(1, 2)}
     _now.read.update({(name, layer): state[0].clone() for name, state in inside.items()})
     return found, pattern
@@ -80,7 +82,8 @@ def run(
         noise: positions, and what is added there to what the input embedding gives.
         put: states of `resid_pre`, `resid_post`, `attn_out` or `mlp_out` replaced.
         added: by layer, what is added to attention scores, `[head or 1, query, key]`.
-        queries: by layer, what attention takes for its queries, `[1, head, position, width]`.
+        queries: by layer, what attention takes for its queries, `[1, head, position, width]`; its pattern is then kept
+            in at least float32.
     """
     global _now
     _now = _Pass(added={at: of[None] for at, of in (added or {}).items()}, queries=queries or {})
