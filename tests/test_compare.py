@@ -124,8 +124,11 @@ def test_only_facts_that_the_first_arm_knows(study: dict[str, Any], tmp_path: Pa
     assert set(values.query("quantity == 'answer_logprob'")["fact"]) == set(correct)
     assert set(values.query("quantity == 'subject_recovery'")["fact"]) <= set(correct)
     keys = ["arm", "style", "fact", "quantity", "part"]
-    both = values.merge(all_values, on=keys, suffixes=("", "_all")).query("quantity != 'subject_recovery'")
-    assert len(both) == len(values.query("quantity != 'subject_recovery'"))
+    # What pairs there are, temperatures and sinks depend on which other facts are asked.
+    pooled = "subject_recovery|knockout_calibrated.*|attention_(without_sinks|over_its_place)"
+    own = values[~values["quantity"].str.fullmatch(pooled)]
+    both = own.merge(all_values, on=keys, suffixes=("", "_all"))
+    assert len(both) == len(own) > 0
     np.testing.assert_allclose(both["value"], both["value_all"], atol=1e-5)
     assert whole["arms"]["tuned"]["accuracy"] == some["arms"]["tuned"]["accuracy"]
 
@@ -192,7 +195,7 @@ def test_compare_concludes(
     assert "so far" in before and "knockout_drop" not in before
     for row in summary["contrasts"]:
         if row["estimate"] is not None:
-            assert difference(row) in after and row["verdict"].split()[0] in after
+            assert difference(row) in after and (row["verdict"] or "").split(" ")[0] in after
     changed = next(row for row in summary["contrasts"] if row["measure"] == "answer_logprob")
     assert changed["smallest_effect"] == 0.001 and "answer_logprob 0.001" in " ".join(after.split())
     for found in summary["flips"]:
