@@ -82,8 +82,13 @@ def test_every_form_is_that_of_output_attentions(tiny: LoadedModel, asked: Promp
     expected = by_hand(rows_of(tiny, asked), rows_of(tiny, masked), rows_of(tiny, moved), asked, shift)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=2e-5, err_msg=name)
-    weighted = sa.subject_attention(tiny, asked, value_weighted=True)
-    np.testing.assert_allclose(found["attention_value_weighted"], weighted, rtol=1e-4)
+    hooks = open_backend("hooks", hf_model(tiny))
+    for i, prompt in enumerate(asked):
+        (output,) = hooks.attention_rows([prompt], value_norms=True)
+        for layer, weights in output.attention.items():
+            written = (weights[0, :, 0] * output.value_norms[layer][0]).numpy()
+            share = written[:, list(prompt.subject_positions)].sum(-1) / written.sum(-1)
+            np.testing.assert_allclose(found["attention_value_weighted"][i, layer], share, atol=1e-4)
 
 
 def test_moved_prompts_keep_their_own_tokens(asked: PromptSet, tokenizer: Any) -> None:

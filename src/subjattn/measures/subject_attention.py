@@ -36,7 +36,7 @@ LOOKED_AT = 32
 _FORMS = {
     "attention_max": "largest of the subject's tokens (Ghosal et al. 2024)",
     "attention_last": "to the last subject token",
-    "attention_value_weighted": "weight × ‖value·W_O‖ (Kobayashi et al. 2020), summed over the subject's tokens",
+    "attention_value_weighted": "share of weight × ‖value·W_O‖ (Kobayashi et al. 2020) that is the subject's tokens'",
     "attention_moved": "summed over the subject's tokens, behind neutral text that moves them",
     "attention_in_its_place": "summed over the neutral tokens that stand where the subject stood, in the moved prompt",
     "attention_without_sinks": "summed over the subject's tokens in the moved prompt, sinks left out and the rest "
@@ -67,10 +67,10 @@ def controlled_attention(
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        `(fact, layer, head)`, query heads, each a share of attention but for the weighted one:
+        `(fact, layer, head)`, query heads, each a share of attention:
 
         * `attention_max`, `attention_last`: over the subject's tokens;
-        * `attention_value_weighted`: a length in the residual stream; NaN on a backend that gives no values;
+        * `attention_value_weighted`, of lengths that tokens' values write; NaN on a backend that gives no values;
         * `attention_moved`, and `attention_in_its_place`, the control of its position, as they are;
         * `attention_without_sinks`, `attention_over_its_place`: the same where sinks are left out; NaN where all the
           tokens concerned are sinks of the head;
@@ -106,14 +106,15 @@ def controlled_attention(
             at = list(prompts[i].subject_positions)
             _put(found, "attention_max", i, REDUCTIONS["max"](row[..., at]), prompts)
             _put(found, "attention_last", i, REDUCTIONS["last"](row[..., at]), prompts)
-            _put(found, "attention_value_weighted", i, its[..., at].sum(-1), prompts)
+            whole = its[..., : prompts[i].prediction + 1].sum(-1)
+            _put(found, "attention_value_weighted", i, its[..., at].sum(-1) / whole, prompts)
     arrays = {
         name: labelled(
             name,
             found[name],
             prompts,
             ("layer", "head"),
-            unit="length in the residual stream" if "weighted" in name else "share of attention",
+            unit="share of attention",
             definition=f"attention from the prediction position, {words}",
             paper=PAPER,
             backend=run.name,
@@ -209,10 +210,10 @@ CONTROLS = 3.5
 """Passes of a prompt that the controls take, roughly: one of its own length, one of about twice that, and sinks."""
 
 
-def _form(name: str, smallest: float | None) -> Quantity:
+def _form(name: str, smallest: float) -> Quantity:
     return Quantity(
         name,
-        "length in the residual stream" if "weighted" in name else "share of attention",
+        "share of attention",
         f"attention from the prediction position, {_FORMS[name]}; mean over layers and heads",
         per_fact=mean_over(name, "layer", "head"),
         cells={"layer": "mean", "head": "mean"},
@@ -239,7 +240,7 @@ MEASURE = Measure(
         ),
         _form("attention_max", 0.005),
         _form("attention_last", 0.005),
-        _form("attention_value_weighted", None),
+        _form("attention_value_weighted", 0.005),
         _form("attention_without_sinks", 0.005),
         _form("attention_over_its_place", 0.001),
     ),
