@@ -131,6 +131,7 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     lines += [Text(f"\n{text}") for text in _without(summary)]
     several = len({row["arm"] for row in summary["across"]}) > 1
     lines += [part for row in summary["across"] for part in _across(row, several)]
+    lines += _diagnosis(summary.get("diagnosis", []))
     many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
         pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
@@ -151,6 +152,21 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     lines.append(
         Text(f"They speak of {scopes}{', asked other facts; another tuning may do otherwise' if models else ''}.\n")
     )
+    return lines
+
+
+def _diagnosis(rows: list[dict[str, Any]]) -> list[Any]:
+    """What the verdicts say of each account, style by style and pair by pair; those left open on one line."""
+    pairs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        pairs.setdefault((row["style"], row["arm_a"], row["arm_b"]), []).append(row)
+    lines: list[Any] = []
+    for (style, a, b), own in pairs.items():
+        lines.append(Text(f"\nwhat that says of {a} − {b}, style “{style}”", "bold"))
+        decided = [row for row in own if row["status"] != "open"]
+        lines += [Text(f"{row['status']}: {row['account']} ({'; '.join(row['because'])})") for row in decided]
+        if left := [row["account"] for row in own if row["status"] == "open"]:
+            lines.append(Text(f"open: {', '.join(left)}"))
     return lines
 
 

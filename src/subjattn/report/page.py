@@ -90,6 +90,7 @@ def _style(run: Run, measured: list[Measure], style: str) -> dict[str, Any]:
         "arms": {name: arm["styles"][style] for name, arm in summary["arms"].items()},
         "contrasts": [row for row in summary["contrasts"] if row["style"] == style],
         "across": [row for row in summary["across"] if row["style"] == style],
+        "diagnosis": [row for row in summary.get("diagnosis", []) if row["style"] == style],
         "outside": {name: arm["styles"][style] for name, arm in summary.get("out_of_distribution", {}).items()},
         "facts": _facts(run, style),
         "figures": list(_figures(run, measured, style, contrasts[0] if contrasts else None)),

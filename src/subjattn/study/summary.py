@@ -12,6 +12,7 @@ import xarray as xr
 
 from subjattn.evidence.changes import judge_changes
 from subjattn.evidence.claims import Claim, Judged, judge
+from subjattn.evidence.diagnosis import diagnose
 from subjattn.evidence.intervals import CONFIDENCE, MIN_REPLICATES, Interval
 from subjattn.evidence.power import Planned
 from subjattn.facts.splits import THIRDS
@@ -83,7 +84,8 @@ class Summary:
             "not_defined": self._not_defined,
             "arms": arms,
             "across": list(across(config, self.inside, arms)),
-            "contrasts": list(self._contrasts()),
+            "contrasts": (contrasts := list(self._contrasts())),
+            "diagnosis": list(_diagnosis(contrasts)),
             "flips": list(flips(config, self.inside)),
             "claims": self._claims(),
         }
@@ -258,6 +260,16 @@ class Summary:
 
     def _styles_of(self, claim: Claim) -> list[str]:
         return [claim.style] if claim.style else list(self.config.styles)
+
+
+def _diagnosis(contrasts: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the verdicts on two arms' differences in a style say of why answers changed; a row for each account."""
+    verdicts: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in contrasts:
+        pair = row["style"], row["arm_a"], row["arm_b"]
+        verdicts.setdefault(pair, {})[row["measure"]] = row["verdict"]
+    for (style, a, b), own in verdicts.items():
+        yield from ({"style": style, "arm_a": a, "arm_b": b} | row for row in diagnose(own))
 
 
 def _interval(tested: Tested | None, family: int, reason: str) -> dict[str, Any]:
