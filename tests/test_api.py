@@ -19,6 +19,7 @@ def test_public_names_are_pinned() -> None:
         "Style",
         "ablate",
         "ablation",
+        "activations",
         "answer_in_subject",
         "answer_logprob",
         "at_temperature",

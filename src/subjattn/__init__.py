@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from subjattn.facts.given import answer_in_subject as answer_in_subject
     from subjattn.knowledge.slick import slick as slick
     from subjattn.measures.ablation import ablation as ablation
+    from subjattn.measures.activations import activations as activations
     from subjattn.measures.alone import measure as measure
     from subjattn.measures.answers import answer_logprob as answer_logprob
     from subjattn.measures.answers import predict as predict
@@ -90,6 +91,7 @@ _HOMES = {
     "Style": "prompts",
     "ablate": "prompts",
     "ablation": "measures.ablation",
+    "activations": "measures.activations",
     "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
     "at_temperature": "measures.temperature",
