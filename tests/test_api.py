@@ -49,6 +49,8 @@ def test_public_names_are_pinned() -> None:
         "plot_transfer",
         "predict",
         "predict_rows",
+        "probe",
+        "probe_across",
         "put_back_accuracy",
         "ratio",
         "read_facts",

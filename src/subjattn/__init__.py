@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from subjattn.measures.logit_lens import logit_lens as logit_lens
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
+    from subjattn.measures.probe import probe as probe
+    from subjattn.measures.probe import probe_across as probe_across
     from subjattn.measures.put_back_accuracy import put_back_accuracy as put_back_accuracy
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.score_split import score_split as score_split
@@ -121,6 +123,8 @@ _HOMES = {
     "plot_transfer": "plots.transfer",
     "predict": "measures.answers",
     "predict_rows": "measures.answers",
+    "probe": "measures.probe",
+    "probe_across": "measures.probe",
     "put_back_accuracy": "measures.put_back_accuracy",
     "ratio": "evidence.ratios",
     "read_facts": "facts",
