@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from subjattn.evidence.intervals import contrast as contrast
     from subjattn.evidence.intervals import interval as interval
     from subjattn.evidence.maps import significant as significant
+    from subjattn.evidence.probes import probe_scores as probe_scores
     from subjattn.evidence.ratios import ratio as ratio
     from subjattn.evidence.ratios import slope as slope
     from subjattn.evidence.returned import returned as returned
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from subjattn.plots.lines import plot_knockout as plot_knockout
     from subjattn.plots.patching import plot_patching as plot_patching
     from subjattn.plots.patching import plot_trace as plot_trace
+    from subjattn.plots.probes import plot_probes as plot_probes
     from subjattn.plots.transfer import plot_parts as plot_parts
     from subjattn.plots.transfer import plot_transfer as plot_transfer
     from subjattn.prompts import Style as Style
@@ -118,6 +120,7 @@ _HOMES = {
     "plot_knockout": "plots.lines",
     "plot_parts": "plots.transfer",
     "plot_patching": "plots.patching",
+    "plot_probes": "plots.probes",
     "plot_tokens": "plots.heatmaps",
     "plot_trace": "plots.patching",
     "plot_transfer": "plots.transfer",
@@ -125,6 +128,7 @@ _HOMES = {
     "predict_rows": "measures.answers",
     "probe": "measures.probe",
     "probe_across": "measures.probe",
+    "probe_scores": "evidence.probes",
     "put_back_accuracy": "measures.put_back_accuracy",
     "ratio": "evidence.ratios",
     "read_facts": "facts",

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import across, compare, facts, init, measure, measuring, models, studies
+from subjattn.cli import across, compare, facts, init, measure, measuring, models, probe, studies
 from subjattn.cli.app import app
 from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
@@ -66,4 +66,4 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["across", "app", "compare", "facts", "init", "main", "measure", "measuring", "models", "studies"]
+__all__ = ["across", "app", "compare", "facts", "init", "main", "measure", "measuring", "models", "probe", "studies"]

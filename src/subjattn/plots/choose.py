@@ -11,6 +11,7 @@ from subjattn.plots.drawing import Drawing
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
 from subjattn.plots.patching import plot_heads, plot_patching, plot_trace
+from subjattn.plots.probes import plot_probed
 from subjattn.plots.transfer import plot_parts, plot_transfer
 
 
@@ -29,8 +30,8 @@ def plot(
 
     Args:
         array: `(fact, …)`, with or without `arm`, from any measure: attention or knock-out by layer and head, knock-out
-            by layer or window, patching or tracing by role, position or head, attention over tokens, doses, states of
-            one model in another by layer, parts of an update; also of a finished run.
+            by layer or window, patching, tracing or probes by role, position or head, attention over tokens, doses,
+            states of one model in another by layer, parts of an update; also of a finished run.
         difference: two arms, for `(arm, fact, layer, head)`; a last panel shows the first minus the second.
         significant: `(layer, head)`, from `significant`: the other cells of the last panel are faded.
 
@@ -54,6 +55,8 @@ def plot(
         raise BadInput(
             f"difference and significant are drawn of attention and knock-out by layer and head, not of {array.dims}"
         )
+    if "classes" in array.attrs and dims - {"head"} == {"fact", "layer", "role"}:
+        return plot_probed(array)
     if dims in ({"fact", "layer", "head"}, {"fact", "layer", "head", "role"}):
         return plot_heads(array)
     if dims == {"fact", "layer", "role"}:

@@ -15,6 +15,7 @@ from subjattn.plots.choose import plot
 from subjattn.plots.doses import plot_doses
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.lines import plot_knockout
+from subjattn.plots.probes import plot_probed
 from subjattn.plots.transfer import plot_parts, plot_transfer
 from subjattn.registry import discover, named
 
@@ -88,6 +89,11 @@ def _rescale(drawn: Drawn) -> go.Figure | None:
 def _trace(drawn: Drawn) -> go.Figure | None:
     array = drawn.array("indirect_effect")
     return None if array is None else plot(array)
+
+
+def _probe(drawn: Drawn) -> go.Figure | None:
+    array = drawn.array("probe_correct")
+    return None if array is None else plot_probed(array, drawn.array("probe_selectivity"))
 
 
 def _tokens(drawn: Drawn) -> go.Figure | None:
@@ -190,6 +196,14 @@ FIGURE = (
         "the logit of the right answer over the mean of the other facts' answers; mean over facts. The direct part "
         "alone: what heads move to other positions is counted where it is read.",
         _contributions,
+    ),
+    Figure(
+        "probe",
+        "What linear probes read of the label",
+        "Above: share of facts whose label a linear probe gives that was trained on other subjects (of heads at the "
+        "subject's last token). Beneath: how far it stands above the control task, whose labels were drawn at random "
+        "for the name's last token; 0 says that the token alone could give as much.",
+        _probe,
     ),
     Figure(
         "tokens",
