@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,11 @@ from subjattn.measures.record import measure_of, values_of
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import Prompt, PromptSet, make_prompts
+from subjattn.study.read import load_study, parse_study
+from subjattn.study.run import run_study
 
 
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 Plant = Callable[[Callable[[PromptSet, int], np.ndarray]], None]
 
 
@@ -330,3 +334,38 @@ def test_the_measure_gives_what_the_function_does(tiny: LoadedModel, prompts: Pr
         measure("probe", tiny, prompts, {"roles": "subject"})
     with pytest.raises(BadInput, match="needs two labels"):
         measure("probe", tiny, prompts, {"target": "known"})
+
+
+def test_relations_are_read_from_the_facts(tiny_models: dict[str, LoadedModel], cities: pd.DataFrame) -> None:
+    facts = draw(cities, 60, seed=0)
+    facts["relation"] = ["country", "land"] * 30
+    llama = tiny_models["llama"]
+    prompts = make_prompts(facts, llama.tokenizer, TEMPLATES["country"]["list"])
+    found = measure("probe", llama, prompts, {"target": "relation"}, facts=facts)
+    expected = sa.probe(llama, prompts, facts.set_index("fact_id")["relation"])
+    np.testing.assert_array_equal(found["probe_correct"], expected["correct"])
+    with pytest.raises(BadInput, match=r"relations are not known: give facts=…"):
+        measure("probe", llama, prompts, {"target": "relation"})
+
+
+def test_the_study_of_probes_runs_in_small(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """With a random model, and facts of one arm and draw in every control and fold."""
+    small = [f"model={tiny_folders['llama']}", "facts.pool=700", "facts.n_train=24", "facts.n_test=120"]
+    small += ["training.steps=1", "replicates.draws=2"]
+    config = load_study(EXPERIMENTS / "probing.yaml", small)
+    claims = config.model_dump(mode="json")["claims"]
+    for claim in claims:
+        claim["where"] = {**claim["where"], **({"layer": "1-2"} if "layer" in claim["where"] else {})}
+    summary = run_study(parse_study(config.model_dump(mode="json") | {"claims": claims}, "test"), tmp_path)
+    run = sa.open_run(tmp_path)
+    arrays = {arm: run.measure("probe", arm, "list") for arm in ("base", "known", "unknown")}
+    assert all((one["fold"] == arrays["base"]["fold"]).all() for one in arrays.values())
+    assert all(
+        (one["probe_control"].isnull() == arrays["base"]["probe_control"].isnull()).all() for one in arrays.values()
+    )
+    base = arrays["base"]["probe_selectivity"].sel(role="subject_last", layer=[1, 2]).mean("layer")
+    estimates = {claim["id"]: claim["styles"]["list"]["estimate"] for claim in summary["claims"]}
+    assert estimates["more-than-the-token"] == pytest.approx(float(base.mean()))
+    assert estimates["erased"] is not None and estimates["not-fetched"] is not None
+    assert len(sa.probe_scores(arrays["known"])) == 6
+    assert "What linear probes read of the label" in (tmp_path / "report.html").read_text()

@@ -10,6 +10,7 @@ import xarray as xr
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from subjattn.engine.collect import Site
+from subjattn.errors import BadInput
 from subjattn.measures.probe import PAPER, PLACES, probe
 from subjattn.measures.probing import Method
 from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings, Shape
@@ -27,8 +28,9 @@ def _known(roles: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class ProbeSettings(Settings):
-    target: Literal["answer", "known"] = Field(
-        "answer", description="the answer, or whether the reference model (alone: the model itself) knows the fact"
+    target: Literal["answer", "relation", "known"] = Field(
+        "answer",
+        description="the answer, the relation, or whether the reference model (alone: the model itself) knows the fact",
     )
     site: Site = Field("resid_pre", description="of states; of `z` each head by itself")
     roles: Annotated[tuple[str, ...], BeforeValidator(_read), AfterValidator(_known)] = Field(
@@ -45,6 +47,10 @@ def _run(asked: Asked, settings: ProbeSettings) -> xr.Dataset:
     if target == "known":
         known = {prompt.fact_id: prompt.fact_id in asked.known for prompt in asked.prompts}
         target = pd.Series(known, name="known", dtype=object)
+    elif target == "relation":
+        if not asked.relations:
+            raise BadInput("target 'relation': the facts' relations are not known: give facts=…, the table of facts")
+        target = pd.Series(asked.relations, name="relation", dtype=object)
     options = settings.model_dump(exclude={"target"})
     dataset = probe(asked.model, asked.prompts, target, **options, memory_budget=asked.memory_budget)
     heads = dataset.sizes.get("head", 1)
@@ -118,6 +124,6 @@ MEASURE = Measure(
     run=_run,
     cost=_cost,
     settings=ProbeSettings,
-    needs=frozenset({"subject", "same_prompts", "known"}),
+    needs=frozenset({"subject", "same_prompts", "known", "facts"}),
     figure="probe",
 )
