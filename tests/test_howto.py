@@ -14,7 +14,18 @@ from subjattn.facts.splits import CATEGORIES
 
 
 HOWTO = pages.ROOT / "docs" / "howto"
-ORDER = ("compare", "tables", "templates", "own-study", "heads", "known-facts", "figures", "other-tools", "models")
+ORDER = (
+    "compare",
+    "tables",
+    "templates",
+    "own-study",
+    "heads",
+    "probing",
+    "known-facts",
+    "figures",
+    "other-tools",
+    "models",
+)
 """The adapter and the run of the first are used by others."""
 
 

@@ -148,8 +148,8 @@ def test_the_command_shows_what_the_functions_give(
     scores = pd.DataFrame(content["styles"]["style1"]["scores"])
     pd.testing.assert_frame_equal(scores, sa.probe_scores(expected), check_dtype=False)
     assert "coastal, 2 labels, 89 facts; left out, with no label of enough subjects: 1" in shown
-    assert f"majority {float(expected['majority'].mean()):.3f}" in shown
-    assert all(f"{value:.3f}" in shown for value in scores["accuracy"])
+    assert f"majority {float(expected['majority'].mean()):.2f}" in shown
+    assert all(f"{value:.2f}" in shown for value in scores["accuracy"])
     assert (tmp_path / "probe.html").stat().st_size > 1000
     assert max(map(len, shown.splitlines()[4:-2])) <= 80
 

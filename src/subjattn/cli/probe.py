@@ -183,7 +183,7 @@ def _shown(found: Any, style: str) -> dict[str, Any]:
     kept = found.sizes["fact"] - about["left_out"]
     left = f"; left out, with no label of enough subjects: {about['left_out']}" if about["left_out"] else ""
     baselines = {name: float(found[name].mean()) for name in ("majority", "characters") if name in found}
-    said = ", ".join(f"{name} {share:.3f}" for name, share in baselines.items())
+    said = ", ".join(f"{name} {share:.2f}" for name, share in baselines.items())
     lines = [f"style “{style}”: {about['target']}, {len(about['classes'])} labels, {kept} facts{left}"]
     lines += [f"without the model: {said}"] if said else []
     recur = int(scores["n_selectivity"].max())
@@ -209,7 +209,7 @@ def _table(title: str, scores: Any) -> Table:
         made.add_column(heading, justify="right", no_wrap=True)
     for layer, row in by_layer.iloc[::step].iterrows():
         ends = "" if heads else f"{row['accuracy_low']:.2f}–{row['accuracy_high']:.2f}"
-        shown = [f"{row[name]:.3f}" for name in ("accuracy", "auroc", "macro_f1", *there)]
+        shown = [f"{row[name]:.2f}" for name in ("accuracy", "auroc", "macro_f1", *there)]
         made.add_row(f"{layer}", shown[0], ends, *["–" if one == "nan" else one for one in shown[1:]])
     return made
 

@@ -58,13 +58,13 @@ def _run(asked: Asked, settings: ProbeSettings) -> xr.Dataset:
     return dataset.rename({name: f"probe_{name}" for name in dataset.data_vars})
 
 
-FIT = 0.04
+FIT = 0.02
 """Forward passes of a prompt that training and testing a cell's ridge probes costs for each fact, roughly."""
 
 
 def _cost(shape: Shape, settings: ProbeSettings) -> float:
     cells = shape.n_layers * len(settings.roles) * (shape.n_heads / 4 if settings.site == "z" else 1)
-    fit = FIT * (20 if settings.method == "logistic" else 1)
+    fit = FIT * (30 if settings.method == "logistic" else 1)
     return shape.n_facts * (1 + settings.twin) * (1 + fit * cells)
 
 
