@@ -154,6 +154,26 @@ def test_the_command_shows_what_the_functions_give(
     assert max(map(len, shown.splitlines()[4:-2])) <= 80
 
 
+def test_the_measures_command_takes_roles_as_it_prints_them(
+    tiny_folders: dict[str, Path],
+    tiny_models: dict[str, LoadedModel],
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ["--model", tiny_folders["llama"], "--facts", table, "--columns", "subject=city,answer=country", "--n", 90]
+    asked = ["measure", "probe", *own, "--template", "City: {subject}\\nCountry:"]
+    facts = sa.load_facts(table, columns={"subject": "city", "answer": "country"})
+    prompts = make_prompts(facts, tiny_models["llama"].tokenizer, "City: {subject}\nCountry:")
+    for more, roles in (([], ("subject_last", "prediction")), (["--roles", "prediction"], ("prediction",))):
+        monkeypatch.setattr(sys, "argv", ["subjattn", *map(str, [*asked, *more])])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        share = float(sa.probe(tiny_models["llama"], prompts, roles=roles)["correct"].isel(role=0).mean())
+        assert f"probe_accuracy {share:.4g} [" in capsys.readouterr().out
+
+
 def test_the_command_crosses_base_and_adapter(
     tiny_folders: dict[str, Path],
     adapter: Path,

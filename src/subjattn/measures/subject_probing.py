@@ -18,7 +18,8 @@ from subjattn.prompts import ROLES
 
 
 def _read(roles: Any) -> Any:
-    return [part.strip() for part in roles.strip("()[] ").split(",")] if isinstance(roles, str) else roles
+    """Roles as a command line gives them, or as it prints the usual ones."""
+    return [part.strip(" '") for part in roles.strip("()[] ").split(",")] if isinstance(roles, str) else roles
 
 
 def _known(roles: tuple[str, ...]) -> tuple[str, ...]:
