@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import subjattn as sa
 from subjattn.engine.collect import SITES
+from subjattn.engine.memory import PeakMemory
 from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
@@ -129,10 +130,13 @@ def test_a_store_holds_what_memory_would(
         sa.activations(tiny, prompts, to=tmp_path / "states")
 
 
-def test_a_small_budget_gives_the_same_states(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
-    prompts = make_prompts(draw(cities, 12, seed=1), smollm2.tokenizer, TEMPLATES["country"]["list"])
-    whole = sa.activations(smollm2, prompts)["resid_pre"]
-    small = sa.activations(smollm2, prompts, memory_budget=60_000_000)["resid_pre"]
+def test_a_budget_is_kept_and_gives_the_same_states(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
+    prompts = make_prompts(draw(cities, 40, seed=1), smollm2.tokenizer, TEMPLATES["country"]["list"])
+    with PeakMemory() as usual:
+        whole = sa.activations(smollm2, prompts)["resid_pre"]
+    with PeakMemory() as little:
+        small = sa.activations(smollm2, prompts, memory_budget=24_000_000)["resid_pre"]
+    assert little.peak < 24_000_000 < usual.peak
     assert float(abs(whole - small).max() / abs(whole).max()) < 1e-5
 
 

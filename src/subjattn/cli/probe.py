@@ -203,14 +203,15 @@ def _table(title: str, scores: Any) -> Table:
     heads = "head" in scores
     by_layer = scores.groupby("layer")[numbers].mean()
     step = max(1, -(-len(by_layer) // SHOWN))
-    made = tables.table(title + (", mean over heads" if heads else ""))
-    there = [name for name in ("control", "selectivity", "embedding", "twin") if name in scores]
-    for heading in ("layer", "accuracy", "95 %", "AUROC", "macro-F1", *there):
+    title += f"; token embeddings {scores['embedding'].iloc[0]:.2f}" if "embedding" in scores else ""
+    made = tables.table(title + ("; mean over heads" if heads else ""))
+    there = [name for name in ("control", "selectivity", "twin") if name in scores]
+    for heading in ("layer", "accuracy", *([] if heads else ["95 %"]), "AUROC", "macro-F1", *there):
         made.add_column(heading, justify="right", no_wrap=True)
     for layer, row in by_layer.iloc[::step].iterrows():
-        ends = "" if heads else f"{row['accuracy_low']:.2f}–{row['accuracy_high']:.2f}"
+        ends = [] if heads else [f"{row['accuracy_low']:.2f}–{row['accuracy_high']:.2f}"]
         shown = [f"{row[name]:.2f}" for name in ("accuracy", "auroc", "macro_f1", *there)]
-        made.add_row(f"{layer}", shown[0], ends, *["–" if one == "nan" else one for one in shown[1:]])
+        made.add_row(f"{layer}", shown[0], *ends, *["–" if one == "nan" else one for one in shown[1:]])
     return made
 
 

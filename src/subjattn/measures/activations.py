@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from subjattn.prompts import ROLES, Prompt
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from subjattn.engine.interventions import Arm
     from subjattn.measures import Model
 
@@ -79,21 +82,17 @@ def activations(
     return stream.in_memory().assign_attrs(attrs) if to is None else _stored(stream, Path(to), attrs)
 
 
+@dataclass(frozen=True)
 class Stream:
-    """States of prompts, some facts at a time, in the prompts' order."""
+    """States of prompts, some facts at a time, in the prompts' order; `memory` as a budget has it."""
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Prompt],
-        arm: Arm | None,
-        sites: Sequence[Site],
-        roles: Sequence[str],
-        layers: list[int],
-        memory: int | None,
-    ) -> None:
-        self.model, self.prompts, self.arm, self.memory = model, prompts, arm, memory
-        self.sites, self.roles, self.layers = sites, roles, layers
+    model: PreTrainedModel
+    prompts: Sequence[Prompt]
+    arm: Arm | None
+    sites: Sequence[Site]
+    roles: Sequence[str]
+    layers: Sequence[int]
+    memory: int | None = None
 
     @classmethod
     def of(

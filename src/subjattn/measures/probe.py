@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -117,8 +118,7 @@ def probe(
     found = _dataset(_probed({"": states}, task, method), states, task, prompts, attrs).isel(
         trained_on=0, tested_on=0, drop=True
     )
-    first = Stream.of(model, prompts, "resid_pre", roles, layers=[0], arm=arm, memory_budget=memory_budget)
-    lowest = first.in_memory()["resid_pre"]
+    lowest = replace(stream, sites=["resid_pre"], layers=[0]).in_memory()["resid_pre"]
     found["embedding"] = _correct(lowest, task, prompts, method, "the input of layer 0").isel(layer=0, drop=True)
     names = [prompts[i].subject for i in task.kept]
     known = {
@@ -129,9 +129,8 @@ def probe(
         values = _spread(known[key], task, len(prompts))
         found[key] = labelled(key, values, prompts, unit="share right", definition=f"{what} of the training folds")
     if twin:
-        stream.model = random_twin(stream.model, seed)
-        stream.arm = None
-        found["twin"] = _correct(stream.in_memory()[site], task, prompts, method, f"{site} of a model at random")
+        other = replace(stream, model=random_twin(stream.model, seed), arm=None).in_memory()[site]
+        found["twin"] = _correct(other, task, prompts, method, f"{site} of a model at random")
     return found
 
 
