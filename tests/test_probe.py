@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from subjattn.measures import probing
 from subjattn.measures.activations import Stream
 from subjattn.measures.alone import measure
 from subjattn.measures.probe import random_twin
-from subjattn.measures.record import measure_of, values_of
+from subjattn.measures.record import VALUE_COLUMNS, measure_of, values_of
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import Prompt, PromptSet, make_prompts
@@ -323,7 +324,7 @@ def test_the_measure_gives_what_the_function_does(tiny: LoadedModel, prompts: Pr
     settings = {"roles": "subject_last,prediction", "seed": 1}
     found = measure("probe", tiny, prompts, settings)
     expected = sa.probe(tiny, prompts, seed=1)
-    rows = pd.DataFrame(values_of(measure_of("probe"), found), columns=["fact", "quantity", "part", "value", "over"])
+    rows = pd.DataFrame(values_of(measure_of("probe"), found), columns=VALUE_COLUMNS)
     means = rows.groupby("quantity")["value"].mean()
     at_last = expected.sel(role="subject_last")
     assert means["probe_accuracy"] == pytest.approx(float(at_last["correct"].mean()))
@@ -348,6 +349,25 @@ def test_relations_are_read_from_the_facts(tiny_models: dict[str, LoadedModel], 
         measure("probe", llama, prompts, {"target": "relation"})
 
 
+def test_the_measure_across_is_what_the_function_gives(
+    tuned: Callable[[str], tuple[Arms, dict[str, LoadedModel]]], prompts: PromptSet
+) -> None:
+    several = tuned("llama")[0]
+    with pytest.raises(BadInput, match=r"there are several arms, one, two, other: load one beside its base"):
+        measure("probe_across", several, prompts)
+    arms = Arms(several.base, {"one": several.sources["one"]})
+    found = measure("probe_across", arms, prompts)
+    rows = pd.DataFrame(values_of(measure_of("probe_across"), found), columns=VALUE_COLUMNS)
+    means = rows.groupby("quantity")["value"].mean()
+    shares = sa.probe_across(arms, prompts)["correct"].sel(role="subject_last")
+    pairs = product(("base", "one"), repeat=2)
+    right = {(a, b): float(shares.sel(trained_on=a, tested_on=b).mean()) for a, b in pairs}
+    assert means["probe_erased"] == pytest.approx(right["base", "base"] - right["one", "one"])
+    assert means["probe_moved"] == pytest.approx(right["one", "one"] - right["base", "one"])
+    (erased,) = [one for one in measure_of("probe_across").quantities if one.name == "probe_erased"]
+    assert "definition" not in erased.per_fact(found).attrs
+
+
 def test_the_study_of_probes_runs_in_small(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """With a random model, and facts of one arm and draw in every control and fold."""
     small = [f"model={tiny_folders['llama']}", "facts.pool=700", "facts.n_train=24", "facts.n_test=120"]
@@ -366,6 +386,6 @@ def test_the_study_of_probes_runs_in_small(tiny_folders: dict[str, Path], tmp_pa
     base = arrays["base"]["probe_selectivity"].sel(role="subject_last", layer=[1, 2]).mean("layer")
     estimates = {claim["id"]: claim["styles"]["list"]["estimate"] for claim in summary["claims"]}
     assert estimates["more-than-the-token"] == pytest.approx(float(base.mean()))
-    assert estimates["erased"] is not None and estimates["not-fetched"] is not None
+    assert all(estimates[name] is not None for name in ("erased", "not-fetched", "moved"))
     assert len(sa.probe_scores(arrays["known"])) == 6
     assert "What linear probes read of the label" in (tmp_path / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The measure `probe`: what linear probes read of the answer, or of knowing it, in a model's states."""
+"""The measures `probe`, what linear probes read of a label in a model's states, and `probe_across`, in two models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from subjattn.engine.collect import Site
 from subjattn.errors import BadInput
-from subjattn.measures.probe import PAPER, PLACES, probe
+from subjattn.measures.probe import PAPER, PLACES, probe, probe_across
 from subjattn.measures.probing import Method
 from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings, Shape
 from subjattn.prompts import ROLES
@@ -28,7 +28,7 @@ def _known(roles: tuple[str, ...]) -> tuple[str, ...]:
     return roles
 
 
-class ProbeSettings(Settings):
+class AcrossSettings(Settings):
     target: Literal["answer", "relation", "known"] = Field(
         "answer",
         description="the answer, the relation, or whether the reference model (alone: the model itself) knows the fact",
@@ -39,24 +39,45 @@ class ProbeSettings(Settings):
     )
     method: Method = Field("ridge", description="logistic takes many times as long")
     folds: int = Field(5, ge=2, description="of subjects; labels of fewer subjects are left out")
+    seed: int = Field(0, ge=0, description="of folds, control labels and a twin")
+
+
+class ProbeSettings(AcrossSettings):
     twin: bool = Field(False, description="probe a twin of the model with random weights too")
-    seed: int = Field(0, ge=0, description="of folds, control labels and twin")
+
+
+def _target(asked: Asked, target: str) -> Any:
+    """Labels as `probe` takes them."""
+    if target == "known":
+        known = {prompt.fact_id: prompt.fact_id in asked.known for prompt in asked.prompts}
+        return pd.Series(known, name="known", dtype=object)
+    if target == "relation":
+        if not asked.relations:
+            raise BadInput("target 'relation': the facts' relations are not known: give facts=…, the table of facts")
+        return pd.Series(asked.relations, name="relation", dtype=object)
+    return target
 
 
 def _run(asked: Asked, settings: ProbeSettings) -> xr.Dataset:
-    target: Any = settings.target
-    if target == "known":
-        known = {prompt.fact_id: prompt.fact_id in asked.known for prompt in asked.prompts}
-        target = pd.Series(known, name="known", dtype=object)
-    elif target == "relation":
-        if not asked.relations:
-            raise BadInput("target 'relation': the facts' relations are not known: give facts=…, the table of facts")
-        target = pd.Series(asked.relations, name="relation", dtype=object)
-    options = settings.model_dump(exclude={"target"})
-    dataset = probe(asked.model, asked.prompts, target, **options, memory_budget=asked.memory_budget)
-    heads = dataset.sizes.get("head", 1)
-    asked.tell(_cost(Shape(len(asked.prompts), dataset.sizes["layer"], heads), settings))
-    return dataset.rename({name: f"probe_{name}" for name in dataset.data_vars})
+    options = settings.model_dump(exclude={"target"}) | {"memory_budget": asked.memory_budget}
+    found = probe(asked.model, asked.prompts, _target(asked, settings.target), **options)
+    asked.tell(_cost(_shape(found), settings))
+    return found.rename({name: f"probe_{name}" for name in found.data_vars})
+
+
+def _run_across(asked: Asked, settings: AcrossSettings) -> xr.Dataset:
+    options = settings.model_dump(exclude={"target"}) | {"memory_budget": asked.memory_budget}
+    arms = asked.both
+    if len(arms.sources) != 1:
+        raise BadInput(f"there are several arms, {', '.join(arms.sources)}: load one beside its base")
+    found = probe_across(arms, asked.prompts, _target(asked, settings.target), **options)
+    asked.tell(_cost_across(_shape(found), settings))
+    found = found.assign_coords(trained_on=["base", "tuned"], tested_on=["base", "tuned"])
+    return found.rename({name: f"across_{name}" for name in found.data_vars})
+
+
+def _shape(found: xr.Dataset) -> Shape:
+    return Shape(found.sizes["fact"], found.sizes["layer"], found.sizes.get("head", 1))
 
 
 FIT = 0.02
@@ -64,9 +85,17 @@ FIT = 0.02
 
 
 def _cost(shape: Shape, settings: ProbeSettings) -> float:
+    return (1 + settings.twin) * _cost_of_one(shape, settings)
+
+
+def _cost_across(shape: Shape, settings: AcrossSettings) -> float:
+    return 2 * _cost_of_one(shape, settings)
+
+
+def _cost_of_one(shape: Shape, settings: AcrossSettings) -> float:
     cells = shape.n_layers * len(settings.roles) * (shape.n_heads / 4 if settings.site == "z" else 1)
     fit = FIT * (30 if settings.method == "logistic" else 1)
-    return shape.n_facts * (1 + settings.twin) * (1 + fit * cells)
+    return shape.n_facts * (1 + fit * cells)
 
 
 def _at_last_token(variable: str) -> PerFact:
@@ -80,6 +109,22 @@ def _at_last_token(variable: str) -> PerFact:
     return value
 
 
+def _minus(of: PerFact, other: PerFact) -> PerFact:
+    """A difference, whose definition is the quantity's."""
+
+    def value(dataset: xr.Dataset) -> xr.DataArray:
+        found = of(dataset) - other(dataset)
+        found.attrs = {}
+        return found
+
+    return value
+
+
+def _across(trained_on: str, tested_on: str) -> PerFact:
+    accuracy = _at_last_token("across_correct")
+    return lambda dataset: accuracy(dataset.sel(trained_on=trained_on, tested_on=tested_on, drop=True))
+
+
 _WHERE = "at the subject's last token, mean over layers (and heads of z); a claim names others"
 _CELLS: Mapping[str, Literal["mean", "one"]] = {"layer": "mean", "head": "mean", "role": "one"}
 
@@ -90,7 +135,7 @@ def _quantity(name: str, unit: str, definition: str, bounds: tuple[float, float]
     return Quantity(f"probe_{called}", unit, f"{definition}, {_WHERE}", per_fact, None, bounds, _CELLS, 0.05)
 
 
-MEASURE = Measure(
+PROBE = Measure(
     name="probe",
     title="linear probes of the answer",
     paper=PAPER,
@@ -116,7 +161,7 @@ MEASURE = Measure(
             "probe_over_characters",
             "difference of shares",
             f"accuracy minus that of a probe of the name's characters, {_WHERE}",
-            per_fact=lambda dataset: _at_last_token("probe_correct")(dataset) - dataset["probe_characters"],
+            per_fact=_minus(_at_last_token("probe_correct"), lambda dataset: dataset["probe_characters"]),
             bounds=(-1, 1),
             cells=_CELLS,
             smallest_effect=0.05,
@@ -128,3 +173,37 @@ MEASURE = Measure(
     needs=frozenset({"subject", "same_prompts", "known", "facts"}),
     figure="probe",
 )
+
+ACROSS = Measure(
+    name="probe_across",
+    title="probes of the base and of the tuned model, each tested on both",
+    paper=PAPER,
+    quantities=(
+        Quantity(
+            "probe_erased",
+            "difference of shares",
+            "accuracy of the base's own probe minus that of the tuned model's own: what a linear probe no longer "
+            f"finds, {_WHERE}",
+            per_fact=_minus(_across("base", "base"), _across("tuned", "tuned")),
+            bounds=(-1, 1),
+            cells=_CELLS,
+            smallest_effect=0.05,
+        ),
+        Quantity(
+            "probe_moved",
+            "difference of shares",
+            "accuracy in the tuned model of its own probe minus that of the base's: what is there and where the base's "
+            f"probe does not look, {_WHERE}",
+            per_fact=_minus(_across("tuned", "tuned"), _across("base", "tuned")),
+            bounds=(-1, 1),
+            cells=_CELLS,
+            smallest_effect=0.05,
+        ),
+    ),
+    run=_run_across,
+    cost=_cost_across,
+    settings=AcrossSettings,
+    needs=frozenset({"subject", "same_prompts", "known", "facts", "base"}),
+)
+
+MEASURE = (PROBE, ACROSS)
