@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from subjattn.errors import BadInput
 from subjattn.prompts import Prompt
@@ -135,27 +137,31 @@ class Ridge:
         self.squares = squares
         self.left = scaled @ vectors / np.sqrt(squares) if by_feature else vectors
         self.right = vectors if by_feature else scaled.T @ vectors / np.sqrt(squares)
-        self.groups = _by_size(subjects)
+        self.alphas = PENALTIES * len(states)
+        self.shrunk = [squares / (squares + alpha) for alpha in self.alphas]
+        groups = _by_size(subjects)
+        self.left_out = [[(one, self._inverse(one, shrunk)) for one in groups] for shrunk in self.shrunk]
 
     def probe(self, labels: Int[np.ndarray, " fact"], n_classes: int) -> Linear:
         """Trained on these labels, with the penalty that errs least of subjects left out."""
         targets = 2.0 * (labels[:, None] == np.arange(n_classes)) - 1
         mean = targets.mean(0)
-        turned, alphas = self.left.T @ (targets - mean), PENALTIES * len(labels)
-        errors = [self._left_out(targets - mean, turned, self.squares / (self.squares + alpha)) for alpha in alphas]
-        alpha = alphas[int(np.argmin(errors))]
+        turned = self.left.T @ (targets - mean)
+        errors = [self._error(targets - mean, turned, i) for i in range(len(self.alphas))]
+        alpha = self.alphas[int(np.argmin(errors))]
         weights = self.right @ ((np.sqrt(self.squares) / (self.squares + alpha))[:, None] * turned)
         return Linear(self.scaler, weights, mean, float(alpha))
 
-    def _left_out(self, targets: np.ndarray, turned: np.ndarray, shrunk: np.ndarray) -> float:
-        """Squared error where each subject is left out in turn: (I − H_gg)⁻¹ of its facts' residuals."""
-        residuals = targets - self.left @ (shrunk[:, None] * turned)
-        error = 0.0
-        for members in self.groups:
-            rows = self.left[members]
-            hat = 1 / len(targets) + np.einsum("gir,r,gjr->gij", rows, shrunk, rows, optimize=True)
-            error += float((np.linalg.solve(np.eye(members.shape[1]) - hat, residuals[members]) ** 2).sum())
-        return error
+    def _inverse(self, members: Int[np.ndarray, "subject member"], shrunk: np.ndarray) -> np.ndarray:
+        """(I − H_gg)⁻¹ of each subject g, which turns its facts' residuals into those without it."""
+        rows = self.left[members]
+        hat = 1 / len(self.left) + (rows * shrunk) @ rows.swapaxes(1, 2)
+        return np.linalg.inv(np.eye(members.shape[1]) - hat)
+
+    def _error(self, targets: np.ndarray, turned: np.ndarray, penalty: int) -> float:
+        """Squared error where each subject is left out in turn."""
+        residuals = targets - self.left @ (self.shrunk[penalty][:, None] * turned)
+        return sum(float(((inverse @ residuals[members]) ** 2).sum()) for members, inverse in self.left_out[penalty])
 
 
 class Logistic:
@@ -203,6 +209,8 @@ def out_of_fold(
 ) -> Float[np.ndarray, "tested target kept class"]:
     """Scores of every fact by the probe whose training left its fold out; NaN where states are.
 
+    NumPy takes as many threads as torch was given, so that stages of a study keep to their own.
+
     Args:
         trained_on: states that probes are trained on.
         tested_on: states of the same facts that they are then tested on, such as these very ones.
@@ -216,11 +224,12 @@ def out_of_fold(
         train, test = there & (task.fold != fold), there & (task.fold == fold)
         if not train.any() or not test.any():
             continue
-        trainer: Trainer = TRAINERS[method](trained_on[train], task.subjects[train])
-        for target, labels in enumerate(targets):
-            probe = trainer.probe(labels[train], len(task.classes))
-            for i, states in enumerate(tested_on):
-                scores[i, target, test] = probe.scores(states[test])
+        with threadpool_limits(torch.get_num_threads()):
+            trainer: Trainer = TRAINERS[method](trained_on[train], task.subjects[train])
+            for target, labels in enumerate(targets):
+                probe = trainer.probe(labels[train], len(task.classes))
+                for i, states in enumerate(tested_on):
+                    scores[i, target, test] = probe.scores(states[test])
     return scores
 
 
