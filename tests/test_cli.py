@@ -51,10 +51,11 @@ def test_measure(
     what: str,
 ) -> None:
     target, tuned = tmp_path / "out.json", [] if "base" not in measure_of(what).needs else ["--adapter", adapter]
+    n = 120 if what in ("probe", "probe_across") else 40  # labels of five subjects each
     if tuned:
         assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
         assert "compares a tuned model with its base: give --adapter" in capsys.readouterr().err
-    assert run(monkeypatch, "measure", what, "--model", model, *tuned, "--n", 40, "--json", target) == 0
+    assert run(monkeypatch, "measure", what, "--model", model, *tuned, "--n", n, "--json", target) == 0
     content = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(content["styles"]) == ["list", "sentence"]
     arrays = content["styles"]["list"]["arrays"]

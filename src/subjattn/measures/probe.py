@@ -159,7 +159,7 @@ def probe_across(
         between: names of models; None: the base and all tuned ones.
 
     Returns:
-        A Dataset over `(trained_on, tested_on, fact, layer, role[, head])`: `correct`, `ranked`, `control`,
+        A Dataset over `(fact, trained_on, tested_on, layer, role[, head])`: `correct`, `ranked`, `control`,
         `selectivity` and `predicted`, as `probe` gives them. All cells share folds and labels, and test a fact by a
         probe that was trained on other subjects, in whichever model; features are in the units of the training model.
 
@@ -260,7 +260,7 @@ def _probed(states: Mapping[str, xr.DataArray], task: Task, method: Method) -> d
 def _dataset(
     found: Mapping[str, np.ndarray], states: xr.DataArray, task: Task, prompts: Sequence[Prompt], attrs: dict[str, Any]
 ) -> xr.Dataset:
-    """Arrays over `trained_on`, `tested_on`, `fact` and the places of states, labelled."""
+    """Arrays over `fact`, `trained_on`, `tested_on` and the places of states, labelled."""
     places = [str(dim) for dim in states.dims[1:-1]]
     dataset = xr.Dataset()
     for key, values in found.items():
@@ -276,7 +276,7 @@ def _dataset(
     labels[task.kept], folds[task.kept] = [task.classes[i] for i in task.labels], task.fold
     coords: dict[str, Any] = {dim: states[dim].values for dim in places}
     coords |= {"label": ("fact", labels.astype(str)), "fold": ("fact", folds)}
-    ordered = dataset.assign_coords(coords).transpose("trained_on", "tested_on", "fact", *places)
+    ordered = dataset.assign_coords(coords).transpose("fact", "trained_on", "tested_on", *places)
     return ordered.assign_attrs(attrs)
 
 
