@@ -52,7 +52,11 @@ def test_measure(
 ) -> None:
     target, tuned = tmp_path / "out.json", [] if "base" not in measure_of(what).needs else ["--adapter", adapter]
     n = 120 if what in ("probe", "probe_across") else 40  # labels of five subjects each
-    if tuned:
+    if what == "hypotheses":
+        assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
+        assert "error: hypotheses: name at least one set" in capsys.readouterr().err
+        tuned = ["--sets", '{"two": {"heads": [[0, 1], [1, 2]]}}']
+    if "base" in measure_of(what).needs:
         assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
         assert "compares a tuned model with its base: give --adapter" in capsys.readouterr().err
     assert run(monkeypatch, "measure", what, "--model", model, *tuned, "--n", n, "--json", target) == 0

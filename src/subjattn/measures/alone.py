@@ -71,7 +71,8 @@ def measure(
         chosen = found.parse(dict(settings or {}))
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = ": ".join([name, *(".".join(map(str, first["loc"])),) * bool(first["loc"])])
+        raise BadInput(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     arms, one = (model, model.base) if isinstance(model, Arms) else (None, model)
     if ("base" in found.needs) != (arms is not None):
         given = "takes a tuned model beside its base" if arms is None else "takes one model"

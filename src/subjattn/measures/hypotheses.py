@@ -122,7 +122,7 @@ class HypothesesSettings(Settings):
 
 
 def _run(asked: Asked, settings: HypothesesSettings) -> xr.Dataset:
-    few = asked.by_id((asked.order or [prompt.fact_id for prompt in asked.prompts])[: settings.facts])
+    few = asked.few(settings.facts)
     found = [
         ablate_hypothesis(asked.model, few, named, random_sets=settings.random_sets, **asked.computing)
         for named in settings.sets.values()

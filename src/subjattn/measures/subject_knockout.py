@@ -66,8 +66,9 @@ def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
     temperature = _temperature(asked)
     by_fact = dict(zip(temperature["fact"].values.tolist(), temperature.values.tolist(), strict=True))
     metrics: list[Any] = ["answer_logprob", "rank", answered_rightly, at_temperature(by_fact)]
-    every = knockout(asked.model, asked.prompts, _ROUTES, metric=metrics, **asked.computing)
+    whole = knockout(asked.model, asked.prompts, _ROUTES, metric=metrics, **asked.computing)
     asked.tell(4.0 * len(asked.prompts))
+    every, beside = whole.sel(route=["direct", "total"]), whole["answer_logprob"].sel(route=list(_ROUTES)[2:])
     rank, right = every["rank"], every["answered_rightly"]
     found = xr.Dataset(
         {
@@ -79,14 +80,16 @@ def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
             "knockout_lost": (right * every["baseline_answered_rightly"]).assign_attrs(
                 right.attrs | {"unit": "share of right answers"}
             ),
+            "knockout_drop_beside": beside.rename(route="beside"),
             "temperature": temperature,
         }
     )
     if settings.relays:
-        found["relay_drop"] = relay_drop(asked.model, asked.by_id(asked.order[: settings.relays]), **asked.computing)
+        few = asked.few(settings.relays)
+        found["relay_drop"] = _few(relay_drop(asked.model, few, **asked.computing), "relay")
         asked.tell(CELL * found["relay_drop"].size)
     if settings.by is not None:
-        few = asked.by_id(asked.order[: settings.facts])
+        few = asked.few(settings.facts)
         apart = knockout(asked.model, few, by=settings.by, window=settings.window, **asked.computing)
         found[f"knockout_drop_by_{settings.by}"] = _few(apart, "few")
         asked.tell(CELL * apart.size / apart.sizes["route"])
@@ -117,7 +120,7 @@ def relay_drop(model: Any, prompts: Sequence[Prompt], **computing: Any) -> xr.Da
         computing: `backend` and `memory_budget`, as `knockout` takes them.
 
     Returns:
-        `(relay_fact, leg, relay)`, fall of the answer's log-probability in nats: `relay` counts positions from the
+        `(fact, leg, relay)`, fall of the answer's log-probability in nats: `relay` counts positions from the
         subject's end, `leg` is `reads`, edges from the relay to the subject, or `passes_on`, edges from the
         positions that predict to the relay. NaN where a prompt has no such position. Coordinate `token`.
 
@@ -142,7 +145,7 @@ def relay_drop(model: Any, prompts: Sequence[Prompt], **computing: Any) -> xr.Da
         ]
         for prompt in prompts
     ]
-    array = labelled(
+    return labelled(
         "relay_drop",
         values,
         prompts,
@@ -152,7 +155,6 @@ def relay_drop(model: Any, prompts: Sequence[Prompt], **computing: Any) -> xr.Da
         "prediction does not read the subject (reads), or is not read by those that predict (passes_on), in all layers",
         paper="after Geva et al. 2023",
     ).assign_coords(leg=["reads", "passes_on"], token=(("fact", "relay"), np.array(tokens, str).reshape(-1, most)))
-    return _few(array, "relay")
 
 
 def _leg(at: int, prompt: Prompt, *, reads: bool) -> list[tuple[int, int]]:
@@ -228,7 +230,7 @@ MEASURE = Measure(
             "nats",
             "fall in the answer's log-probability when as many other edges of the same queries are blocked, that lead "
             "neither to the subject nor to the first token",
-            per_fact=_of("knockout_drop", "direct_control"),
+            per_fact=lambda dataset: dataset["knockout_drop_beside"].sel(beside="direct_control", drop=True),
         ),
         *(
             Quantity(
