@@ -73,7 +73,7 @@ def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
     found = xr.Dataset(
         {
             "knockout_drop": every["answer_logprob"],
-            "knockout_calibrated_drop": every["calibrated_logprob"],
+            "knockout_calibrated_drop": every["calibrated_logprob"].assign_attrs(unit="nats"),
             "knockout_rank_rise": xr.apply_ufunc(np.log2, rank / every["baseline_rank"]).assign_attrs(
                 rank.attrs | {"unit": "doublings", "definition": _RANK_RISE.format("the edges of a route")}
             ),
