@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,3 +189,17 @@ def test_every_quantity_of_the_knockout_has_a_value(knowing: LoadedModel, asked:
     found: xr.Dataset = sa.measure("knockout", knowing, asked)
     names = {row[1] for row in values_of(measure_of("knockout"), found) if np.isfinite(row[3])}
     assert names == {quantity.name for quantity in measure_of("knockout").quantities} - {"knockout_drop_in_parts"}
+
+
+def test_where_nothing_stands_between_there_are_no_relays(tiny: LoadedModel, asked: PromptSet, tmp_path: Path) -> None:
+    """And the measure can be stored as a run stores it."""
+    short = []
+    for prompt in asked[:6]:
+        stop = prompt.subject_span[1]
+        ids, tokens = (of[: stop + 1] + of[prompt.prediction + 1 :] for of in (prompt.ids, prompt.tokens))
+        short.append(replace(prompt, ids=ids, tokens=tokens, prediction=stop))
+    found: xr.Dataset = sa.measure("knockout", tiny, PromptSet("short", tuple(short)))
+    assert found["relay_drop"].shape == (6, 2, 0)
+    assert found["knockout_drop_beside"].sel(beside="relayed").isnull().all()
+    found.to_netcdf(tmp_path / "array.nc", engine="h5netcdf")
+    assert xr.load_dataset(tmp_path / "array.nc", engine="h5netcdf")["relay_drop"].shape == (6, 2, 0)

@@ -154,7 +154,9 @@ def relay_drop(model: Any, prompts: Sequence[Prompt], **computing: Any) -> xr.Da
         definition="fall in the log-probability of the first accepted answer when one position between subject and "
         "prediction does not read the subject (reads), or is not read by those that predict (passes_on), in all layers",
         paper="after Geva et al. 2023",
-    ).assign_coords(leg=["reads", "passes_on"], token=(("fact", "relay"), np.array(tokens, str).reshape(-1, most)))
+    ).assign_coords(
+        leg=["reads", "passes_on"], token=(("fact", "relay"), np.array(tokens, str).reshape(len(prompts), most))
+    )
 
 
 def _leg(at: int, prompt: Prompt, *, reads: bool) -> list[tuple[int, int]]:
