@@ -26,6 +26,7 @@ def test_public_names_are_pinned() -> None:
         "contrast",
         "controlled_attention",
         "fit_temperature",
+        "frequency_shock",
         "head_contributions",
         "interval",
         "join_popularity",
