@@ -84,6 +84,8 @@ def measure(
 def _help(found: Any) -> str:
     lines = [found.title[:1].upper() + found.title[1:] + (f" ({found.paper})." if found.paper else ".")]
     lines += [f"{quantity.name}, in {quantity.unit}: {quantity.definition}." for quantity in found.quantities]
+    said = {"To be read as": found.reads, "Control": found.control, "Not defined": found.undefined}
+    lines += [f"{what}: {text}" for what, text in said.items() if text]
     return "\n\n".join([*lines, f"Example: `subjattn measure {found.name} --facts cities --n 20`"])
 
 

@@ -247,6 +247,15 @@ MEASURE = Measure(
             ("frequency_shock_control", "shock_control", None),
         )
     ),
+    control="`frequency_shock_control`: the slope of the same right answers, had each wrong one been another of the "
+    "relation's, all alike. In Python also the base with the tuned model's training facts: what slope was there "
+    "before.",
+    reads="As far as it lies below its control: answers that tuning showed more often than the prior are given too "
+    "often. Not that tuning caused it: the pool's counts stand for a pre-training that nobody counted. It is of "
+    "answers that some fact asked has; the attribute `given_others` says how many answers given are others.",
+    undefined="For relations that training or the pool lack. For all facts where there is no slope, and the attribute "
+    "`undefined_shock` says why: one answer, a predictor that does not vary, answers of which none is ever given, or "
+    "those at one end alone, a slope that rests on one answer.",
     run=_run,
     cost=lambda shape, _: PREDICTING * shape.n_facts,
     settings=ShockSettings,
