@@ -189,6 +189,8 @@ def _run(
         raise BadInput(
             f"--training: measure {found.name!r} does not look at what the model was trained on: leave it out"
         )
+    if training is None and "trained" in found.needs:
+        raise BadInput(f"measure {found.name!r} compares answers with those trained on: give --training")
     about: dict[str, Any] = {"facts": every, "training": training and load_facts(training)}
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():
