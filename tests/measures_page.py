@@ -34,6 +34,13 @@ intervals and no verdicts.
 
 No measure alone says which organ failed; the pattern does. Nats in particular go by how sure a model is: an arm with a
 sharper distribution loses more whatever is done to it (`temperature`, and the forms that sureness cannot move).
+
+**Where a fact is lost** takes several of them together, each asked of both arms. `patching` and `trace` say by role of
+position where what the subject brought lies: at its last token, at words behind it, at the prediction. `knockout` by
+window says in which layers the prediction reads it; `extraction` and `head_contributions`, where attention and MLPs
+write the answer out of it; `logit_lens`, from where on the stream has it. Where an arm has as much as its base at the
+subject's last token and less behind it, look for what moves it; where it has less there already, for what makes it
+(`probe` and `transfer` at the subject ask the same in other ways). One of them alone does not say so.
 """
 
 

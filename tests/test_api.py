@@ -25,6 +25,7 @@ def test_public_names_are_pinned() -> None:
         "at_temperature",
         "contrast",
         "controlled_attention",
+        "extraction",
         "fit_temperature",
         "frequency_shock",
         "head_contributions",

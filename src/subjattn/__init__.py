@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
+    from subjattn.measures.extraction import extraction as extraction
     from subjattn.measures.frequency_shock import frequency_shock as frequency_shock
     from subjattn.measures.head_contributions import head_contributions as head_contributions
     from subjattn.measures.knockout import knockout as knockout
@@ -102,6 +103,7 @@ _HOMES = {
     "at_temperature": "measures.temperature",
     "contrast": "evidence.intervals",
     "controlled_attention": "measures.subject_attention",
+    "extraction": "measures.extraction",
     "fit_temperature": "measures.temperature",
     "frequency_shock": "measures.frequency_shock",
     "head_contributions": "measures.head_contributions",
