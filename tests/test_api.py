@@ -26,6 +26,7 @@ def test_public_names_are_pinned() -> None:
         "contrast",
         "controlled_attention",
         "extraction",
+        "factuality_gap",
         "fit_temperature",
         "frequency_shock",
         "head_contributions",

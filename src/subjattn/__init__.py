@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from subjattn.prompts import make_prompts as make_prompts
     from subjattn.prompts import swap_subjects as swap_subjects
     from subjattn.study.files import open_run as open_run
+    from subjattn.study.gaps import factuality_gap as factuality_gap
     from subjattn.study.read import load_study as load_study
     from subjattn.study.run import run_study as run_study
 
@@ -104,6 +105,7 @@ _HOMES = {
     "contrast": "evidence.intervals",
     "controlled_attention": "measures.subject_attention",
     "extraction": "measures.extraction",
+    "factuality_gap": "study.gaps",
     "fit_temperature": "measures.temperature",
     "frequency_shock": "measures.frequency_shock",
     "head_contributions": "measures.head_contributions",
