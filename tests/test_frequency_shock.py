@@ -72,11 +72,14 @@ def test_what_a_count_moves_is_near_what_leaving_it_out_does() -> None:
         ([3, 1, 2], [0, 1, 2], [0, 1, 2], "does not vary"),
         ([0, 0, 0], [0, 1, 2], [0, 0, 0], "all counts are 0"),
         ([0, 0, 2], [0, 1, 2], [0, 0, 0], "no finite slope"),
+        ([0, 2, 1, 1, 40], [0, 1, 0, 1e-4, 2e-4], [0, 0, 1, 1, 1], "no finite slope"),
         ([2, 3], [0, 1], [0, 0], "rests on one count"),
         ([2, 3, 1], [0, 0, 1], [0, 0, 0], "rests on one count"),
     ],
 )
-def test_there_is_no_slope_where_none_can_be_told(counts: list[int], on: list[int], group: list[int], why: str) -> None:
+def test_there_is_no_slope_where_none_can_be_told(
+    counts: list[int], on: list[float], group: list[int], why: str
+) -> None:
     found = poisson_slope(np.array(counts, float), np.ones(len(on)), np.array(on, float), np.array(group))
     assert isinstance(found, str)
     assert why in found

@@ -10,6 +10,7 @@ from scipy.optimize import brentq
 
 FARTHEST = 60.0
 """Slopes times the predictor's spread that are looked for; e to this is more than any ratio of counts."""
+ONE_END = "only counts at one end of the predictor are above 0: no finite slope fits"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def poisson_slope(counts: np.ndarray, expected: np.ndarray, on: np.ndarray, grou
     if not given.any():
         return "all counts are 0"
     if not ((given & (on > lowest)).any() and (given & (on < highest)).any()):
-        return "only counts at one end of the predictor are above 0: no finite slope fits"
+        return ONE_END
     totals = np.bincount(index, counts)[index]
 
     def fitted(slope: float) -> np.ndarray:
@@ -59,8 +60,13 @@ def poisson_slope(counts: np.ndarray, expected: np.ndarray, on: np.ndarray, grou
         mean: np.ndarray = totals * weight / np.bincount(index, weight)[index]
         return mean
 
+    def score(slope: float) -> float:
+        return float(((counts - fitted(slope)) * on).sum())
+
     unit = float((highest - lowest).max())
-    slope = float(brentq(lambda b: float(((counts - fitted(b)) * on).sum()), -FARTHEST / unit, FARTHEST / unit))
+    if not score(-FARTHEST / unit) > 0 > score(FARTHEST / unit):
+        return ONE_END
+    slope = float(brentq(score, -FARTHEST / unit, FARTHEST / unit))
     mean = fitted(slope)
     own = np.bincount(index, mean)[index]
     centred = on - np.divide(np.bincount(index, mean * on)[index], own, out=on.copy(), where=own > 0)
