@@ -50,16 +50,18 @@ def test_updates_are_read_as_by_hand(arch: str) -> None:
     np.testing.assert_array_equal(found["update_token"], tokens)
     np.testing.assert_array_equal(found["answer_token"], answers)
     np.testing.assert_array_equal(found["extracted"], tokens == answers[:, None, None])
-    for name, number in (("extraction_rate", 0), ("extraction_rate_mlp", 1)):
+    for suffix, number in (("", 0), ("_mlp", 1)):
         quantities = {quantity.name: quantity for quantity in measure_of("extraction").quantities}
         expected = [answer in its[:, number] for answer, its in zip(answers, tokens, strict=True)]
-        np.testing.assert_array_equal(quantities[name].per_fact(found), expected)
+        np.testing.assert_array_equal(quantities[f"extraction_rate{suffix}"].per_fact(found), expected)
         others = [
             np.mean([answers[j] in tokens[i, :, number] for j in range(len(answers)) if j != i])
             for i in range(len(answers))
         ]
-        np.testing.assert_allclose(quantities[f"{name}_control"].per_fact(found), others)
-        last = quantities[name].per_fact(found.isel(layer=[2]))
+        np.testing.assert_allclose(quantities[f"extraction_control{suffix}"].per_fact(found), others)
+        over = quantities[f"extraction_over_control{suffix}"].per_fact(found)
+        np.testing.assert_allclose(over, np.array(expected, float) - others)
+        last = quantities[f"extraction_rate{suffix}"].per_fact(found.isel(layer=[2]))
         np.testing.assert_array_equal(last, tokens[:, 2, number] == answers)
 
 
@@ -74,7 +76,8 @@ def test_an_update_that_writes_one_answer_whoever_is_asked_is_shown_by_the_contr
     finally:
         handle.remove()
     of = {quantity.name: quantity.per_fact(found).values.tolist() for quantity in measure_of("extraction").quantities}
-    assert of["extraction_rate_mlp"] == of["extraction_rate_mlp_control"] == [1.0] * len(PROMPTS)
+    assert of["extraction_rate_mlp"] == of["extraction_control_mlp"] == [1.0] * len(PROMPTS)
+    assert of["extraction_over_control_mlp"] == [0.0] * len(PROMPTS)
     assert set(found["answer_token"].values) == set(found["update_token"].values[:, 2, 1])
 
 
@@ -82,7 +85,7 @@ def test_one_fact_has_no_control_and_none_is_refused(tiny: LoadedModel) -> None:
     prompts = sa.make_prompts(sa.load_facts("cities", 3), tiny.tokenizer, "City: {subject}\nCountry:")
     alone = extraction(tiny, prompts[:1])
     assert np.isnan(alone["extracted_others"]).all()
-    control = {quantity.name: quantity for quantity in measure_of("extraction").quantities}["extraction_rate_control"]
+    control = {quantity.name: quantity for quantity in measure_of("extraction").quantities}["extraction_control"]
     assert np.isnan(control.per_fact(alone)).all()
     with pytest.raises(BadInput, match="no prompts"):
         extraction(tiny, [])

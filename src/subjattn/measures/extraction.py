@@ -122,11 +122,16 @@ PASSES = 4.0
 """Forward passes of a prompt that this costs, roughly: one, its parts, and the vocabulary twice a layer."""
 
 
-def _quantities(component: str, name: str) -> tuple[Quantity, Quantity]:
+def _over_others(component: str) -> PerFact:
+    own, others = _any(component), _any_of_others(component)
+    return lambda dataset: (own(dataset) - others(dataset)).assign_attrs(definition="")
+
+
+def _quantities(component: str, suffix: str = "") -> tuple[Quantity, ...]:
     what = f"in some layer the likeliest token of what {_OF[component]} adds at the prediction position"
     return (
         Quantity(
-            name,
+            f"extraction_rate{suffix}",
             "share of facts",
             f"{what} is the model's answer",
             per_fact=_any(component),
@@ -135,12 +140,21 @@ def _quantities(component: str, name: str) -> tuple[Quantity, Quantity]:
             smallest_effect=0.05,
         ),
         Quantity(
-            f"{name}_control",
+            f"extraction_control{suffix}",
             "share of facts",
             f"{what} is the model's answer to another fact, share of the others",
             per_fact=_any_of_others(component),
             bounds=(0, 1),
             cells={"layer": "mean"},
+        ),
+        Quantity(
+            f"extraction_over_control{suffix}",
+            "difference of shares",
+            f"{what} is the model's answer, minus the share of the other facts whose answer it is",
+            per_fact=_over_others(component),
+            bounds=(-1, 1),
+            cells={"layer": "mean"},
+            smallest_effect=0.05,
         ),
     )
 
@@ -149,15 +163,16 @@ MEASURE = Measure(
     name="extraction",
     title="where the answer is read out",
     paper=PAPER,
-    quantities=(*_quantities("attn", "extraction_rate"), *_quantities("mlp", "extraction_rate_mlp")),
-    control="`extraction_rate_control`: the answers of the other facts in the place of the fact's own. Updates that "
-    "write one frequent answer whoever is asked about have these on top as often.",
+    quantities=(*_quantities("attn"), *_quantities("mlp", "_mlp")),
+    control="`extraction_control`: the answers of the other facts in the place of the fact's own. Updates that write "
+    "one frequent answer whoever is asked about have these on top as often; `extraction_over_control` takes them off.",
     reads="In how many facts attention (an MLP) writes the model's answer, right or wrong, so plainly that it is the "
-    "likeliest token of what one layer adds; a claim names layers, and the array has each. Not how much it adds: a "
-    "large update along other tokens may bring more of the answer (`head_contributions`). Not that the answer depends "
-    "on it (`knockout`), nor that nothing was extracted where no single layer has it on top, as in most facts of small "
-    "models (SmolLM2-135M: 0.07 of the cities).",
-    undefined="The controls where one fact alone is asked.",
+    "likeliest token of what one layer adds; a claim names layers, and the array has each. Between arms read it over "
+    "its control: an arm that gives one answer to many raises both. Not how much is added: a large update along other "
+    "tokens may bring more of the answer (`head_contributions`). Not that the answer depends on it (`knockout`), nor "
+    "that nothing was extracted where no single layer has it on top, as in most facts of small models (SmolLM2-135M: "
+    "0.07 of the cities).",
+    undefined="`extraction_control` and `extraction_over_control` where one fact alone is asked.",
     run=_run,
     cost=lambda shape, _: PASSES * shape.n_facts,
     needs=frozenset({"same_prompts"}),
