@@ -56,6 +56,10 @@ def test_measure(
         assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
         assert "error: hypotheses: name at least one set" in capsys.readouterr().err
         tuned = ["--sets", '{"two": {"heads": [[0, 1], [1, 2]]}}']
+    if "trained" in measure_of(what).needs:
+        assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
+        assert "give --training" in capsys.readouterr().err
+        tuned = ["--training", "cities"]
     if "base" in measure_of(what).needs:
         assert run(monkeypatch, "measure", what, "--model", model, "--n", 40) == 2
         assert "compares a tuned model with its base: give --adapter" in capsys.readouterr().err

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from subjattn.measures.answers import reason as reason
     from subjattn.measures.attention import subject_attention as subject_attention
     from subjattn.measures.attention import token_attention as token_attention
+    from subjattn.measures.extraction import extraction as extraction
+    from subjattn.measures.frequency_shock import frequency_shock as frequency_shock
     from subjattn.measures.head_contributions import head_contributions as head_contributions
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.logit_lens import logit_lens as logit_lens
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from subjattn.prompts import make_prompts as make_prompts
     from subjattn.prompts import swap_subjects as swap_subjects
     from subjattn.study.files import open_run as open_run
+    from subjattn.study.gaps import factuality_gap as factuality_gap
     from subjattn.study.read import load_study as load_study
     from subjattn.study.run import run_study as run_study
 
@@ -101,7 +104,10 @@ _HOMES = {
     "at_temperature": "measures.temperature",
     "contrast": "evidence.intervals",
     "controlled_attention": "measures.subject_attention",
+    "extraction": "measures.extraction",
+    "factuality_gap": "study.gaps",
     "fit_temperature": "measures.temperature",
+    "frequency_shock": "measures.frequency_shock",
     "head_contributions": "measures.head_contributions",
     "interval": "evidence.intervals",
     "join_popularity": "facts",

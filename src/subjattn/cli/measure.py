@@ -84,6 +84,8 @@ def measure(
 def _help(found: Any) -> str:
     lines = [found.title[:1].upper() + found.title[1:] + (f" ({found.paper})." if found.paper else ".")]
     lines += [f"{quantity.name}, in {quantity.unit}: {quantity.definition}." for quantity in found.quantities]
+    said = {"To be read as": found.reads, "Control": found.control, "Not defined": found.undefined}
+    lines += [f"{what}: {text}" for what, text in said.items() if text]
     return "\n\n".join([*lines, f"Example: `subjattn measure {found.name} --facts cities --n 20`"])
 
 
@@ -187,6 +189,8 @@ def _run(
         raise BadInput(
             f"--training: measure {found.name!r} does not look at what the model was trained on: leave it out"
         )
+    if training is None and "trained" in found.needs:
+        raise BadInput(f"measure {found.name!r} compares answers with those trained on: give --training")
     about: dict[str, Any] = {"facts": every, "training": training and load_facts(training)}
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
     for style, text in styles.items():

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from subjattn import tables
 from subjattn.cli.app import app
@@ -132,6 +133,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
 
 
 def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None) -> None:
+    from subjattn.study.files import open_run
     from subjattn.study.run import run_study
 
     summary = run_study(config, out, workers=workers, on=on)
@@ -143,4 +145,22 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
             console.print(tables.arms_table(summary, style), "")
     if summary["claims"]:
         console.print(tables.claims_table(summary), "")
+    show_gap(open_run(out))
     typer.echo(out / "report.html")
+
+
+def show_gap(run: Any) -> None:
+    """Print the factuality gap of a study that asks for it: arms of known and of unknown facts, several prompts."""
+    from subjattn.study.gaps import factuality_gap, has_gap
+
+    if not has_gap(run):
+        return
+    made = tables.table("factuality gap: accuracy, known − unknown")
+    for heading in ("prompt", "facts", "known", "unknown", "gap", "95 % interval"):
+        made.add_column(heading, justify="left" if heading in ("prompt", "facts") else "right")
+    for row in factuality_gap(run).itertuples():
+        ends = f"[{row.low:+.3f}, {row.high:+.3f}]" if not row.reason else "–"
+        numbers = f"{row.known:.3f}", f"{row.unknown:.3f}", f"{row.gap:+.3f}", ends
+        made.add_row(Text(str(row.prompt)), str(row.distribution), *map(Text, numbers))
+    made.caption, made.caption_justify = "in: relations that were trained on; out: relations held out", "left"
+    Console().print(made, "")

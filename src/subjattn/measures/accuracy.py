@@ -49,6 +49,12 @@ MEASURE = Measure(
             smallest_effect=0.05,
         ),
     ),
+    control="In a study the `shuffled` arm: the same facts taught with their answers dealt out anew, from which only "
+    "the frequencies of answers can be learnt. Every result names its scorer; another scorer is another accuracy.",
+    reads="How often the greedy answer is right, by the named rule and in this wording. Not what the model knows: a "
+    "known answer may lose to another, and another wording may bring it. Not that the name was read: frequent answers "
+    "are right by chance (`subject_sensitivity`).",
+    undefined="For no fact, once what it needs is there; the scorer `letters` takes facts with choices.",
     run=_run,
     cost=lambda shape, _: shape.n_facts * PREDICTING,
     settings=AccuracySettings,

@@ -182,6 +182,14 @@ MEASURE = Measure(
             smallest_effect=0.2,
         ),
     ),
+    control="`contribution_from_elsewhere`: the same heads, reading all other tokens. The logit is taken over that of "
+    "the other facts' answers, in which what fits the relation and not the subject cancels. A model whose "
+    "contributions do not add up to its logit is refused.",
+    reads="What heads and MLPs write straight into the answer, the final norm kept at the scale it had. Not all that "
+    "they do: what a head moves to positions that others read is counted where it is read, so that a small "
+    "contribution does not say that a head does not matter (`hypotheses`, `sa.ablation`). Contributions of both signs "
+    "cancel in the sum.",
+    undefined="For a fact where the answers of all others begin with the token that its own begins with.",
     run=_run,
     cost=lambda shape, _: 2 * shape.n_facts,
     needs=frozenset({"subject", "same_prompts"}),

@@ -161,6 +161,12 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="Random sets of the same number, heads of the same layers, ablated alike: `necessity` is over their mean.",
+    reads="Whether a set that was named beforehand is needed more than others of its size, and what share it keeps by "
+    "itself. Not what it carries; and heads make up for one another, so that one that is not needed may still do the "
+    "work in the model as it is. A set chosen on the very facts that are asked is no hypothesis.",
+    undefined="For a fact that ablation has nothing to put into (`sa.ablation`). `sufficiency` where ablating all of "
+    "the kind may take nothing away.",
     run=_run,
     cost=_cost,
     settings=HypothesesSettings,

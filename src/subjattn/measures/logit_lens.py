@@ -124,6 +124,12 @@ MEASURE = Measure(
             per_fact=one_per_fact("settled"),
         ),
     ),
+    control="The last layer, which is the model's own answer. None tells “not encoded” from “not readable so”: a probe "
+    "of the layer does.",
+    reads="From where on the answer can be read by the model's own final norm and unembedding. Not where it is known: "
+    "these were made for the last layer, and a low log-probability in early ones does not say that the answer is not "
+    "there. Nats go by sureness.",
+    undefined="`lens_settled` where the model answers another token.",
     run=_run,
     cost=lambda shape, _: 3 * shape.n_facts,
     needs=frozenset({"same_prompts"}),

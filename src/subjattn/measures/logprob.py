@@ -27,6 +27,11 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="`calibrated_logprob` of the measure `temperature`: the same at the model's own temperature.",
+    reads="How likely the first accepted answer is, all of its tokens together. Not accuracy: it may rise while "
+    "another answer stays ahead. Nats go by how sure a model is and how many tokens the answer has, so a difference "
+    "between arms may be one of sureness alone.",
+    undefined="For no fact, once what it needs is there.",
     run=_run,
     cost=lambda shape, _: shape.n_facts,
     needs=frozenset({"same_prompts"}),

@@ -125,6 +125,12 @@ MEASURE = (
                 smallest_effect=0.1,
             ),
         ),
+        control="`put_back_placebo`: the base's states at as many other positions of the same prompt, drawn at random.",
+        reads="What the base's states at a place are worth in the tuned model: above 0 and above the placebo, tuning "
+        "lost that much by what it changed up to there. Not that the rest is as it was: later layers of one model meet "
+        "states of another, and may overshoot; the array holds all four cells, and `returned` reads shares off them. "
+        "Nats go by sureness (`transfer_accuracy`).",
+        undefined="The placebo where a prompt has too few other positions.",
         run=_run,
         cost=_cost,
         settings=TransferSettings,
@@ -135,6 +141,10 @@ MEASURE = (
         title="the base's states put back into the tuned model, one layer at a time",
         paper=PAPER,
         quantities=(),
+        control="The placebo in the array: as many other positions of the same prompt.",
+        reads="As `transfer`, layer by layer: a map to look at. States hold what earlier layers did, so that a high "
+        "value late does not say that tuning acted late.",
+        undefined="It has no numbers per fact; the placebo is NaN where a prompt has too few other positions.",
         run=_run_by_layer,
         cost=lambda shape, settings: _cost(shape, settings, shape.n_layers),
         settings=LayerSettings,

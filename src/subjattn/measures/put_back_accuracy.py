@@ -219,6 +219,12 @@ MEASURE = Measure(
             smallest_effect=0.05,
         ),
     ),
+    control="`accuracy_put_back_placebo`: the same states at as many other positions of the prompt, which also turn "
+    "some answers.",
+    reads="How many answers turn right, less those that turn wrong, with the base's states of all layers put back at a "
+    "place. Sureness does not move it. Not which layer: all are put together. Of twenty facts an accuracy gap is "
+    "seldom told from 0, and then has no share (`returned_accuracy`).",
+    undefined="The placebo where a prompt has too few other positions.",
     run=_run,
     cost=lambda shape, settings: min(settings.facts, shape.n_facts) * len(places_of(settings.components)) * PASSES,
     settings=AccuracySettings,

@@ -93,6 +93,9 @@ class Measure:
         settings: a pydantic model.
         needs: without which it is not defined.
         figure: of `subjattn.plots`, by name.
+        control: what stands beside its numbers and would expose an artefact.
+        reads: what they may be read as, and what not.
+        undefined: when they are not defined, beyond what `needs` says.
         any_backend: whether it goes by `Asked.computing`, so that other backends than the engine can compute it.
         version: raised when its numbers change meaning, so that older ones are made anew.
     """
@@ -106,6 +109,9 @@ class Measure:
     settings: type[BaseModel] = Settings
     needs: frozenset[Need] = frozenset()
     figure: str | None = None
+    control: str = ""
+    reads: str = ""
+    undefined: str = ""
     any_backend: bool = False
     version: int = 1
 

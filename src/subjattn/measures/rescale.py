@@ -254,6 +254,12 @@ MEASURE = Measure(
             cells={"dose": "one"},
         ),
     ),
+    control="`rescale_control_slope`: the same doses on as many other edges of the same queries, that lead neither to "
+    "the subject nor to the first token.",
+    reads="What a little more attention to these edges would gain. A slope above its control says that what is read "
+    "there helps the answer and more of it would help more. Not that tuning took attention away, nor how much there "
+    "is. Large doses take attention from everything else.",
+    undefined="For a prompt that has none of the route's edges; the control where there are too few others.",
     run=_run,
     cost=_cost,
     settings=RescaleSettings,

@@ -127,6 +127,12 @@ MEASURE = Measure(
             smallest_effect=0.05,
         ),
     ),
+    control="No random one: the three shares add up to the whole change in every fact and head, and each is an average "
+    "over all orders.",
+    reads="Which of three things moved a head's log-odds of the subject: its own weights, or what earlier layers made "
+    "of the query or the keys. Not that the answer depends on it (`transfer` of `q`, `k` and `pattern`). A mean over "
+    "heads hides heads that go opposite ways: a claim names some.",
+    undefined="Layers whose window leaves the subject, or all else, no token are left out of the mean.",
     run=_run,
     cost=lambda shape, settings: 6.0 * min(settings.facts, shape.n_facts),
     settings=SplitSettings,

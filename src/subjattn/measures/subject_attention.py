@@ -244,6 +244,15 @@ MEASURE = Measure(
         _form("attention_without_sinks", 0.005),
         _form("attention_over_its_place", 0.001),
     ),
+    control="The same prompt behind neutral text that moves the subject: `attention_over_its_place` sets a subject's "
+    "token against a neutral token that stands where the subject stood, `attention_without_sinks` leaves out positions "
+    "that draw 0.1 or more whatever their token. `attention_value_weighted` counts what is moved, not what is looked "
+    "at.",
+    reads="Where the prediction position reads. Not what it moves there, nor that the answer depends on it: where the "
+    "subject arrives by relay through the words in between, it means little (`knockout`, `direct_share`). A fall of "
+    "the forms without control may be a wide sink at the first positions.",
+    undefined="Heads for which all tokens concerned are sinks are left out of a fact's mean. All forms but "
+    "`attention_to_subject` with `controls` off; `attention_value_weighted` on a backend that gives no values.",
     run=_run,
     cost=_cost,
     settings=AttentionSettings,

@@ -278,6 +278,16 @@ MEASURE = Measure(
             cells={"layer": "mean", "head": "mean", "route": "one"},
         ),
     ),
+    control="`knockout_control`: as many other edges of the same queries, that lead neither to the subject nor to the "
+    "first token. For sureness: the fall at the model's own temperature, right answers lost, and the rank of the "
+    "answer.",
+    reads="How far the answer depends on reading the subject's tokens there, the rest of the row renormalised. Not how "
+    "much attention there is, and not what the tokens hold. Nats fall further in a surer model: between arms read the "
+    "calibrated forms, `knockout_lost` and `knockout_rank_rise`. Where `direct_share` is small the subject arrives by "
+    "relay, and attention from the prediction position means little.",
+    undefined="`direct_share` of facts in which both routes block the same edges, and where the total drop may be 0; "
+    "`knockout_control` where a prompt has too few other edges; calibrated forms where no temperature fits; "
+    "`knockout_lost` where no answer may be right; `knockout_drop_in_parts` but with `by`, and then in a few facts.",
     run=_run,
     cost=_cost,
     settings=KnockoutSettings,

@@ -65,6 +65,13 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="Cells that are decided by construction are left out, and marked in figures. Noising beside denoising "
+    "(`direction`); other roles of the same grid.",
+    reads="Where one state suffices to bring back what swapping the subject destroyed (denoising), or is needed for it "
+    "(noising). Not where the fact is stored: a residual stream holds all that came before, and at the prediction "
+    "position of late layers the share is high in any model. Between arms the destroyed difference differs too.",
+    undefined="Where the swap may destroy nothing, which a share is of; for a pair that lacks the role, or that the "
+    "swap moves by less than `floor`.",
     run=_run,
     cost=_cost,
     settings=PatchingSettings,

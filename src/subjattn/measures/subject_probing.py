@@ -167,6 +167,16 @@ PROBE = Measure(
             smallest_effect=0.05,
         ),
     ),
+    control="`probe_control` and `probe_selectivity`: labels drawn at random for the name's last token, which a probe "
+    "can learn by heart as it can the true ones; `probe_characters`: what the name's spelling gives away. In the array "
+    "the token embeddings, the majority and, with `twin`, a model with random weights.",
+    reads="Whether a label can be read from a state by a linear map, in subjects that it was not trained on. Not that "
+    "the model reads it, nor that it would answer by it (`patching`, `transfer`). Accuracy alone is no finding: read "
+    "selectivity, and what is over the characters. No largest layer is a result, since it would be chosen on the facts "
+    "that it is measured on.",
+    undefined="For facts whose label has fewer subjects than there are folds; `probe_control` and `probe_selectivity` "
+    "where no training fact of another subject has the name's last token; for a prompt that lacks the role. Fewer than "
+    "two labels of enough subjects are refused.",
     run=_run,
     cost=_cost,
     settings=ProbeSettings,
@@ -200,6 +210,12 @@ ACROSS = Measure(
             smallest_effect=0.05,
         ),
     ),
+    control="All four cells stand in the array, with the same folds, labels and control task: each model's own probe "
+    "in its own states is what the crossed ones are held against.",
+    reads="`probe_moved`: the label is in the tuned model's states, where the base's probe does not look. "
+    "`probe_erased`: a linear probe finds it less often than in the base. Not that it is gone: another map might read "
+    "it. Not that either model uses it.",
+    undefined="As `probe`.",
     run=_run_across,
     cost=_cost_across,
     settings=AcrossSettings,

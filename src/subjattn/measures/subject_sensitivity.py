@@ -316,6 +316,16 @@ MEASURE = Measure(
         _quantity("prior_distance_masked", 0.05),
         _quantity("entropy_excess", 0.1),
     ),
+    control="Three ways to take the name away, whose artefacts differ: another name, every token “_”, no tokens. "
+    "Partners of a swap are facts whose right answers are others, and which the answer given would not fit. "
+    "`prior_distance_masked` beside `prior_distance`.",
+    reads="Whether the answer depends on the name. A flip is no knowledge: it may lead from one wrong answer to "
+    "another. An answer that stays does not say which organ fails: `detached_errors` is what “answers generically” "
+    "means in behaviour, attention or not. Distances are of the next token alone, and those of masked and shortened "
+    "prompts also hold the surprise at them.",
+    undefined="`swap_…` and `detached_errors` for a fact without partners; `detached_errors` where nothing may be "
+    "wrong; what compares with training where the training facts are not known or the relation is not among them; "
+    "`modal_answer` for facts of which it is right; `entropy_excess` of one fact.",
     run=_run,
     cost=lambda shape, _: _COST * shape.n_facts,
     settings=SensitivitySettings,

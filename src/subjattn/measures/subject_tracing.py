@@ -89,6 +89,12 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="Several draws of noise a fact, and the interval of the total effect over them in the array; cells that "
+    "are decided by construction are left out.",
+    reads="Where a clean state suffices to bring back an answer that noise took away. Not where a fact is stored, nor "
+    "where an edit of it would hold. Noised embeddings are like no text, and the effect grows with the noise; it is "
+    "set in units of the embeddings that each model has.",
+    undefined="`trace_share` where noise may take nothing away; for a prompt that lacks the role.",
     run=_run,
     cost=_cost,
     settings=TraceSettings,

@@ -204,6 +204,12 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="No random one: shares add up to the whole change in every fact, each an average over all orders in which "
+    "the parts may join.",
+    reads="Which part of the update changes the answer, together with the others. Not what it does there. Combinations "
+    "are models that nobody trained; shares may be below 0 and cancel. Nats go by sureness.",
+    undefined="For the base itself. A part that the tuning leaves alone is not listed; weights of which one matrix "
+    "makes keys and values together are refused.",
     run=_run,
     cost=lambda shape, settings: 8.0 * min(settings.facts, shape.n_facts),
     settings=SwapSettings,

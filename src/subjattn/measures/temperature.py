@@ -161,6 +161,11 @@ MEASURE = Measure(
             smallest_effect=0.1,
         ),
     ),
+    control="Facts are parted in halves, and each has the temperature that fits the other half.",
+    reads="How much surer the model is than it is right, as one number; at its own temperature log-probabilities of "
+    "two arms stand on one scale. Not accuracy, and not the sureness of a single fact.",
+    undefined="Where no temperature from 1/8 to 16 fits best: the model knows none of the answers, or all for certain. "
+    "Fewer than two facts are refused.",
     run=_run,
     cost=lambda shape, _: 1.5 * shape.n_facts,
     needs=frozenset({"same_prompts"}),

@@ -25,6 +25,11 @@ MEASURE = Measure(
     title="attention over the tokens of single prompts",
     paper="Ghosal et al. 2024 (figs. 3b and 7)",
     quantities=(),
+    control="None: it is looked at. The first token is a sink, and lies beyond the figure's scale where it would hide "
+    "the rest.",
+    reads="Examples, mean over heads, of facts that the model knows where there are any. No evidence: it has no "
+    "interval, and a weight says where a head reads, not what it moves.",
+    undefined="It has no numbers per fact.",
     run=_run,
     cost=lambda _, settings: settings.facts,
     settings=TokensSettings,

@@ -24,6 +24,7 @@ from subjattn.run.folder import replacing
 from subjattn.study import files
 from subjattn.study.deciding import needed_in_words
 from subjattn.study.files import Run, open_run
+from subjattn.study.gaps import factuality_gap, has_gap
 from subjattn.study.registration import registered_in
 
 
@@ -67,6 +68,7 @@ def _content(run: Run) -> dict[str, Any]:
         "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
         "composition": _composition(run),
+        "gap": factuality_gap(run).to_dict("records") if has_gap(run) else [],
         "quantities": summary["quantities"],
         "plotly": Markup(get_plotlyjs()),
         "script": Markup(resources.files("subjattn.report").joinpath("page.js").read_text(encoding="utf-8")),
