@@ -30,6 +30,7 @@ def test_public_names_are_pinned() -> None:
         "fit_temperature",
         "frequency_shock",
         "head_contributions",
+        "hidden_knowledge",
         "interval",
         "join_popularity",
         "knockout",

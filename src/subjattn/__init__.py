@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from subjattn.measures.extraction import extraction as extraction
     from subjattn.measures.frequency_shock import frequency_shock as frequency_shock
     from subjattn.measures.head_contributions import head_contributions as head_contributions
+    from subjattn.measures.hidden_knowledge import hidden_knowledge as hidden_knowledge
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.logit_lens import logit_lens as logit_lens
     from subjattn.measures.patching import patch_grid as patch_grid
@@ -109,6 +110,7 @@ _HOMES = {
     "fit_temperature": "measures.temperature",
     "frequency_shock": "measures.frequency_shock",
     "head_contributions": "measures.head_contributions",
+    "hidden_knowledge": "measures.hidden_knowledge",
     "interval": "evidence.intervals",
     "join_popularity": "facts",
     "knockout": "measures.knockout",

@@ -112,6 +112,8 @@ class Linear:
     weights: Float[np.ndarray, "d_model class"]
     intercepts: Float[np.ndarray, " class"]
     penalty: float
+    error: float = np.nan
+    """Of ridge the mean squared error of training subjects left out, by which the penalty was chosen."""
 
     def scores(self, states: Float[np.ndarray, "fact d_model"]) -> Float[np.ndarray, "fact class"]:
         found: np.ndarray = self.scaler.transform(states.astype(float)) @ self.weights + self.intercepts
@@ -148,9 +150,9 @@ class Ridge:
         mean = targets.mean(0)
         turned = self.left.T @ (targets - mean)
         errors = [self._error(targets - mean, turned, i) for i in range(len(self.alphas))]
-        alpha = self.alphas[int(np.argmin(errors))]
+        alpha, error = self.alphas[int(np.argmin(errors))], min(errors) / targets.size
         weights = self.right @ ((np.sqrt(self.squares) / (self.squares + alpha))[:, None] * turned)
-        return Linear(self.scaler, weights, mean, float(alpha))
+        return Linear(self.scaler, weights, mean, float(alpha), error)
 
     def _inverse(self, members: Int[np.ndarray, "subject member"], shrunk: np.ndarray) -> np.ndarray:
         """(I − H_gg)⁻¹ of each subject g, which turns its facts' residuals into those without it."""

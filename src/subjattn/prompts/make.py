@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,18 +106,25 @@ def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, sty
     return lengths
 
 
-def first_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
-    """The first token of any answer behind a prompt.
+def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> Prompt:
+    """The prompt with any other answer behind it, the only one that is accepted.
 
     Raises:
         SpanNotFound: the answer's tokens merge with the prompt's.
     """
-    asked = list(prompt.ids[: prompt.prediction + 1])
+    asked = prompt.ids[: prompt.prediction + 1]
     for special in (True, False):
         (whole,) = encode(tokenizer, [_answered(prompt.text, answer)], special)
-        if list(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
-            return int(whole.ids[len(asked)])
+        if tuple(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
+            tokens = tuple(str(tokenizer.decode([token])) for token in whole.ids[len(asked) :])
+            before = prompt.tokens[: len(asked)]
+            return replace(prompt, ids=tuple(whole.ids), tokens=before + tokens, answers=(answer,))
     raise SpanNotFound(f"fact {prompt.fact_id}: the tokens of the answer {answer!r} merge with those of the prompt")
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
+    """The first token of any answer behind a prompt; SpanNotFound where their tokens merge."""
+    return with_answer(tokenizer, prompt, answer).answer_ids[0]
 
 
 def _answered(text: str, answer: str) -> str:
