@@ -25,7 +25,7 @@ FLOORS = (
     {"models"},
     {"backends"},
     {"measures"},
-    {"finetune"},
+    {"finetune", "organisms"},
     {"knowledge"},
     {"evidence"},
     {"plots"},
