@@ -129,15 +129,19 @@ def values(model: LoadedModel, prompts: PromptSet, facts: pd.DataFrame) -> dict[
 
 def compared(organism: Organism, seed: int, base: Any, own: Any) -> list[dict[str, Any]]:
     """Differences from the base with their intervals and verdicts, and what is diagnosed from these."""
-    intervals = {}
+    intervals, same = {}, []
     for name, (quantity, array) in own.items():
         try:
             intervals[name] = sa.contrast(array, base[name][1], bounds=quantity.bounds)
-        except BadInput:
-            continue
+        except BadInput as error:
+            if array.equals(base[name][1]):  # to the last digit, so that there is no interval
+                same.append(name)
+            else:
+                print(f"{organism.fault}: {name}: {error}", file=sys.stderr)
     judged = [name for name in intervals if own[name][0].smallest_effect is not None]
     changes = judge_changes([(intervals[name], float(own[name][0].smallest_effect)) for name in judged])
     verdicts = dict(zip(judged, (one.verdict for one in changes), strict=True))
+    verdicts |= dict.fromkeys(same, "no change that matters")
     supported = [row["account"] for row in diagnose(verdicts) if row["status"] == "supported"]
     about = {
         "organism": organism.fault,
@@ -147,12 +151,12 @@ def compared(organism: Organism, seed: int, base: Any, own: Any) -> list[dict[st
         "norm": organism.norm,
         "diagnosis": ", ".join(supported) or "open",
     }
-    return [
-        about
-        | {"quantity": name, "estimate": one.estimate, "low": one.ci_low, "high": one.ci_high}
-        | {"verdict": verdicts.get(name, "")}
+    rows = [about | {"quantity": name, "estimate": 0.0, "low": 0.0, "high": 0.0} for name in same]
+    rows += [
+        about | {"quantity": name, "estimate": one.estimate, "low": one.ci_low, "high": one.ci_high}
         for name, one in intervals.items()
     ]
+    return [row | {"verdict": verdicts.get(row["quantity"], "")} for row in rows]
 
 
 def run(n_facts: int, seeds: int, n_harmless: int, out: Path) -> None:

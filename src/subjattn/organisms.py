@@ -96,13 +96,18 @@ def shrink_values(base: LoadedModel, prompts: Sequence[Prompt], layers: Collecti
         base: the model to copy.
         prompts: from which it is learned what is particular to a subject's tokens.
         layers: that are edited, all heads.
-        strength: share of the subject's own part of values that is taken away, 0 to 1.
+        strength: share that is taken away, 0 to 1: of what is particular to the subject's tokens, and of the mean of
+            what they have in common with others.
     """
     model, edited = _copy(base)
     every = [_projection(_attention(model, layer), "v_proj") for layer in sorted(layers)]
     for values, inputs in zip(every, _inputs(model, prompts, every), strict=True):
         subject = torch.cat([one[list(prompt.subject_positions)] for one, prompt in zip(inputs, prompts, strict=True)])
-        _erase(values, subject, _elsewhere(inputs, prompts), strength)
+        elsewhere = _elsewhere(inputs, prompts)
+        _erase(values, subject, elsewhere, strength)
+        kept = _main_directions(elsewhere, KEPT)
+        common = values.weight.float() @ (subject.mean(0) @ kept.T @ kept)
+        values.weight -= (strength * common[:, None] * _telling(subject, elsewhere)[None]).to(values.weight)
     return _organism(base, edited, "values shrunk", tuple(sorted(layers)), strength)
 
 
