@@ -247,6 +247,15 @@ MEASURE = Measure(
     title="what the model knows inside and what its answers say",
     paper=PAPER,
     quantities=tuple(map(_quantity, _WORDS)),
+    control="`swapped_k`, behind another subject, is 1/2 where the name is what ranks the answers. Wrong answers are "
+    "dealt out so that a score of the answer alone ranks half of the pairs right. `external_k_prior` takes the "
+    "answer's prior off. A base model hides facts too: read its `hidden` beside a tuned model's.",
+    reads="`hidden` that rises with tuning while `internal_k` stays: what right answers have in the states is still "
+    "there, and the model's answers follow it less. Not that the model can use it: see `transfer_accuracy` and "
+    "`rescale` for how many answers come back.",
+    undefined="For facts that have no wrong answer in their fold, as where most facts of a relation have one answer; "
+    "`internal_k` where no other fold could train a probe; `swapped_k` where no fact of the relation has yet another "
+    "answer. No pairs at all are refused.",
     run=_run,
     cost=_cost,
     settings=HiddenSettings,
