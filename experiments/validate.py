@@ -191,6 +191,7 @@ def table(rows: pd.DataFrame) -> list[str]:
     order = ["looks away", "values shrunk", "MLPs damaged", "answer favoured", "nothing"]
     organisms = [one for one in order if one in set(rows["organism"])]
     idle = rows[rows["organism"] == "random"].groupby("quantity")["estimate"].agg(["min", "max"])
+    idle = pd.DataFrame({"min": idle["min"].clip(upper=0), "max": idle["max"].clip(lower=0)})
     lines = ["| quantity | " + " | ".join(organisms) + " | harmless |", "|---" * (len(organisms) + 2) + "|"]
     for name in SHOWN:
         cells = []
