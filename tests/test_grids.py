@@ -151,6 +151,7 @@ def edges_by_hand(prompt: Prompt, route: str) -> set[tuple[int, int]]:
     return {
         "direct": {(q, k) for q, k in everything if q >= prompt.prediction and start <= k < stop},
         "total": {(q, k) for q, k in everything if q >= stop and start <= k < stop},
+        "relayed": {(q, k) for q, k in everything if stop <= q < prompt.prediction and start <= k < stop},
         "non_subject": {(q, k) for q, k in everything if q >= prompt.prediction and k != q and not start <= k < stop},
         "last": {(q, q) for q in range(prompt.prediction, len(prompt))},
         "subject_to_earlier": {(q, k) for q, k in everything if start <= q < stop and k < start},

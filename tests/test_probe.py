@@ -331,7 +331,7 @@ def test_the_measure_gives_what_the_function_does(tiny: LoadedModel, prompts: Pr
     assert means["probe_auroc"] == pytest.approx(float(at_last["ranked"].mean()))
     over = at_last["correct"].mean("layer") - expected["characters"]
     assert means["probe_over_characters"] == pytest.approx(float(over.mean()))
-    with pytest.raises(BadInput, match="probe: roles: Value error, 'subject' is not one of"):
+    with pytest.raises(BadInput, match="probe: roles: 'subject' is not one of"):
         measure("probe", tiny, prompts, {"roles": "subject"})
     with pytest.raises(BadInput, match="needs two labels"):
         measure("probe", tiny, prompts, {"target": "known"})
