@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -211,6 +213,24 @@ def test_results_are_taken_away_when_a_stage_changes_and_not_before(tmp_path: Pa
     assert (tmp_path / "summary.json").exists() and (tmp_path / "report.html").exists()
     made(Plan([stage("a", number=2)]), tmp_path)
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "report.html").exists()
+
+
+class Finalizer(Silent):
+    """Loses the exception of a Ctrl-C that falls into it, as a finalizer does."""
+
+    def started(self, stage: Stage) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_is_lost_still_stops_the_run(tmp_path: Path) -> None:
+    made = Plan([stage("a", number=1), stage("b", number=2)])
+    with pytest.raises(KeyboardInterrupt):
+        execute(made, Folder(tmp_path), Finalizer())
+    assert Folder(tmp_path).record("b") is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    execute(made, Folder(tmp_path), Silent())
+    assert Folder(tmp_path).record("b") is not None
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from subjattn.errors import StagesFailed
@@ -77,7 +81,19 @@ class _Execution:
 
     def run(self) -> None:
         self.events.planned(list(self.plan))
+        with _interrupts() as interrupted:
+            self._make(interrupted)
+        if self.failed:
+            needed = [f"{name}: {reason}" for name, reason in self.failed.items()]
+            waiting = "wait for them" if self.slots else "are not made, for there is no worker left"
+            left = f"; {len(self.pending)} more {waiting}" if self.pending else ""
+            raise StagesFailed(f"{' | '.join(needed)}{left}", self.failed)
+
+    def _make(self, interrupted: Callable[[], bool]) -> None:
+        """Stage by stage until nothing is left that can be made."""
         while True:
+            if interrupted():
+                raise KeyboardInterrupt
             self._settle()
             for slot in self.slots:
                 if slot.stage is None and (stage := self._next(slot)) is not None:
@@ -88,11 +104,6 @@ class _Execution:
             for future in finished:
                 self._collect(future)
             self._look()
-        if self.failed:
-            needed = [f"{name}: {reason}" for name, reason in self.failed.items()]
-            waiting = "wait for them" if self.slots else "are not made, for there is no worker left"
-            left = f"; {len(self.pending)} more {waiting}" if self.pending else ""
-            raise StagesFailed(f"{' | '.join(needed)}{left}", self.failed)
 
     def _settle(self) -> None:
         """Tick off pending stages that are finished as they are."""
@@ -164,6 +175,26 @@ class _Execution:
             if slot.stage is not None and not isinstance(slot.executor, Here):
                 with contextlib.suppress(OSError, ValueError):
                     self.events.advanced(slot.stage, float(json.loads(self._progress(slot.stage).read_text())))
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, also where its exception was lost, as it is in a finalizer that it falls into."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    seen: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Sum:
