@@ -119,11 +119,20 @@ def test_right_answers_are_no_detached_errors(tiny_models: dict[str, LoadedModel
             "subjattn.measures.subject_sensitivity.predict",
             lambda _model, its, *_: pd.DataFrame({"prediction": [texts[prompt.fact_id] for prompt in its]}),
         )
-        found = subject_sensitivity(model, asked)
+        found = subject_sensitivity(model, asked, swaps=len(asked))
     right = np.array([bool(names & {answer.casefold() for answer in prompt.answers}) for prompt in asked])
     assert right.any()
     np.testing.assert_array_equal(found["wrong"], ~right)
     np.testing.assert_array_equal(found["detached"], ~right)
+    partners = [
+        sum(
+            around(other) == around(prompt)
+            and not {*map(str.casefold, other.answers)} & ({*map(str.casefold, prompt.answers)} | names)
+            for other in asked
+        )
+        for prompt in asked
+    ]
+    np.testing.assert_array_equal(found["n_partners"], partners)  # none whom the answer given would fit
     rows = [row for row in values_of(measure_of("subject_sensitivity"), _filled(found)) if row[1] == "detached_errors"]
     assert sum(value for *_, value, _ in rows) / sum(over for *_, over in rows) == 1.0
 

@@ -281,6 +281,8 @@ def reading(model: PreTrainedModel, last: Float[Tensor, "row d_model"], weights:
     capped = float((logits - factor * raw).norm()) > LAYER_TOLERANCE[model.dtype] * float(logits.norm())
     factor = 1.0 if capped or abs(factor - 1) < LAYER_TOLERANCE[model.dtype] else factor
     direction = factor * at_head[:, 0].double()
-    whole = factor * (raw * weights.to(raw)).sum(-1)
-    direction = direction if frozen is None else frozen.back(direction)
-    return Reading(direction, whole - (direction * last.double()).sum(-1), capped)
+    nothing = head(torch.zeros_like(given[0]))[:, 0].double()
+    offset = factor * (nothing * weights.to(nothing)).sum(-1)
+    if frozen is not None:
+        offset, direction = offset + direction @ frozen.bias, frozen.back(direction)
+    return Reading(direction, offset, capped)
