@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from subjattn.measures.metrics import METRICS, measure_rows
 from subjattn.models import LoadedModel, load_model
 from subjattn.models import arms as model_arms
 from subjattn.models.arms import Arms, load_arms
+from subjattn.organisms import favour
 from subjattn.prompts import Prompt, PromptSet, Style, make_prompts
 
 
@@ -180,8 +182,8 @@ def merged(base: LoadedModel, apart: LoadedModel, cells: frozenset[tuple[int, st
     """A copy of the base with the weights of some parts replaced by merged ones, which are told apart by name."""
     full = copy.deepcopy(apart.model)
     if apart.adapter is not None:
-        full = PeftModel.from_pretrained(copy.deepcopy(base.model), apart.adapter).merge_and_unload()
-    mixed = copy.deepcopy(base.model)
+        full = PeftModel.from_pretrained(copy.copy.deepcopy(base.model), apart.adapter).merge_and_unload()
+    mixed = copy.copy.deepcopy(base.model)
     ours = dict(mixed.named_parameters())
     attention, mlp, projection = parts(architecture)
     width = base.model.config.hidden_size
@@ -392,6 +394,22 @@ def test_a_checkpoint_on_disk_is_the_one_in_memory(
         held = logits_of(cones.forward(arms.base.model, [rows[i]]))[0]
         torch.testing.assert_close(logits, held, atol=1e-5, rtol=0)
     assert streamed.cells("other") == arms.cells("other")
+
+
+def test_a_checkpoint_may_be_in_memory(tiny_models: dict[str, LoadedModel], prompts: PromptSet) -> None:
+    """Here one that has an offset on its logits, where the base has no such weights at all."""
+    base, made = tiny_models["llama"], favour(tiny_models["llama"], 9, 4.0)
+    arms = load_arms(base, checkpoints={"made": made.model})
+    found = logits_of(cones.forward(base.model, rows_of(prompts, [arms.arm("made")])))
+    alone = logits_of(cones.forward(made.model.model, rows_of(prompts, [None])))
+    for i, logits in found.items():
+        torch.testing.assert_close(logits, alone[i], atol=1e-5, rtol=0)
+    assert "in memory" in arms.provenance()["arms"]["made"]["identity"]
+    with pytest.raises(BadInput, match="is the base itself"):
+        load_arms(base, checkpoints={"same": base})
+    other = replace(base, model=copy.deepcopy(base.model).to(torch.bfloat16))
+    with pytest.raises(BadInput, match="load both alike"):
+        load_arms(base, checkpoints={"rough": other})
 
 
 def test_a_checkpoint_that_does_not_fit_is_streamed(

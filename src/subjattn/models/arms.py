@@ -125,7 +125,7 @@ class Arms:
 def load_arms(
     base: str | LoadedModel,
     adapters: Mapping[str, str] | None = None,
-    checkpoints: Mapping[str, str] | None = None,
+    checkpoints: Mapping[str, str | LoadedModel] | None = None,
     *,
     identical: Collection[str] = (),
     stream: bool | None = None,
@@ -137,7 +137,7 @@ def load_arms(
     Args:
         base: name of the base model, as for `load_model`; or one that is loaded, without an adapter.
         adapters: PEFT adapters by the names of their arms. Of a plain LoRA the update alone is kept.
-        checkpoints: whole tuned models by the names of their arms.
+        checkpoints: whole tuned models by the names of their arms; or ones that are loaded.
         identical: arms that may change nothing, as controls.
         stream: whether the layers of checkpoints are read from disk as they are called, and not held beside the base;
             None: where they would take more than half of the memory that is free.
@@ -145,7 +145,8 @@ def load_arms(
         device: as for `load_model`.
 
     Raises:
-        BadInput: no arms, a name twice or `base`, a checkpoint that is another kind of model or has another tokenizer.
+        BadInput: no arms, a name twice or `base`, a checkpoint that is another kind of model, has another tokenizer, or
+            is loaded in another precision or place.
         AdapterMismatch: see `load_model`.
         UnsupportedModel: an update that cannot be put on single tokens.
     """
@@ -163,14 +164,24 @@ def load_arms(
         sources[name] = Source(str(adapter), "adapter", "update alone, unmerged", *attached)
     for name, checkpoint in checkpoints.items():
         kind, where = loaded.model.dtype, loaded.model.device
-        streamed = not fits(str(checkpoint), kind, where) if stream is None else stream
-        if streamed:
+        here = isinstance(checkpoint, LoadedModel)
+        streamed = not here and (not fits(str(checkpoint), kind, where) if stream is None else stream)
+        if isinstance(checkpoint, LoadedModel):
+            other = checkpoint
+            if (other.model.dtype, other.model.device) != (kind, where):
+                raise BadInput(
+                    f"checkpoint {name!r} is loaded as {other.model.dtype} on {other.model.device} and the base as "
+                    f"{kind} on {where}: load both alike"
+                )
+            check_model(other.model)
+        elif streamed:
             other = stream_model(str(checkpoint), kind, str(where))
         else:
             other = load_model(str(checkpoint), dtype=str(kind).removeprefix("torch."), device=str(where))
         attached = _attach_checkpoint(loaded, name, other, may_be_identical=name in identical)
         held = "layers read from disk as they are called" if streamed else "whole, beside the base"
-        sources[name] = Source(str(checkpoint), "checkpoint", held, *attached)
+        source = f"{other.name}, in memory" if here else str(checkpoint)
+        sources[name] = Source(source, "checkpoint", held, *attached)
     return Arms(loaded, sources)
 
 
@@ -298,8 +309,9 @@ def _probe(model: PreTrainedModel, arms: Iterable[Arm | None] = (None,)) -> Tens
 
 def _equal(ours: nn.Module, theirs: nn.Module) -> bool:
     with align_module_device(theirs):  # where its weights are on disk
-        pairs = zip(ours.named_parameters(recurse=False), theirs.named_parameters(recurse=False), strict=True)
-        return all(a == b and torch.equal(one, other.to(one.device)) for (a, one), (b, other) in pairs)
+        own, others = (dict(one.named_parameters(recurse=False)) for one in (ours, theirs))
+        same = own.keys() == others.keys()
+        return same and all(torch.equal(one, others[name].to(one.device)) for name, one in own.items())
 
 
 def _refuse_other_kind(base: LoadedModel, other: LoadedModel) -> None:
