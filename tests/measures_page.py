@@ -40,7 +40,8 @@ position where what the subject brought lies: at its last token, at words behind
 window says in which layers the prediction reads it; `extraction` and `head_contributions`, where attention and MLPs
 write the answer out of it; `logit_lens`, from where on the stream has it. Where an arm has as much as its base at the
 subject's last token and less behind it, look for what moves it; where it has less there already, for what makes it
-(`probe` and `transfer` at the subject ask the same in other ways). One of them alone does not say so.
+(`probe` and `transfer` at the subject ask the same in other ways). One of them alone does not say so. `mediation`
+asks it of the answers that tuning lost, the base beside the tuned model.
 """
 
 

@@ -319,7 +319,7 @@ def test_what_the_base_gives_the_tuned_model(
     with pytest.raises(BadInput, match="this arm is the base itself"):
         run.measure("swap_weights", "base", "style1")
     (found,) = run.summary["across"]
-    assert (found["arm"], found["n"], len(found["put"])) == ("tuned", 6, 7) and not run.summary["not_defined"]
+    assert (found["arm"], found["n"], len(found["put"])) == ("tuned", 8, 7) and not run.summary["not_defined"]
     assert not any("put_back" in row["measure"] or "update" in row["measure"] for row in run.summary["contrasts"])
     arms = sa.load_arms(str(model), {"tuned": str(adapter)})
     every = {prompt.fact_id: prompt for prompt in run.prompts("style1")}

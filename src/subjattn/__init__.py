@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from subjattn.engine.interventions import Row as Row
     from subjattn.engine.interventions import Run as Run
     from subjattn.engine.interventions import Scale as Scale
+    from subjattn.evidence.diagnosis import diagnose as diagnose
+    from subjattn.evidence.diagnosis import mediated as mediated
     from subjattn.evidence.hypotheses import test_hypothesis as test_hypothesis
     from subjattn.evidence.intervals import contrast as contrast
     from subjattn.evidence.intervals import interval as interval
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from subjattn.measures.hidden_knowledge import hidden_knowledge as hidden_knowledge
     from subjattn.measures.knockout import knockout as knockout
     from subjattn.measures.logit_lens import logit_lens as logit_lens
+    from subjattn.measures.mediation import mediation as mediation
     from subjattn.measures.patching import patch_grid as patch_grid
     from subjattn.measures.patching import recovery as recovery
     from subjattn.measures.probe import probe as probe
@@ -105,6 +108,7 @@ _HOMES = {
     "at_temperature": "measures.temperature",
     "contrast": "evidence.intervals",
     "controlled_attention": "measures.subject_attention",
+    "diagnose": "evidence.diagnosis",
     "extraction": "measures.extraction",
     "factuality_gap": "study.gaps",
     "fit_temperature": "measures.temperature",
@@ -121,6 +125,8 @@ _HOMES = {
     "logit_lens": "measures.logit_lens",
     "make_prompts": "prompts",
     "measure": "measures.alone",
+    "mediated": "evidence.diagnosis",
+    "mediation": "measures.mediation",
     "open_run": "study.files",
     "patch_grid": "measures.patching",
     "plot": "plots.choose",

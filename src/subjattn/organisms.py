@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,8 @@ class Organism:
 
     Attributes:
         model: a copy of the base, edited.
-        fault: what was planted: `looks away`, `values shrunk`, `MLPs damaged`, `answer favoured`, `nothing`, `random`.
+        fault: what was planted: `looks away`, `values shrunk`, `MLPs damaged`, `prediction damaged`,
+            `answer favoured`, `nothing`, `random`.
         places: layers, (layer, head) or tokens that were edited.
         strength: of the edit, in the unit that its function names.
         seed: of what was drawn, if anything was.
@@ -111,21 +112,31 @@ def shrink_values(base: LoadedModel, prompts: Sequence[Prompt], layers: Collecti
     return _organism(base, edited, "values shrunk", tuple(sorted(layers)), strength)
 
 
-def damage_mlps(base: LoadedModel, prompts: Sequence[Prompt], layers: Collection[int], strength: float) -> Organism:
-    """What MLPs add at the subject's last token shrunk, attention untouched.
+def damage_mlps(
+    base: LoadedModel,
+    prompts: Sequence[Prompt],
+    layers: Collection[int],
+    strength: float,
+    at: Literal["subject", "prediction"] = "subject",
+) -> Organism:
+    """What MLPs add at the subject's last token, or where the answer is predicted, shrunk; attention untouched.
 
     Args:
         base: the model to copy.
-        prompts: from which it is learned what is particular to a subject's last token.
+        prompts: from which it is learned what is particular to that token.
         layers: that are edited.
-        strength: share of the last token's own part of what the MLP adds that is taken away, 0 to 1.
+        strength: share of the token's own part of what the MLP adds that is taken away, 0 to 1.
+        at: the subject's last token, or the prediction position, whose fault is none of the name's.
     """
     model, edited = _copy(base)
     every = [_projection(mlp_module(decoder_layers(model)[layer]), "down_proj") for layer in sorted(layers)]
     for down, inputs in zip(every, _inputs(model, prompts, every), strict=True):
-        last = torch.stack([one[prompt.subject_span[1] - 1] for one, prompt in zip(inputs, prompts, strict=True)])
-        _erase(down, last, _elsewhere(inputs, prompts), strength)
-    return _organism(base, edited, "MLPs damaged", tuple(sorted(layers)), strength)
+        where = [prompt.subject_span[1] - 1 if at == "subject" else prompt.prediction for prompt in prompts]
+        own = torch.stack([one[position] for one, position in zip(inputs, where, strict=True)])
+        others = [torch.cat([one[:place], one[place + 1 :]]) for one, place in zip(inputs, where, strict=True)]
+        _erase(down, own, _elsewhere(inputs, prompts) if at == "subject" else torch.cat(others), strength)
+    fault = "MLPs damaged" if at == "subject" else "prediction damaged"
+    return _organism(base, edited, fault, tuple(sorted(layers)), strength)
 
 
 def favour(base: LoadedModel, token: int, strength: float) -> Organism:

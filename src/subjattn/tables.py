@@ -131,7 +131,7 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     lines += [Text(f"\n{text}") for text in _without(summary)]
     several = len({row["arm"] for row in summary["across"]}) > 1
     lines += [part for row in summary["across"] for part in _across(row, several)]
-    lines += _diagnosis(summary.get("diagnosis", []))
+    lines += _diagnosis(summary)
     many = len({(found["arm_a"], found["arm_b"]) for found in summary["flips"]}) > 1
     for found in summary["flips"]:
         pair = f"{found['arm_b']} to {found['arm_a']}, " if many else ""
@@ -155,19 +155,37 @@ def conclusion(summary: dict[str, Any], how: str = "smallest_effects changes the
     return lines
 
 
-def _diagnosis(rows: list[dict[str, Any]]) -> list[Any]:
-    """What the verdicts say of each account, style by style and pair by pair; those left open on one line."""
-    pairs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        pairs.setdefault((row["style"], row["arm_a"], row["arm_b"]), []).append(row)
+def _diagnosis(summary: dict[str, Any]) -> list[Any]:
+    """What carries the loss of each arm and style, and which accounts that supports, contradicts and leaves open."""
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in summary.get("diagnosis", []):
+        pairs.setdefault((row["arm"], row["style"]), []).append(row)
     lines: list[Any] = []
-    for (style, a, b), own in pairs.items():
-        lines.append(Text(f"\nwhat that says of {a} − {b}, style “{style}”", "bold"))
-        decided = [row for row in own if row["status"] != "open"]
-        lines += [Text(f"{row['status']}: {row['account']} ({'; '.join(row['because'])})") for row in decided]
-        if left := [row["account"] for row in own if row["status"] == "open"]:
-            lines.append(Text(f"open: {', '.join(left)}"))
+    for (arm, style), own in pairs.items():
+        found = summary["arms"][arm]["styles"][style]
+        lines += [Text(""), mediated_table(f"what {arm} lost its answers by, style “{style}”", found)]
+        for status in ("supported", "contradicted", "open"):
+            if those := [row["account"] for row in own if row["status"] == status]:
+                lines.append(Text(f"{status}: {', '.join(those)}"))
     return lines
+
+
+def mediated_table(title: str, found: dict[str, Any]) -> Table:
+    """What is lost, and of the margin lost the share that each thing carries, beside its placebo."""
+    made = table(title)
+    for heading in ("", "share", "95 % interval", "placebo"):
+        made.add_column(Text(heading), justify="right" if heading in ("share", "placebo") else "left")
+    names = [name for name in found if name.startswith("mediated.")]
+    for name in ("answers_lost", *names):
+        ends, placebo = found["intervals"].get(name), found.get(name.replace("mediated.", "mediated_placebo."))
+        share = found.get(name)
+        made.add_row(
+            Text(name.removeprefix("mediated.").replace("_", " ")),
+            "–" if share is None else f"{share:.2f}",
+            "not defined" if ends is None else f"[{ends[0]:+.2f}, {ends[1]:+.2f}]",
+            "" if name not in names else "–" if placebo is None else f"{placebo:.2f}",
+        )
+    return made
 
 
 def _across(row: dict[str, Any], several: bool) -> list[Any]:

@@ -36,8 +36,8 @@ QUICK = ("accuracy", "answer_logprob", "attention_to_subject")
 USUAL: dict[str, dict[str, Any]] = {**{name: {} for name in QUICK}, "knockout": {}}
 ANSWERED = ["pattern", "z", "mlp_out at prediction"]
 """What is put back while the tuned model answers; `subjattn transfer` puts back all."""
-USUAL |= {"swap_weights": {}, "transfer": {"facts": 6}, "transfer_accuracy": {"components": ANSWERED}}
-DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer_by_layer": {}}
+USUAL |= {"mediation": {}, "swap_weights": {}, "transfer_accuracy": {"components": ANSWERED}}
+DEEP: dict[str, dict[str, Any]] = {"patching": {}, "token_attention": {}, "transfer": {}, "transfer_by_layer": {}}
 """What `--deep` adds."""
 
 

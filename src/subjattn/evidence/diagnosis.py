@@ -1,8 +1,8 @@
-"""What the differences between two arms say of why answers changed: a table of rules over their verdicts.
+"""What lost the answers that a tuned model no longer gives: a table of rules over what `mediation` says of an arm.
 
-An account is supported where every sign it needs is there, contradicted where one of them is there the other way (no
-change that matters being the other way too), and open in all other cases: not measured, undecided, or none decided.
-The rules are stated before any result; how often they name what was planted is in docs/validation.md.
+An account is supported where all its signs are there, contradicted where one is there the other way, and else open: a
+sign is a quantity's 95 % interval wholly above or below a level. The rules are stated before any result; how often they
+name what was planted is in docs/validation.md.
 """
 
 from __future__ import annotations
@@ -11,114 +11,142 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from subjattn.evidence.changes import Direction
+import xarray as xr
+
+from subjattn.errors import BadInput
+from subjattn.evidence.intervals import interval
+from subjattn.evidence.ratios import ratio
+from subjattn.measures.mediation import MEASURE
 
 
 Status = Literal["supported", "contradicted", "open"]
-FALLS: frozenset[Direction] = frozenset({"falls"})
-RISES: frozenset[Direction] = frozenset({"rises"})
-SAME: frozenset[Direction] = frozenset({"no change that matters"})
-STAYS: frozenset[Direction] = SAME | RISES
-"""Does not fall."""
+Ends = tuple[float, float] | list[float] | None
+LOST, HARDLY, MOST = 0.05, 0.1, 0.5
+"""Of the answers, below what it is not asked what lost them, and below what hardly any is lost; of the margin lost,
+what carries it."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Something that an account predicts, of any of some quantities that measure the same.
+    """A quantity above, or below, a level.
 
-    It is there where one of them has a verdict in `there`, and there the other way where all that are decided have one
-    in `other_way`.
+    One that only `vetoes` contradicts where it is there the other way, and is not needed.
     """
 
-    quantities: tuple[str, ...]
-    there: frozenset[Direction]
-    other_way: frozenset[Direction]
+    quantity: str
+    side: Literal["above", "below"]
+    level: float
+    vetoes: bool = False
 
-    def status(self, verdicts: Mapping[str, Direction | None]) -> Status:
-        decided = [own for name in self.quantities if (own := verdicts.get(name)) not in (None, "undecided")]
-        if any(own in self.there for own in decided):
-            return "supported"
-        return "contradicted" if decided and all(own in self.other_way for own in decided) else "open"
+    def status(self, ends: Ends) -> Status:
+        low, high = ends or (-float("inf"), float("inf"))
+        above, below = low > self.level, high < self.level
+        there, other_way = (above, below) if self.side == "above" else (below, above)
+        if self.vetoes:
+            return "contradicted" if other_way else "supported"
+        return "supported" if there else "contradicted" if other_way else "open"
 
-    def seen(self, verdicts: Mapping[str, Direction | None]) -> list[str]:
-        """Its quantities with what is known of them."""
-        return [f"{name}: {verdicts.get(name) or 'not measured'}" for name in self.quantities]
+    def seen(self, ends: Ends) -> str:
+        """What is known of it, in words."""
+        return f"{self.quantity}: {'not defined' if ends is None else f'{ends[0]:.2f} to {ends[1]:.2f}'}"
 
 
 @dataclass(frozen=True)
 class Account:
-    """Why answers may have changed, and the signs that it needs."""
+    """By what answers may have been lost, and the signs that it needs."""
 
     name: str
     statement: str
     signs: tuple[Sign, ...]
 
 
-_LOOKS = ("attention_without_sinks", "attention_over_its_place")
-_COUNTS = ("knockout_calibrated_total", "knockout_rank_rise")
-_DEPENDS = ("swap_distance", "swap_flips")
-_NAME_COUNTS_LESS = Sign((*_COUNTS, *_DEPENDS), FALLS, STAYS)
-_LOOKS_AS_BEFORE = Sign(_LOOKS, STAYS, FALLS)
+_LOST = Sign("answers_lost", "above", LOST, vetoes=True)
+
+
+def _most(mediator: str) -> tuple[Sign, ...]:
+    """That it carries most of what was lost, as other positions do not."""
+    return Sign(f"mediated.{mediator}", "above", MOST), Sign(f"mediated_placebo.{mediator}", "below", MOST, vetoes=True)
+
+
+def _not_most(*mediators: str) -> tuple[Sign, ...]:
+    return tuple(Sign(f"mediated.{mediator}", "below", MOST) for mediator in mediators)
+
+
+_ATTENTION, _VALUES, _MLPS = "attention to the subject", "values at the subject", "MLP outputs at the subject"
 
 ACCOUNTS = (
     Account(
         "attention looks away",
-        "the prediction attends less to the name, and the answer depends less on it (Ghosal et al. 2024)",
-        (Sign(_LOOKS, FALLS, STAYS), _NAME_COUNTS_LESS),
+        "what was lost is what the prediction no longer attends to of the name (Ghosal et al. 2024)",
+        (_LOST, *_most(_ATTENTION), *_not_most(_MLPS)),
     ),
     Account(
         "values shrunk",
-        "the name is attended to as before, but less is moved from it",
-        (_LOOKS_AS_BEFORE, Sign(("attention_value_weighted",), FALLS, STAYS), _NAME_COUNTS_LESS),
+        "the name is attended to, and what is read there is no longer what it was",
+        (_LOST, *_most(_VALUES), *_not_most(_MLPS)),
     ),
     Account(
         "MLP path damaged",
-        "the name is read as before, and what the MLPs make of it is less (Kaplan et al. 2026)",
-        (
-            _LOOKS_AS_BEFORE,
-            Sign(("attention_value_weighted",), STAYS, FALLS),
-            Sign(("mlp_contribution",), FALLS, STAYS),
-            _NAME_COUNTS_LESS,
-        ),
+        "what the MLPs make of the name, before it is read, is no longer what it was (Kaplan et al. 2026)",
+        (_LOST, *_most(_MLPS)),
     ),
     Account(
         "answer prior",
-        "answers move towards those that are frequent in training, whoever is asked about (Kang et al. 2024)",
-        (
-            Sign(("entropy_excess", "prior_distance"), FALLS, STAYS),
-            Sign(("modal_answer", "detached_errors"), RISES, SAME | FALLS),
-        ),
+        "answers are dearer or cheaper than they were, whoever is asked about (Kang et al. 2024)",
+        (_LOST, Sign("mediated.answer prior", "above", MOST), *_not_most(_ATTENTION, _VALUES, _MLPS)),
     ),
     Account(
-        "nothing changed",
-        "answers, their log-probability and their dependence on the name are as before",
-        (
-            Sign(("accuracy",), SAME, RISES | FALLS),
-            Sign(("answer_logprob", "calibrated_logprob"), SAME, RISES | FALLS),
-            Sign((*_DEPENDS, *_COUNTS), SAME, RISES | FALLS),
-        ),
+        "nothing lost",
+        "of the answers that the base starts rightly hardly one is lost",
+        (Sign("answers_lost", "below", HARDLY),),
     ),
 )
 
 
-def diagnose(verdicts: Mapping[str, Direction | None]) -> list[dict[str, Any]]:
-    """What verdicts on differences, by quantity, say of each account.
+def mediated(found: xr.Dataset) -> dict[str, Ends]:
+    """Ends of the 95 % interval of every quantity of `mediation`, over facts; None where it is not defined.
 
     Args:
-        verdicts: of one arm minus another, such as tuned minus base; quantities that were not measured may be missing.
+        found: from `sa.mediation`.
 
     Returns:
-        A row for each account of which at least one sign was measured: `account`, `statement`, `status`, and `because`,
-        the quantities of its signs with their verdicts: of a contradicted account, those of the signs that are there
+        By name: `answers_lost`, `margin_lost`, and `mediated` and `mediated_placebo` of each mediator, such as
+        `mediated.values at the subject`, shares of the margin lost.
+    """
+    intervals: dict[str, Ends] = {}
+    for quantity in MEASURE.quantities:
+        array = quantity.per_fact(found)
+        parts = array["part"].values.tolist() if "part" in array.dims else [None]
+        for part in parts:
+            values = array if part is None else array.sel(part=part, drop=True)
+            name = quantity.name if part is None else f"{quantity.name}.{part}"
+            try:
+                if quantity.over is not None:
+                    values = ratio(values, quantity.over(found))
+                intervals[name] = interval(values, bounds=quantity.bounds).ends()
+            except BadInput:
+                intervals[name] = None
+    return intervals
+
+
+def diagnose(intervals: Mapping[str, Ends]) -> list[dict[str, Any]]:
+    """What the quantities of `mediation` in a tuned arm say of each account.
+
+    Args:
+        intervals: ends of 95 % intervals by quantity, None where it is not defined; others may be among them.
+
+    Returns:
+        A row for each account, none where nothing that it needs was measured: `account`, `statement`, `status`, and
+        `because`, the quantities of its signs with their intervals: of a contradicted account, those that are there
         the other way; of an open one, those that leave it open.
     """
+    if "answers_lost" not in intervals:
+        return []
     rows = []
     for account in ACCOUNTS:
-        if not any(verdicts.get(name) for sign in account.signs for name in sign.quantities):
-            continue
-        found = [(sign, sign.status(verdicts)) for sign in account.signs]
+        found = [(sign, sign.status(intervals.get(sign.quantity))) for sign in account.signs]
         each = {status for _, status in found}
         status: Status = "contradicted" if "contradicted" in each else "open" if "open" in each else "supported"
-        because = [line for sign, own in found if own == status for line in sign.seen(verdicts)]
+        because = [sign.seen(intervals.get(sign.quantity)) for sign, own in found if own == status]
         rows.append({"account": account.name, "statement": account.statement, "status": status, "because": because})
     return rows

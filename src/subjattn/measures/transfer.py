@@ -232,7 +232,7 @@ def _grid(
     grid = _Grid([Row(prompt, arm=arm) for prompt in asked for arm in arms], [], np.zeros(shape, bool))
     for fact, prompt in enumerate(asked):
         for place, positions in enumerate(places[fact]):
-            where = [positions, _elsewhere(prompt, positions, rng) if parts.placebo else ()]
+            where = [positions, elsewhere(prompt, positions, rng) if parts.placebo else ()]
             for kind, late, group in product((0, 1), range(len(arms)), range(len(parts.groups))):
                 if not where[kind]:
                     continue
@@ -258,7 +258,7 @@ def places_in(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
     return [{"prediction": predicting, "subject": tuple(prompt.subject_positions), "all": tuple(range(last + 1))}[at]]
 
 
-def _elsewhere(prompt: Prompt, positions: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
+def elsewhere(prompt: Prompt, positions: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
     """As many other positions, none of which predicts the answer or is put; nothing where there are too few."""
     others = [at for at in range(prompt.prediction) if at not in positions]
     if not positions or len(others) < len(positions):

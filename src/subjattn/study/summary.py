@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -84,8 +85,8 @@ class Summary:
             "not_defined": self._not_defined,
             "arms": arms,
             "across": list(across(config, self.inside, arms)),
-            "contrasts": (contrasts := list(self._contrasts())),
-            "diagnosis": list(_diagnosis(contrasts)),
+            "contrasts": list(self._contrasts()),
+            "diagnosis": list(_diagnosis(config, arms)),
             "flips": list(flips(config, self.inside)),
             "claims": self._claims(),
         }
@@ -262,14 +263,11 @@ class Summary:
         return [claim.style] if claim.style else list(self.config.styles)
 
 
-def _diagnosis(contrasts: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the verdicts on two arms' differences in a style say of why answers changed; a row for each account."""
-    verdicts: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in contrasts:
-        pair = row["style"], row["arm_a"], row["arm_b"]
-        verdicts.setdefault(pair, {})[row["measure"]] = row["verdict"]
-    for (style, a, b), own in verdicts.items():
-        yield from ({"style": style, "arm_a": a, "arm_b": b} | row for row in diagnose(own))
+def _diagnosis(config: StudyConfig, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What lost the answers of each tuned arm, by style; a row for each account."""
+    for arm, style in product(filter(config.is_tuned, config.arms), config.styles):
+        intervals = arms[arm]["styles"][style]["intervals"]
+        yield from ({"arm": arm, "style": style} | row for row in diagnose(intervals))
 
 
 def _interval(tested: Tested | None, family: int, reason: str) -> dict[str, Any]:
