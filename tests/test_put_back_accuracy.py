@@ -260,7 +260,7 @@ def test_a_gap_that_may_be_nothing_has_no_share() -> None:
     assert "which may be nothing: a share of it is not defined" in str(line) and title.row_count == 1
     alone = returned_accuracy(correct_of([1], [0], [1], [0]))
     assert alone["share"].isnull().all() and np.isnan(alone.attrs["gap_interval"]).all()
-    with pytest.raises(BadInput, match="give what put_back_accuracy returns"):
+    with pytest.raises(BadInput, match="give what put_back_accuracy or raised_accuracy returns"):
         returned_accuracy(xr.Dataset())
 
 
