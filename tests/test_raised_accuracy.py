@@ -20,7 +20,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import answers
 from subjattn.measures.alone import measure
-from subjattn.measures.raised_accuracy import raised_accuracy
+from subjattn.measures.raised_accuracy import CELLS, raised_accuracy
 from subjattn.measures.record import measure_of, values_of
 from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel
@@ -108,7 +108,7 @@ def test_answers_are_those_of_the_tuned_model_with_another_mask(
 ) -> None:
     arms, apart = tuned(name)
     found = raised_accuracy(arms, prompts[:4], [2.0, -3.0], "one", route=route, seed=5)
-    assert found["cell"].values.tolist() == ["base", "tuned", "raised", "placebo"]
+    assert found["cell"].values.tolist() == ["base", "tuned", "raised", "placebo", "base_raised"]
     texts, rng, moved = found["prediction"], np.random.default_rng(5), 0
     for i, prompt in enumerate(prompts[:4]):
         subject, others = edges_in(prompt, route), edges_in(prompt, route, rng.permutation(prompt.prediction))
@@ -116,7 +116,8 @@ def test_answers_are_those_of_the_tuned_model_with_another_mask(
         there = len(others(length)) == len(subject(length))
         assert found["correct"].sel(cell="placebo")[i].isnull().all() == (not there)
         for dose in (2.0, -3.0):
-            assert texts.sel(dose=dose, cell="raised").values[i] == slowly(apart["one"], prompt, subject, dose)
+            for cell, one in (("raised", "one"), ("base_raised", "base")):
+                assert texts.sel(dose=dose, cell=cell).values[i] == slowly(apart[one], prompt, subject, dose)
             if there:
                 placebo = slowly(apart["one"], prompt, others, dose)
                 assert texts.sel(dose=dose, cell="placebo").values[i] == placebo
@@ -145,9 +146,9 @@ def test_some_heads_and_random_ones_beside_them(tuned: Made, prompts: PromptSet)
     arms, apart = tuned("llama")
     heads = [(0, 1), (2, 0), (2, 3)]
     found = raised_accuracy(arms, prompts[:3], [6.0], "one", heads=heads, random_sets=2, seed=1)
-    assert found["cell"].values.tolist() == ["base", "tuned", "raised", "placebo", "random 0", "random 1"]
+    assert found["cell"].values.tolist() == ["base", "tuned", *CELLS, "random 0", "random 1"]
     words = found["heads"].values.tolist()
-    assert words[:4] == ["", "", "0.1 2.0 2.3", "0.1 2.0 2.3"] and len(set(words[2:])) == 3
+    assert words[:5] == ["", "", *["0.1 2.0 2.3"] * 3] and len(set(words[2:])) == 3
     assert found["correct"].attrs["matched"].startswith("as many heads in each layer")
     seen = 0
     for cell, of in zip(found["cell"].values, words, strict=True):
@@ -194,9 +195,13 @@ def test_the_measure_gives_what_the_function_gives(tuned: Made, prompts: PromptS
     own = raised_accuracy(arms, few, [0.5, 2], "one", scorer="containment")
     xr.testing.assert_identical(found, own)
     rows = pd.DataFrame(values_of(measure_of("raised_accuracy"), found)).set_index([1, 2])[3]
-    for quantity, cell in (("accuracy_raised", "raised"), ("accuracy_raised_placebo", "placebo")):
+    for quantity, cell, model in (
+        ("accuracy_raised", "raised", "tuned"),
+        ("accuracy_raised_placebo", "placebo", "tuned"),
+        ("accuracy_raised_base", "base_raised", "base"),
+    ):
         for part, dose in (("0.5", 0.5), ("2", 2.0)):
-            change = (own["correct"].sel(cell=cell) - own["correct"].sel(cell="tuned")).sel(dose=dose)
+            change = (own["correct"].sel(cell=cell) - own["correct"].sel(cell=model)).sel(dose=dose)
             np.testing.assert_array_equal(rows[quantity, part], change)
 
 
@@ -230,7 +235,7 @@ def test_shares_of_the_gap_by_dose() -> None:
     rng = np.random.default_rng(0)
     base, tuned = (rng.random(200) < 0.8).astype(int), (rng.random(200) < 0.4).astype(int)
     raised = np.where(rng.random(200) < 0.5, base, tuned)
-    cells = {"base": base, "tuned": tuned, "raised": raised, "placebo": tuned, "random 0": base}
+    cells = {"base": base, "tuned": tuned, "raised": raised, "placebo": tuned, "base_raised": base, "random 0": base}
     found = returned_accuracy(correct_of(cells))
     assert found["share"].dims == ("patch", "dose")
     assert found["patch"].values.tolist() == ["real", "placebo", "random 0"]

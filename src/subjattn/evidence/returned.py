@@ -105,7 +105,7 @@ def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
     gap, lost = _clustered(tuned - base), (base == 1) & (tuned == 0)
     ends = _ends(gap, (-1.0, 1.0))
     defined = ends[0] > 0 or ends[1] < 0
-    patches = {real: "real"} | {cell: cell for cell in correct["cell"].values if cell not in ("base", "tuned", real)}
+    patches = {real: "real"} | {cell: cell for cell in correct["cell"].values if cell.startswith(("placebo", "random"))}
     shares, again = [], []
     for cell in patches:
         put = [correct.sel({"cell": cell, along: label}, drop=True) for label in labels]

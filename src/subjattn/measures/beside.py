@@ -84,9 +84,9 @@ def answers_beside(
     return array.to_dataset().assign(prediction=(array.dims, texts.astype(str)))
 
 
-def change_of(dataset: xr.Dataset, cell: str) -> xr.DataArray:
-    """Right answers won and lost by a cell's interventions, `(fact, part)`: a part for every label."""
+def change_of(dataset: xr.Dataset, cell: str, model: str = "tuned") -> xr.DataArray:
+    """Right answers won and lost by a cell's interventions on a model, `(fact, part)`: a part for every label."""
     correct = dataset["correct"]
     (along,) = set(correct.dims) - {"fact", "cell"}
-    change = correct.sel(cell=cell, drop=True) - correct.sel(cell="tuned", drop=True)
+    change = correct.sel(cell=cell, drop=True) - correct.sel(cell=model, drop=True)
     return change.rename({along: "part"}).transpose("fact", "part").assign_attrs(definition="")

@@ -3,7 +3,8 @@
 A dose in nats is added to the tuned model's attention scores of the subject's edges, behind scaling and soft-cap and
 before the softmax, also from the positions of the answer as it grows. If tuning made the model look away from a name
 that it still knows, answers return; what any attention moved from elsewhere would do stands beside it: the same dose on
-as many other edges, as `rescale` chooses them, to the same keys whatever is generated, and in random heads.
+as many other edges, as `rescale` chooses them, to the same keys whatever is generated, and in random heads. So does the
+base with the same dose, which may answer more itself.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from subjattn.measures.rescale import PAPER, Doses, Edges, parse_doses
 from subjattn.measures.scoring import ScorerName
 from subjattn.measures.sets import Heads, Sets, parse_sets
 from subjattn.measures.swapping import only_arm
-from subjattn.models.arms import Arms
+from subjattn.models.arms import BASE, Arms
 
 
 if TYPE_CHECKING:
     from subjattn.prompts import Prompt
 
 DOSES = (0.5, 1.0, 2.0, 4.0)
-CELLS = ("raised", "placebo")
-"""Whose answer, beside both models': the tuned model's with a dose on the subject's edges, and on as many others."""
-PASSES = 2.5
+CELLS = ("raised", "placebo", "base_raised")
+"""Whose answer, beside both models': the tuned model's with a dose on the subject's edges, and on as many others; the
+base's on the subject's."""
+PASSES = 3.5
 """Forward passes of a prompt that the answers at a dose cost, roughly."""
 
 
@@ -72,13 +74,14 @@ def raised_accuracy(
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
     Returns:
-        A Dataset `(fact, dose, cell)` over doses and whose answer it is, `base`, `tuned`, `raised` or `placebo`, and
-        `random 0`, … with random sets, the subject's edges in their heads: `correct`, 1 or 0, and `prediction`, the
-        answer as far as it takes to judge it. The placebo is the same dose in the same heads on as many other edges of
-        the same queries, to keys of the prompt that are neither the subject's nor the query's own nor the first token,
-        drawn once for each fact. NaN where a prompt has none of the route's edges, or too few others.
-        `returned_accuracy` reads the share of the accuracy gap off it. The coordinate `heads` `(cell,)` says in which
-        heads a dose is; attributes: `route`, `matched`, what random sets have in common with `heads`.
+        A Dataset `(fact, dose, cell)` over doses and whose answer it is, `base`, `tuned`, `raised`, `placebo` or
+        `base_raised`, the base's with the dose, and `random 0`, … with random sets, the subject's edges in their heads:
+        `correct`, 1 or 0, and `prediction`, the answer as far as it takes to judge it. The placebo is the same dose in
+        the same heads on as many other edges of the same queries, to keys of the prompt that are neither the subject's
+        nor the query's own nor the first token, drawn once for each fact. NaN where a prompt has none of the route's
+        edges, or too few others. `returned_accuracy` reads the share of the accuracy gap off it. The coordinate `heads`
+        `(cell,)` says in which heads a dose is; attributes: `route`, `matched`, what random sets have in common with
+        `heads`.
 
     Raises:
         BadInput: a prompt ends with its subject, or an argument does not fit.
@@ -90,19 +93,20 @@ def raised_accuracy(
         raise BadInput(f"route {route!r} is not one of {', '.join(ROUTES)}")
     sets = _sets(arms, heads, random_sets, seed)
     chosen, *drawn = [None] if sets is None else map(frozenset, sets.cells.values())
-    rng, arm = np.random.default_rng(seed), arms.arm(name)
+    rng, arm, base = np.random.default_rng(seed), arms.arm(name), arms.arm(BASE)
     rows: list[Intervened] = []
     for fact, prompt in enumerate(prompts):
         order = rng.permutation(prompt.prediction).tolist()
         own, others = partial(_edges, route=route), partial(_edges, route=route, order=order)
-        cells = [(own, chosen), (others, chosen), *((own, cell) for cell in drawn)]
+        cells = [(own, chosen, arm), (others, chosen, arm), (own, chosen, base), *((own, of, arm) for of in drawn)]
         rows += [
-            (fact, number, cell, partial(_raised, edges=edges, heads=of, dose=dose, arm=arm))
-            for cell, (edges, of) in enumerate(cells, len(OWN))
+            (fact, number, cell, partial(_raised, edges=edges, heads=of, dose=dose, arm=whose))
+            for cell, (edges, of, whose) in enumerate(cells, len(OWN))
             if edges(prompt)
             for number, dose in enumerate(asked_for)
         ]
-    places = ["all"] * len(CELLS) if sets is None else [sets.in_words[0], *sets.in_words]
+    chosen_words, *drawn_words = ["all"] if sets is None else sets.in_words
+    places = [""] * len(OWN) + [chosen_words] * len(CELLS) + drawn_words
     found = answers_beside(
         arms,
         name,
@@ -114,13 +118,13 @@ def raised_accuracy(
         scorer,
         backend,
         memory_budget,
-        f"a dose is added to the tuned model's attention scores of the edges {IN_WORDS[route]} ({route}), also while "
-        f"its answer grows, in heads: {places[0]}",
+        f"a dose is added to the attention scores of the edges {IN_WORDS[route]} ({route}), also while the answer "
+        f"grows, in heads: {chosen_words}",
         paper=PAPER,
         route=route,
         matched=sets.matched if sets else "",
     )
-    return found.assign_coords(heads=("cell", ["", "", *places]))
+    return found.assign_coords(heads=("cell", places))
 
 
 def _sets(arms: Arms, heads: Heads | None, random_sets: int, seed: int) -> Sets | None:
@@ -162,11 +166,11 @@ def _run(asked: Asked, settings: RaisedSettings) -> xr.Dataset:
     return found
 
 
-def _changed(cell: str) -> Callable[[xr.Dataset], xr.DataArray]:
+def _changed(cell: str, model: str = "tuned") -> Callable[[xr.Dataset], xr.DataArray]:
     """By dose, whose parts are called as one writes them: 0.5, 1, 2."""
 
     def change(dataset: xr.Dataset) -> xr.DataArray:
-        found = change_of(dataset, cell)
+        found = change_of(dataset, cell, model)
         return found.assign_coords(part=[np.format_float_positional(dose, trim="-") for dose in found["part"].values])
 
     return change
@@ -199,14 +203,23 @@ MEASURE = Measure(
             bounds=(-1, 1),
             smallest_effect=0.05,
         ),
+        Quantity(
+            "accuracy_raised_base",
+            "share correct",
+            "change of the base's accuracy by the same doses on the route's edges",
+            per_fact=_changed("base_raised", "base"),
+            bounds=(-1, 1),
+            smallest_effect=0.05,
+        ),
     ),
     control="`accuracy_raised_placebo`: the same doses on as many other edges of the same queries, which also turn "
-    "some answers; for chosen heads, in Python, as many random ones of the same layers.",
-    reads="How many answers turn right, less those that turn wrong, when more is read of the subject. Above 0 and "
-    "above the placebo, what the name gives is still there and was read too little. Sureness does not move it. Not "
-    "that tuning took attention away: the base may gain by a dose as well. Nothing gained may mean that the heads or "
-    "the dose are wrong ones; large doses take attention from everything else. `returned_accuracy` gives the share of "
-    "the accuracy gap, where there is one.",
+    "some answers. `accuracy_raised_base`: the base itself may answer more with a dose. For chosen heads, in Python, "
+    "as many random ones of the same layers.",
+    reads="How many answers turn right, less those that turn wrong, when more is read of the subject. Above the "
+    "placebo and above what the base gains, what the name gives is still there and was read too little. Sureness does "
+    "not move it. Not that tuning took attention from the name: answers lost elsewhere may return too. Nothing gained "
+    "may mean that the heads or the dose are wrong ones; large doses take attention from everything else. "
+    "`returned_accuracy` gives the share of the accuracy gap, where there is one.",
     undefined="For a prompt that has none of the route's edges; the placebo where there are too few others.",
     run=_run,
     cost=_cost,
