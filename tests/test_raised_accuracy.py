@@ -218,6 +218,8 @@ def test_refusals(tuned: Made, prompts: PromptSet) -> None:
     ):
         with pytest.raises(BadInput, match=says):
             raised_accuracy(arms, prompts, tuned="one", **wrong)
+    with pytest.raises(BadInput, match="give it what load_arms gives"):
+        raised_accuracy(arms.base, prompts)
     with pytest.raises(BadInput, match="ends with its subject"):
         ending = replace(prompts[0], span=(prompts[0].prediction, prompts[0].prediction + 1))
         raised_accuracy(arms, [ending], tuned="one")

@@ -39,7 +39,7 @@ DOSES = (0.5, 1.0, 2.0, 4.0)
 CELLS = ("raised", "placebo", "base_raised")
 """Whose answer, beside both models': the tuned model's with a dose on the subject's edges, and on as many others; the
 base's on the subject's."""
-PASSES = 3.5
+PASSES = 2.5
 """Forward passes of a prompt that the answers at a dose cost, roughly."""
 
 
