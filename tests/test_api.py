@@ -61,6 +61,7 @@ def test_public_names_are_pinned() -> None:
         "probe_across",
         "probe_scores",
         "put_back_accuracy",
+        "raised_accuracy",
         "ratio",
         "read_facts",
         "reason",

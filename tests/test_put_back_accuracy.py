@@ -26,8 +26,9 @@ from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import answers
 from subjattn.measures import put_back_accuracy as module
 from subjattn.measures.alone import measure
+from subjattn.measures.beside import OWN
 from subjattn.measures.put_back import PLACES, places_of
-from subjattn.measures.put_back_accuracy import ANSWERED, put_back_accuracy
+from subjattn.measures.put_back_accuracy import CELLS, put_back_accuracy
 from subjattn.measures.record import measure_of, values_of
 from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel
@@ -209,7 +210,7 @@ def test_letters(tuned: Made, prompts: PromptSet) -> None:
 
 def correct_of(base: list[int], tuned: list[int], put: list[int], placebo: list[float]) -> xr.DataArray:
     values = np.stack([np.asarray(one, float) for one in (base, tuned, put, placebo)], -1)[:, None]
-    coords = {"fact": np.arange(len(base)), "put": ["z at prediction"], "cell": list(ANSWERED)}
+    coords = {"fact": np.arange(len(base)), "put": ["z at prediction"], "cell": [*OWN, *CELLS]}
     return xr.DataArray(values, coords, ("fact", "put", "cell"), "correct")
 
 
@@ -259,7 +260,7 @@ def test_a_gap_that_may_be_nothing_has_no_share() -> None:
     assert "which may be nothing: a share of it is not defined" in str(line) and title.row_count == 1
     alone = returned_accuracy(correct_of([1], [0], [1], [0]))
     assert alone["share"].isnull().all() and np.isnan(alone.attrs["gap_interval"]).all()
-    with pytest.raises(BadInput, match="give what put_back_accuracy returns"):
+    with pytest.raises(BadInput, match="give what put_back_accuracy or raised_accuracy returns"):
         returned_accuracy(xr.Dataset())
 
 

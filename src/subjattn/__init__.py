@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from subjattn.measures.probe import probe as probe
     from subjattn.measures.probe import probe_across as probe_across
     from subjattn.measures.put_back_accuracy import put_back_accuracy as put_back_accuracy
+    from subjattn.measures.raised_accuracy import raised_accuracy as raised_accuracy
     from subjattn.measures.rescale import rescale as rescale
     from subjattn.measures.score_split import score_split as score_split
     from subjattn.measures.subject_attention import controlled_attention as controlled_attention
@@ -144,6 +145,7 @@ _HOMES = {
     "probe_across": "measures.probe",
     "probe_scores": "evidence.probes",
     "put_back_accuracy": "measures.put_back_accuracy",
+    "raised_accuracy": "measures.raised_accuracy",
     "ratio": "evidence.ratios",
     "read_facts": "facts",
     "reason": "measures.answers",

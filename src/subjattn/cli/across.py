@@ -19,19 +19,17 @@ from subjattn.cli.app import (
     KnowledgeOption,
     LeaveOutOption,
     MemoryOption,
+    NumbersOption,
     SeedOption,
     TemplateOption,
     ThreadsOption,
     WhereOption,
     app,
-    check_output,
     columns_of,
-    show_styles,
-    some_of,
-    styles_of,
     use_threads,
     write_json,
 )
+from subjattn.cli.asking import ask, check_files
 from subjattn.cli.compare import refuse_same
 from subjattn.cli.measure import mean_of, plain
 from subjattn.errors import BadInput
@@ -87,7 +85,7 @@ def transfer(
     where: WhereOption = None,
     knowledge: KnowledgeOption = None,
     leave_out_given: LeaveOutOption = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all numbers, per fact too, to this file.")] = None,
+    json_: NumbersOption = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw the shares by layer into this file: .html, .svg, .pdf or .png.")
     ] = None,
@@ -108,43 +106,34 @@ def transfer(
     from subjattn.facts import load_facts
     from subjattn.measures.put_back import CELL, TOGETHER, places_of
     from subjattn.measures.put_back_accuracy import PASSES
-    from subjattn.measures.where import check_where
-    from subjattn.measures.where import where as facts_where
     from subjattn.models import model_shape
     from subjattn.models.arms import load_arms
-    from subjattn.plots.drawing import check_file
     from subjattn.progress import clock
-    from subjattn.prompts import ROLES, make_prompts
+    from subjattn.prompts import ROLES
     from subjattn.study.foresee import seconds_of_a_pass
 
-    check_output(json_)
-    if figure is not None:
-        check_file(figure)
-    check_where(where, knowledge)
+    check_files(json_, figure, where, knowledge)
     if (tuned is None) == (adapter is None):
         raise BadInput("transfer needs the tuned model: give either --tuned or --adapter")
     if tuned is not None:
         refuse_same(base, tuned)
     places = places_of(_components(components), None if at is None else at.value)
     every = load_facts(facts, columns=columns_of(columns) or None)
-    styles = styles_of(every, template)
-    table, threads = some_of(every, n, USUAL, seed, leave_out_given), use_threads(threads)
-    show_styles(styles, table)
+    asking = ask(every, n, USUAL, seed, template, where, knowledge, leave_out_given)
+    threads = use_threads(threads)
     cells = len(places) * (len(ROLES) if at is Place.role else 1)
-    passes = len(table) * len(styles) * (8 + cells * (TOGETHER + 4 * CELL * model_shape(base)[0]))
+    asked_of = len(asking.table) * len(asking.styles)
+    passes = asked_of * (8 + cells * (TOGETHER + 4 * CELL * model_shape(base)[0]))
     answering = at is not Place.role and not hold
-    passes += len(table) * len(styles) * len(places) * PASSES * answering
+    passes += asked_of * len(places) * PASSES * answering
     time = clock(passes * seconds_of_a_pass(base, dtype, threads))
-    typer.echo(f"{len(table)} facts: about {passes:,.0f} forward passes of a prompt, {time}")
+    typer.echo(f"{len(asking.table)} facts: about {passes:,.0f} forward passes of a prompt, {time}")
 
     arms = load_arms(base, {"tuned": adapter} if adapter else None, {"tuned": tuned} if tuned else None, dtype=dtype)
-    relations, results, drawn = table.set_index("fact_id")["relation"], {}, {}
+    relations, results, drawn = asking.table.set_index("fact_id")["relation"], {}, {}
     computing: dict[str, Any] = {"memory_budget": memory_budget}
     putting: dict[str, Any] = {"window": window, "hold": hold, "seed": seed}
-    for style, text in styles.items():
-        prompts = make_prompts(table, arms.base.tokenizer, text)
-        if where is not None:
-            prompts = facts_where(prompts, where, model=arms.base, knowledge=knowledge)
+    for style, text, prompts in asking.prompts(arms.base):
         parts = _parts(arms, prompts, relations, computing, style)
         made = list(_put(arms, prompts, relations, places, computing | putting, style))
         results[style] = {"template": text, "n": len(prompts), "swap_weights": parts}
@@ -154,21 +143,14 @@ def transfer(
             results[style]["answers"] = _answered(
                 arms, prompts, relations, places, at, computing | {"seed": seed}, style
             )
-    asked: dict[str, Any] = {
-        "base": base,
-        "tuned": tuned,
-        "adapter": adapter,
-        "dtype": dtype,
-        "facts": facts,
-        "columns": columns,
-    }
-    asked |= {"n": len(table), "where": where, "knowledge": knowledge and str(knowledge), "threads": threads}
-    asked |= {"leave_out_given": leave_out_given, "components": components, "at": at and at.value, **putting}
+    asked: dict[str, Any] = {"base": base, "tuned": tuned, "adapter": adapter, "dtype": dtype, "facts": facts}
+    asked |= {"columns": columns, "threads": threads, **asking.options, "components": components}
+    asked |= {"at": at and at.value, **putting}
     write_json(json_, {**asked, **computing, "arms": arms.provenance(), "styles": results})
     for style, made in drawn.items():
         if figure is None:
             break
-        _draw(figure if len(styles) == 1 else figure.with_stem(f"{figure.stem}-{style}"), made)
+        _draw(figure if len(drawn) == 1 else figure.with_stem(f"{figure.stem}-{style}"), made)
 
 
 def _components(given: str) -> list[Any]:

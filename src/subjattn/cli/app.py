@@ -37,6 +37,10 @@ def main(
     """How a language model uses a subject's name when it recalls a fact, and what fine-tuning does to that."""
 
 
+ModelOption = Annotated[str, typer.Option("--model", help="`smollm2-135m`, a hub id or a local folder.")]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="Folder or hub id of a PEFT adapter on that model.")
+]
 FactsOption = Annotated[
     str,
     typer.Option(
@@ -72,6 +76,7 @@ WhereOption = Annotated[
 KnowledgeOption = Annotated[
     Path | None, typer.Option("--knowledge", help="Labels for `--where`: knowledge.parquet of `subjattn knowledge`.")
 ]
+NumbersOption = Annotated[Path | None, typer.Option("--json", help="Write all numbers, per fact too, to this file.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 MemoryOption = Annotated[
     int | None, typer.Option(min=1, help="Bytes of working memory beyond the weights; the numbers stay the same.")

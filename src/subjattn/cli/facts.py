@@ -11,10 +11,12 @@ from rich.text import Text
 
 from subjattn import tables
 from subjattn.cli.app import (
+    AdapterOption,
     ColumnsOption,
     DtypeOption,
     FactsOption,
     LeaveOutOption,
+    ModelOption,
     SeedOption,
     TemplateOption,
     ThreadsOption,
@@ -82,8 +84,8 @@ def facts(
 @app.command()
 def knowledge(
     out: Annotated[Path, typer.Option(help="Folder of results; a stopped run goes on there.")],
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    model: ModelOption = "smollm2-135m",
+    adapter: AdapterOption = None,
     facts: FactsOption = "cities",
     columns: ColumnsOption = "",
     n: Annotated[

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 import yaml
 
-from subjattn.cli.app import ColumnsOption, SeedOption, TemplateOption, app, columns_of, note, styles_of
+from subjattn.cli.app import ColumnsOption, ModelOption, SeedOption, TemplateOption, app, columns_of, note, styles_of
 
 
 @app.command()
 def init(
     facts: Annotated[str, typer.Argument(help="A file of your own, `cities`, `popqa`, `popqa:PATH`, …")],
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
+    model: ModelOption = "smollm2-135m",
     adapter: Annotated[
         str | None, typer.Option(help="A PEFT adapter tuned elsewhere, to compare; without, arms are trained.")
     ] = None,

@@ -15,25 +15,24 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from subjattn.cli.app import (
+    AdapterOption,
     ColumnsOption,
     DtypeOption,
     FactsOption,
     KnowledgeOption,
     LeaveOutOption,
     MemoryOption,
+    ModelOption,
     SeedOption,
     TemplateOption,
     ThreadsOption,
     WhereOption,
     app,
-    check_output,
     columns_of,
-    show_styles,
-    some_of,
-    styles_of,
     use_threads,
     write_json,
 )
+from subjattn.cli.asking import ask, check_files, model_or_arms
 from subjattn.errors import BadInput
 
 
@@ -129,8 +128,8 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _shared(
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    model: ModelOption = "smollm2-135m",
+    adapter: AdapterOption = None,
     facts: FactsOption = "cities",
     columns: ColumnsOption = "",
     n: Annotated[
@@ -175,16 +174,12 @@ def _run(
 ) -> None:
     from subjattn.facts import load_facts
     from subjattn.measures.alone import measure as measured
-    from subjattn.measures.where import check_where
     from subjattn.prompts import make_prompts
 
-    check_output(json_)
-    check_where(where, knowledge)
+    check_files(json_, None, where, knowledge)
     every = load_facts(facts, columns=columns_of(columns) or None)
-    styles, loaded = styles_of(every, template), None
-    table = some_of(every, n, USUAL, seed, leave_out_given)
-    show_styles(styles, table)
-    results, threads = {}, use_threads(threads)
+    asking = ask(every, n, USUAL, seed, template, where, knowledge, leave_out_given)
+    threads = use_threads(threads)
     if training is not None and "facts" not in found.needs:
         raise BadInput(
             f"--training: measure {found.name!r} does not look at what the model was trained on: leave it out"
@@ -193,47 +188,30 @@ def _run(
         raise BadInput(f"measure {found.name!r} compares answers with those trained on: give --training")
     about: dict[str, Any] = {"facts": every, "training": training and load_facts(training)}
     computing: dict[str, Any] = {"seed": seed, "backend": backend, "memory_budget": memory_budget}
-    for style, text in styles.items():
-        loaded = loaded or _loaded(found, model, adapter, dtype)
-        prompts = make_prompts(table, loaded.tokenizer, text)
+    results, loaded = {}, _loaded(found, model, adapter, dtype)
+    for style, text in asking.styles.items():
+        prompts = make_prompts(asking.table, loaded.tokenizer, text)
         dataset = measured(
             found.name, loaded, prompts, settings, where=where, knowledge=knowledge, **about, **computing
         )
-        means = _means(found, dataset, table.set_index("fact_id")["relation"])
+        means = _means(found, dataset, asking.table.set_index("fact_id")["relation"])
         for name, of in means.items():
             typer.echo(f"{style}: {name} {_shown(of)}")
         if not means:
             typer.echo(f"{style}: measured")
         numbers = {key: {name: of[key] for name, of in means.items()} for key in ("mean", "low", "high", "n")}
         results[style] = {"template": text, **numbers, "arrays": plain(dataset)}
-    asked: dict[str, Any] = {
-        "model": model,
-        "adapter": adapter,
-        "dtype": dtype,
-        "facts": facts,
-        "columns": columns,
-        "n": len(table),
-    }
-    asked |= {
-        "threads": threads,
-        "where": where,
-        "knowledge": knowledge and str(knowledge),
-        "leave_out_given": leave_out_given,
-        "training": training,
-    }
+    asked: dict[str, Any] = {"model": model, "adapter": adapter, "dtype": dtype, "facts": facts}
+    asked |= {"columns": columns, "threads": threads, "training": training, **asking.options}
     write_json(json_, {"measure": found.name, "settings": settings, **asked, **computing, "styles": results})
 
 
 def _loaded(found: Any, model: str, adapter: str | None, dtype: str) -> Any:
     """The model, or the adapter's as an arm beside it for measures that compare the two."""
-    from subjattn.models import load_model
-    from subjattn.models.arms import load_arms
-
-    if "base" not in found.needs:
-        return load_model(model, adapter=adapter, dtype=dtype)
-    if adapter is None:
+    both = "base" in found.needs
+    if both and adapter is None:
         raise BadInput(f"measure {found.name!r} compares a tuned model with its base: give --adapter")
-    return load_arms(model, {"tuned": adapter}, dtype=dtype)
+    return model_or_arms(model, adapter, dtype, both)
 
 
 def _means(found: Any, dataset: Any, relations: Any) -> dict[str, dict[str, Any]]:

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from subjattn import bench_tables, tables
 from subjattn.cli.app import (
+    AdapterOption,
     DtypeOption,
     FactsOption,
     MemoryOption,
+    ModelOption,
     NumberOption,
     SeedOption,
     TemplateOption,
@@ -55,8 +57,8 @@ class GridName(StrEnum):
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    model: ModelOption = "smollm2-135m",
+    adapter: AdapterOption = None,
     tuned: Annotated[str | None, typer.Option(help="Or a full checkpoint tuned from it.")] = None,
     facts: FactsOption = "cities",
     template: TemplateOption = None,
@@ -116,7 +118,7 @@ def bench(
             "`slick`, labelling --n facts."
         ),
     ],
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
+    model: ModelOption = "smollm2-135m",
     random_init: Annotated[
         str | None,
         typer.Option(help="Time a shape with random weights instead: `llama-2-7b`, on prompts of 20 tokens."),

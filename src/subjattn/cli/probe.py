@@ -13,25 +13,25 @@ from rich.text import Text
 
 from subjattn import tables
 from subjattn.cli.app import (
+    AdapterOption,
     ColumnsOption,
     DtypeOption,
     FactsOption,
     KnowledgeOption,
     LeaveOutOption,
     MemoryOption,
+    ModelOption,
+    NumbersOption,
     SeedOption,
     TemplateOption,
     ThreadsOption,
     WhereOption,
     app,
-    check_output,
     columns_of,
-    show_styles,
-    some_of,
-    styles_of,
     use_threads,
     write_json,
 )
+from subjattn.cli.asking import ask, check_files, model_or_arms
 from subjattn.cli.measure import plain
 from subjattn.errors import BadInput
 
@@ -61,8 +61,8 @@ class MethodName(StrEnum):
 
 @app.command()
 def probe(
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a hub id or a local folder.")] = "smollm2-135m",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter on that model.")] = None,
+    model: ModelOption = "smollm2-135m",
+    adapter: AdapterOption = None,
     across: Annotated[
         bool,
         typer.Option("--across", help="With --adapter: train on the base, test on the tuned model, and the reverse."),
@@ -88,7 +88,7 @@ def probe(
     where: WhereOption = None,
     knowledge: KnowledgeOption = None,
     leave_out_given: LeaveOutOption = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all numbers, per fact too, to this file.")] = None,
+    json_: NumbersOption = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw accuracy and selectivity into this file: .html, .svg, .pdf or .png.")
     ] = None,
@@ -105,15 +105,8 @@ def probe(
     Example: `subjattn probe --model smollm2-135m --facts cities --n 400 --target answer --figure probe.html`
     """
     from subjattn.facts import load_facts
-    from subjattn.measures.where import check_where
-    from subjattn.measures.where import where as facts_where
-    from subjattn.plots.drawing import check_file
-    from subjattn.prompts import make_prompts
 
-    check_output(json_)
-    if figure is not None:
-        check_file(figure)
-    check_where(where, knowledge)
+    check_files(json_, figure, where, knowledge)
     if across and adapter is None:
         raise BadInput("--across takes a tuned model beside its base: give --adapter")
     if across and twin:
@@ -121,42 +114,28 @@ def probe(
     named = columns_of(columns) or None
     every = load_facts(facts, columns=named)
     labels = None if target in ("answer", "known") else _column(every, target, facts, named)
-    styles = styles_of(every, template)
-    table, threads = some_of(every, n, USUAL, seed, leave_out_given), use_threads(threads)
-    show_styles(styles, table)
+    asking = ask(every, n, USUAL, seed, template, where, knowledge, leave_out_given)
+    threads = use_threads(threads)
     options: dict[str, Any] = {"site": site.value, "roles": [role.strip() for role in roles.split(",")]}
     options |= {"method": method.value, "folds": folds, "seed": seed, "memory_budget": memory_budget}
-    results, drawn, loaded = {}, {}, _loaded(model, adapter, dtype, across)
-    for style, text in styles.items():
-        one = loaded.base if across else loaded
-        prompts = make_prompts(table, one.tokenizer, text)
-        if where is not None:
-            prompts = facts_where(prompts, where, model=one, knowledge=knowledge)
+    results, drawn = {}, {}
+    loaded: Any = model_or_arms(model, adapter, dtype, across)
+    for style, text, prompts in asking.prompts(loaded.base if across else loaded):
         found = _probed(loaded, prompts, target, labels, options, across, twin)
         results[style] = {"template": text, **_shown(found, style)}
         drawn[style] = found
     asked: dict[str, Any] = {"model": model, "adapter": adapter, "across": across, "dtype": dtype, "facts": facts}
-    asked |= {"columns": columns, "n": len(table), "target": target, "twin": twin, "where": where, **options}
-    asked |= {"knowledge": knowledge and str(knowledge), "leave_out_given": leave_out_given, "threads": threads}
+    asked |= {"columns": columns, "threads": threads, "target": target, "twin": twin, **asking.options, **options}
     write_json(json_, {**asked, "provenance": loaded.provenance(), "styles": results})
     for style, found in drawn.items():
         if figure is not None:
-            _draw(figure if len(styles) == 1 else figure.with_stem(f"{figure.stem}-{style}"), found)
+            _draw(figure if len(drawn) == 1 else figure.with_stem(f"{figure.stem}-{style}"), found)
 
 
 def _column(every: Any, target: str, facts: str, columns: Any) -> Any:
     from subjattn.facts.columns import column_of
 
     return column_of(every, target, facts, columns)
-
-
-def _loaded(model: str, adapter: str | None, dtype: str, across: bool) -> Any:
-    from subjattn.models import load_model
-    from subjattn.models.arms import load_arms
-
-    if across:
-        return load_arms(model, {"tuned": str(adapter)}, dtype=dtype)
-    return load_model(model, adapter=adapter, dtype=dtype)
 
 
 def _probed(

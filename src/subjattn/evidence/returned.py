@@ -75,38 +75,44 @@ def shares(cells: xr.DataArray, smallest_gap: float = 0.1) -> xr.Dataset:
 
 
 def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
-    """What states put back return of the accuracy that tuning cost (or gained), at every place.
+    """What interventions on the tuned model return of the accuracy that tuning cost (or gained), one by one.
 
-    The share is a difference of means over another, (with the base's states − tuned) / (base − tuned), with its
-    interval. Where the interval of the gap holds 0 there is none.
+    The share is a difference of means over another, (with the base's states, or scores raised − tuned) / (base −
+    tuned), with its interval. Where the interval of the gap holds 0 there is none.
 
     Args:
-        found: from `put_back_accuracy`; of several replicates its `correct`, with `draw` and `seed`.
+        found: from `put_back_accuracy` or `raised_accuracy`; of several replicates its `correct`, with `draw` and
+            `seed`.
 
     Returns:
-        A Dataset over `put`: `accuracy` by `cell`; by `patch`, real or placebo, `share` of the gap, `share_low` and
-        `share_high`, NaN where it is not defined, and `right_again`: how many of the `n_lost` answers, right by the
-        base and wrong by the tuned model, are right; `n`, answers. Attributes `gap`, tuned minus base, and
-        `gap_interval`, NaN where facts are too few for one.
+        A Dataset over `put` or `dose`: `accuracy` by `cell`; by `patch`, real, placebo or random heads, `share` of the
+        gap, `share_low` and `share_high`, NaN where it is not defined, and `right_again`: how many of the `n_lost`
+        answers, right by the base and wrong by the tuned model, are right, facts without a placebo counted as wrong
+        with it; `n`, answers. Attributes `gap`, tuned minus base, and `gap_interval`, NaN where facts are too few for
+        one.
 
     Raises:
-        BadInput: not from `put_back_accuracy`.
+        BadInput: not from one of them.
     """
     correct = found.get("correct") if isinstance(found, xr.Dataset) else found
-    if correct is None or not {"fact", "put", "cell"} <= set(correct.dims):
-        raise BadInput("this is no accuracy of states put back: give what put_back_accuracy returns")
-    base, tuned = (correct.isel(put=0, drop=True).sel(cell=cell, drop=True) for cell in ("base", "tuned"))
+    along = next((dim for dim in ("put", "dose") if correct is not None and dim in correct.dims), "")
+    if correct is None or not along or not {"fact", "cell"} <= set(correct.dims):
+        raise BadInput(
+            "this is no accuracy under interventions: give what put_back_accuracy or raised_accuracy returns"
+        )
+    labels, real = correct[along].values, {"put": "put_back", "dose": "raised"}[along]
+    base, tuned = (correct.isel({along: 0}, drop=True).sel(cell=cell, drop=True) for cell in ("base", "tuned"))
     gap, lost = _clustered(tuned - base), (base == 1) & (tuned == 0)
     ends = _ends(gap, (-1.0, 1.0))
     defined = ends[0] > 0 or ends[1] < 0
+    patches = {real: "real"} | {cell: cell for cell in correct["cell"].values if cell.startswith(("placebo", "random"))}
     shares, again = [], []
-    for cell in ("put_back", "placebo"):
-        put = correct.sel(cell=cell, drop=True)
-        moved = [_clustered(put.sel(put=place, drop=True) - tuned) for place in correct["put"].values]
-        shares.append([_share(change, gap) if defined else (np.nan,) * 3 for change in moved])
-        again.append([int(((put.sel(put=place) == 1) & lost).sum()) for place in correct["put"].values])
-    table, dims = np.array(shares), ("patch", "put")
-    dropped = [dim for dim in correct.dims if dim not in ("put", "cell")]
+    for cell in patches:
+        put = [correct.sel({"cell": cell, along: label}, drop=True) for label in labels]
+        shares.append([_share(_clustered(one - tuned), gap) if defined else (np.nan,) * 3 for one in put])
+        again.append([int(((one == 1) & lost).sum()) for one in put])
+    table, dims = np.array(shares), ("patch", along)
+    dropped = [dim for dim in correct.dims if dim not in (along, "cell")]
     return xr.Dataset(
         {
             "accuracy": correct.mean(dropped),
@@ -115,7 +121,7 @@ def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
             "n_lost": int(lost.sum()),
             "n": int(base.notnull().sum()),
         },
-        {"put": correct["put"].values, "cell": correct["cell"].values, "patch": ["real", "placebo"]},
+        {along: labels, "cell": correct["cell"].values, "patch": list(patches.values())},
         {"gap": float(gap.mean()), "gap_interval": list(ends)},
     )
 

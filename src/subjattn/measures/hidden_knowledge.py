@@ -4,7 +4,7 @@ Of all pairs of a right and a wrong answer to a question, K is the share that a 
 "Inside-Out"). "Ignored, not erased" predicts that tuning lowers the K of the model's own probabilities, and leaves that
 of a probe on its states. A base model hides facts too, so read a tuned model's gap beside its base's. A probe says what
 the states hold, and not that a model can use it: what comes back when the base's states are put back, or the subject's
-scores are raised, is told by `transfer`, `put_back_accuracy` and `rescale`.
+scores are raised, is told by `transfer_accuracy` and `raised_accuracy`.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ MEASURE = Measure(
     "answer's prior off. A base model hides facts too: read its `hidden` beside a tuned model's.",
     reads="`hidden` that rises with tuning while `internal_k` stays: what right answers have in the states is still "
     "there, and the model's answers follow it less. Not that the model can use it: see `transfer_accuracy` and "
-    "`rescale` for how many answers come back.",
+    "`raised_accuracy` for how many answers come back.",
     undefined="For facts that have no wrong answer in their fold, as where most facts of a relation have one answer; "
     "`internal_k` where no other fold could train a probe; `swapped_k` where no fact of the relation has yet another "
     "answer. No pairs at all are refused.",

@@ -232,8 +232,14 @@ def other_edges(
 
     None where there are too few. Queries share keys where they can.
     """
+    return edges_in_order(prompt, edges, rng.permutation(len(prompt)).tolist())
+
+
+def edges_in_order(
+    prompt: Prompt, edges: Iterable[tuple[int, int]], order: Sequence[int]
+) -> frozenset[tuple[int, int]]:
+    """What `other_edges` gives, the first keys of an order; of one of the prompt's they stay while its answer grows."""
     edges = set(edges)
-    order = [int(key) for key in rng.permutation(len(prompt))]
     found: set[tuple[int, int]] = set()
     for query in sorted({query for query, _ in edges}):
         taken = {key for at, key in edges if at == query}

@@ -19,12 +19,11 @@ from subjattn.backends import Backend, BackendName
 from subjattn.engine.anatomy import decoder_layers
 from subjattn.engine.interventions import COMPONENTS, Component, Row, Run
 from subjattn.errors import BadInput
-from subjattn.measures import check_askable, labelled
-from subjattn.measures.answers import answered
-from subjattn.measures.intervened import Interventions
+from subjattn.measures import check_askable
+from subjattn.measures.beside import Intervened, answers_beside, change_of
 from subjattn.measures.put_back import NEEDS, PAPER, PLACES, places_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings
-from subjattn.measures.scoring import ScorerName, definition_of
+from subjattn.measures.scoring import ScorerName
 from subjattn.measures.swapping import only_arm
 from subjattn.measures.transfer import At, parts_put, patches_of, places_in
 from subjattn.models.arms import BASE, Arms
@@ -33,8 +32,8 @@ from subjattn.models.arms import BASE, Arms
 if TYPE_CHECKING:
     from subjattn.prompts import Prompt
 
-ANSWERED = ("base", "tuned", "put_back", "placebo")
-"""Whose answer: the base's, the tuned model's, and the tuned model's with the base's states and with the placebo's."""
+CELLS = ("put_back", "placebo")
+"""Whose answer, beside both models': the tuned model's with the base's states, and with the placebo's."""
 PASSES = 2.5
 """Forward passes of a prompt that the answers at a place cost, roughly."""
 
@@ -83,44 +82,29 @@ def put_back_accuracy(
     if at not in (None, "prediction", "subject", "all"):
         raise BadInput(f"at {at!r}: answers are generated with states put at the prediction, the subject, or all")
     places = places_of([components] if isinstance(components, str) else components, at)
-    rng, (base, own) = np.random.default_rng(seed), (arms.arm(BASE), arms.arm(name))
-    rows: list[tuple[int, int, int, Interventions]] = []
+    rng = np.random.default_rng(seed)
+    rows: list[Intervened] = []
     for fact, prompt in enumerate(prompts):
-        rows += [(fact, 0, 0, partial(Row, arm=base)), (fact, 0, 1, partial(Row, arm=own))]
         for place, (component, where) in enumerate(places.values()):
             putting = _Put(arms, name, component, where)
             rows.append((fact, place, 2, putting))
             if (elsewhere := _others(prompt, where, rng)) is not None:
                 rows.append((fact, place, 3, partial(putting, elsewhere=elsewhere)))
-    found = answered(
-        arms.base,
-        [prompts[fact] for fact, *_ in rows],
-        [row[-1] for row in rows],
+    return answers_beside(
+        arms,
+        name,
+        prompts,
+        rows,
+        "put",
+        list(places),
+        CELLS,
         scorer,
-        None,
         backend,
         memory_budget,
+        "the base's states of all layers put back into the tuned model, those of its run of the same text so far",
         patterns=any(component == "pattern" for component, _ in places.values()),
-        whole=False,
-    )
-    shape = (len(prompts), len(places), len(ANSWERED))
-    correct, texts = np.full(shape, np.nan), np.full(shape, "", object)
-    for (*cell, _), right, text in zip(rows, found["correct"], found["prediction"], strict=True):
-        correct[tuple(cell)], texts[tuple(cell)] = right, text
-    correct[..., :2], texts[..., :2] = correct[:, :1, :2], texts[:, :1, :2]
-    array = labelled(
-        "correct",
-        correct,
-        prompts,
-        ("put", "cell"),
-        unit="share correct",
-        definition=f"{definition_of(scorer)}; the base's states of all layers put back into the tuned model, those of "
-        "its run of the same text so far",
         paper=PAPER,
-        scorer=scorer,
-        tuned=name,
-    ).assign_coords(put=list(places), cell=list(ANSWERED))
-    return array.to_dataset().assign(prediction=(array.dims, texts.astype(str)))
+    )
 
 
 class _Put:
@@ -176,13 +160,6 @@ def _run(asked: Asked, settings: AccuracySettings) -> xr.Dataset:
     return found
 
 
-def _changed(dataset: xr.Dataset, cell: str) -> xr.DataArray:
-    """Right answers won and lost by a put, `(fact, part)`."""
-    correct = dataset["correct"]
-    change = correct.sel(cell=cell, drop=True) - correct.sel(cell="tuned", drop=True)
-    return change.rename(put="part").transpose("fact", "part").assign_attrs(definition="")
-
-
 def _gap(dataset: xr.Dataset) -> xr.DataArray:
     correct = dataset["correct"].isel(put=0, drop=True)
     return correct.sel(cell="tuned", drop=True) - correct.sel(cell="base", drop=True)
@@ -198,7 +175,7 @@ MEASURE = Measure(
             "share correct",
             "change of the tuned model's accuracy when the base's states of all layers are put back at a place, also "
             "while its answer grows",
-            per_fact=lambda dataset: _changed(dataset, "put_back"),
+            per_fact=lambda dataset: change_of(dataset, "put_back"),
             bounds=(-1, 1),
             smallest_effect=0.05,
         ),
@@ -206,7 +183,7 @@ MEASURE = Measure(
             "accuracy_put_back_placebo",
             "share correct",
             "the same at as many other positions of the prompt, drawn at random",
-            per_fact=lambda dataset: _changed(dataset, "placebo"),
+            per_fact=lambda dataset: change_of(dataset, "placebo"),
             bounds=(-1, 1),
             smallest_effect=0.05,
         ),

@@ -85,7 +85,7 @@ def rescale(
     if len(metrics) > 1 or "logit_diff" in metrics:
         raise BadInput("rescale takes one metric: answer_logprob, kl, rank or a function of your own")
     (name,) = metrics
-    asked_for = _parse_doses(doses, what)
+    asked_for = parse_doses(doses, what)
     if route not in ROUTES:
         raise BadInput(f"route {route!r} is not one of {', '.join(ROUTES)}")
     hf = hf_model(model)
@@ -146,7 +146,8 @@ def slope_at_nothing(change: xr.DataArray) -> xr.DataArray:
     return zero * np.nan if a == b else (above - below) / (b - a)
 
 
-def _parse_doses(doses: Sequence[float], what: str) -> list[float]:
+def parse_doses(doses: Sequence[float], what: str) -> list[float]:
+    """Doses as numbers; BadInput where they are none, not finite or given twice."""
     if what not in ("add", "times"):
         raise BadInput(f"what {what!r} is neither 'add', to scores, nor 'times', of weights")
     found = [float(dose) for dose in doses]
@@ -190,10 +191,11 @@ def _checked(doses: tuple[float, ...]) -> tuple[float, ...]:
     return doses
 
 
+Doses = Annotated[tuple[float, ...], BeforeValidator(_read), AfterValidator(_checked)]
+
+
 class RescaleSettings(Settings):
-    doses: Annotated[tuple[float, ...], BeforeValidator(_read), AfterValidator(_checked)] = Field(
-        DOSES, description="added to scores, or factors of weights, such as --doses=-2,-1,1,2"
-    )
+    doses: Doses = Field(DOSES, description="added to scores, or factors of weights, such as --doses=-2,-1,1,2")
     what: What = Field("add", description="add to the scores, or weights times the dose")
     route: Route = Field("direct", description="the edges, as knockout names them")
     facts: PositiveInt = Field(24, description="facts that get doses")

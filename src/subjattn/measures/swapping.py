@@ -110,6 +110,8 @@ def swap_weights(
 
 def only_arm(arms: Arms, tuned: str | None) -> str:
     """The tuned model asked for; None stands for the only one."""
+    if not isinstance(arms, Arms):
+        raise BadInput("this compares a tuned model with its base: give it what load_arms gives")
     if tuned is None and len(arms.sources) != 1:
         raise BadInput(f"there are several arms, {', '.join(arms.sources)}: name one, tuned=…")
     name = tuned if tuned is not None else next(iter(arms.sources))
