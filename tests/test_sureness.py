@@ -23,7 +23,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
 from subjattn.measures.knockout import edges_of, knockout
-from subjattn.measures.record import measure_of, values_of
+from subjattn.measures.record import VALUE_COLUMNS, measure_of, values_of
 from subjattn.measures.subject_knockout import answered_rightly, relay_drop
 from subjattn.measures.temperature import at_temperature, fit_temperature
 from subjattn.models import LoadedModel
@@ -108,6 +108,53 @@ def test_sureness_alone_moves_nats_and_nothing_else(knowing: LoadedModel, asked:
     assert falls[1] > 1.4 * falls[0] > 0.1
     for name in ("knockout_calibrated_drop", "knockout_rank_rise", "knockout_lost"):
         np.testing.assert_allclose(surer[name], plain[name], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "quantities"),
+    [
+        ("rescale", {"doses": [-2.0, 2.0]}, ["rescale_slope", "rescale_change"]),
+        ("trace", {"facts": 12, "draws": 2, "window": 2}, ["trace_total_effect", "trace_indirect_effect"]),
+        ("hypotheses", {"sets": {"heads": {"heads": [[1, 1]]}, "route": {"route": "direct"}}}, ["necessity"]),
+    ],
+)
+def test_calibrated_effects_are_not_moved_by_sureness(
+    knowing: LoadedModel, asked: PromptSet, name: str, settings: dict[str, Any], quantities: list[str]
+) -> None:
+    """The planted confounder in what other measures give; and their numbers are those at a given temperature."""
+    settings = settings | ({"random_sets": 2} if name == "hypotheses" else {})
+    plain = sa.measure(name, knowing, asked, settings)
+    with sharpened(knowing, 2.2):
+        surer = sa.measure(name, knowing, asked, settings)
+    np.testing.assert_allclose(surer["temperature"], 2.2 * plain["temperature"], rtol=1e-3)
+    sides = [
+        pd.DataFrame(values_of(measure_of(name), one), columns=VALUE_COLUMNS)
+        .set_index("fact_id")
+        .loc[plain["fact"].values]
+        for one in (plain, surer)
+    ]
+    for quantity in quantities:
+        stem, _, rest = quantity.partition("_")
+        calibrated = f"{stem}_calibrated_{rest}" if rest else f"calibrated_{stem}"
+        moved, still = (
+            [side[side["quantity"] == one]["value"].to_numpy() for side in sides] for one in (quantity, calibrated)
+        )
+        assert np.nanmean(abs(moved[1])) > 1.3 * np.nanmean(abs(moved[0])) > 0
+        np.testing.assert_allclose(still[1], still[0], atol=3e-3)
+        assert np.isfinite(still[0]).mean() == np.isfinite(moved[0]).mean() > 0
+
+
+def test_what_tuning_changed_in_sureness_alone_is_told_apart(knowing: LoadedModel, asked: PromptSet) -> None:
+    surer = deepcopy(knowing)
+    head = hf_model(surer).get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(2.2)
+        head.bias.mul_(2.2)
+    tested = sa.test_hypothesis(surer, asked, route="last", random_sets=2, base=knowing, smallest_effect=0.01)
+    change, calibrated = (tested.intervals[name] for name in ("change", "calibrated_change"))
+    before = tested.arrays["base_drop"] - tested.arrays["base_random_drop"]
+    assert change.estimate == pytest.approx(float(1.2 * before.mean()), rel=0.5) and abs(change.estimate) > 0.01
+    assert calibrated.estimate == pytest.approx(0, abs=1e-3)
 
 
 def test_rank_and_right_answers_are_those_of_masks_by_hand(knowing: LoadedModel, asked: PromptSet) -> None:
