@@ -16,6 +16,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy.optimize import minimize_scalar
+from transformers import AutoModelForCausalLM
 
 import subjattn as sa
 from subjattn.errors import BadInput
@@ -155,6 +156,41 @@ def test_what_tuning_changed_in_sureness_alone_is_told_apart(knowing: LoadedMode
     before = tested.arrays["base_drop"] - tested.arrays["base_random_drop"]
     assert change.estimate == pytest.approx(float(1.2 * before.mean()), rel=0.5) and abs(change.estimate) > 0.01
     assert calibrated.estimate == pytest.approx(0, abs=1e-3)
+
+
+def test_a_part_that_only_makes_answers_surer_has_no_calibrated_share(
+    tiny_folders: dict[str, Path], tokenizer: Any, asked: PromptSet, tmp_path: Path
+) -> None:
+    """Tuned are an MLP, which changes answers, and the final norm, which multiplies logits; ends are models apart."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folders["llama"]).eval()
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        states = [model.model(torch.tensor([p.ids])).last_hidden_state[0, p.prediction] for p in asked]
+        common = torch.stack(states).mean(0)
+        head.div_(torch.stack([head @ state for state in states]).std())
+        head[sorted({prompt.answer_ids[0] for prompt in asked})] += 2 * common / (common @ common)
+    for folder in ("base", "tuned"):
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.3)
+            model.model.norm.weight.mul_(2.2)
+    arms = sa.load_arms(str(tmp_path / "base"), None, {"tuned": str(tmp_path / "tuned")})
+    found = sa.swap_weights(arms, asked, calibrated=True)
+    plain, own = (found[f"{metric}_share"].sel(part="rest") for metric in ("answer_logprob", "calibrated_logprob"))
+    assert float(abs(plain).mean()) > 0.3
+    np.testing.assert_allclose(own, 0, atol=2e-2)
+    ends = [fit_temperature(sa.load_model(str(tmp_path / folder)), asked) for folder in ("base", "tuned")]
+    change = ends[1]["calibrated_logprob"] - ends[0]["calibrated_logprob"]
+    np.testing.assert_allclose(found["calibrated_logprob_share"].sum("part"), change, atol=1e-3)
+    assert float(abs(found["calibrated_logprob_share"].sel(part="mlp")).mean()) > 0.05
+    for weights, end in zip(("base", "mlp+rest"), ends, strict=True):
+        np.testing.assert_allclose(found["temperature"].sel(weights=weights), end["temperature"], rtol=1e-3)
+    dataset = sa.measure("swap_weights", arms, asked)
+    rows = pd.DataFrame(values_of(measure_of("swap_weights"), dataset), columns=VALUE_COLUMNS)
+    means = rows.groupby(["quantity", "part"])["value"].mean()
+    assert means["calibrated_update_share", "rest"] == pytest.approx(float(own.mean()), abs=1e-4)
+    assert means["update_share", "rest"] == pytest.approx(float(plain.mean()), abs=1e-4)
 
 
 def test_rank_and_right_answers_are_those_of_masks_by_hand(knowing: LoadedModel, asked: PromptSet) -> None:
