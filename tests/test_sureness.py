@@ -145,6 +145,20 @@ def test_calibrated_effects_are_not_moved_by_sureness(
         assert np.isfinite(still[0]).mean() == np.isfinite(moved[0]).mean() > 0
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_the_share_of_patching_is_one_of_logits(knowing: LoadedModel, asked: PromptSet, direction: str) -> None:
+    """Differences of logits are all divided by a temperature, so that their share needs none."""
+    settings = {"pairs": 4, "direction": direction}
+    plain = sa.measure("patching", knowing, asked, settings)
+    with sharpened(knowing, 2.2):
+        surer = sa.measure("patching", knowing, asked, settings)
+    np.testing.assert_allclose(surer["patch_effect"], 2.2 * plain["patch_effect"], atol=1e-3)
+    rows = [values_of(measure_of("patching"), one) for one in (plain, surer)]
+    for own, hot in zip(*rows, strict=True):
+        np.testing.assert_allclose(hot[3:], [2.2 * of for of in own[3:]], atol=1e-3)
+    assert len(rows[0]) == 4 and float(abs(plain["patch_effect"]).max()) > 0.1
+
+
 def test_what_tuning_changed_in_sureness_alone_is_told_apart(knowing: LoadedModel, asked: PromptSet) -> None:
     surer = deepcopy(knowing)
     head = hf_model(surer).get_output_embeddings()
