@@ -233,7 +233,7 @@ MEASURE = Measure(
     "between arms read `calibrated_necessity`.",
     undefined="For a fact that ablation has nothing to put into (`sa.ablation`), and of a route where a prompt has "
     "none of its edges or too few others. `sufficiency` where ablating all of the kind may take nothing away, where a "
-    "route is all edges to the subject, and of routes but `direct` and `relayed`. `calibrated_necessity` where no "
+    "route is all edges to the subject, and of routes that are not direct or relayed. `calibrated_necessity` where no "
     "temperature fits.",
     run=_run,
     cost=_cost,
