@@ -140,6 +140,32 @@ def test_the_measure_takes_named_sets(planted: LoadedModel, asked: PromptSet) ->
     assert shares["value"]["planted"] / shares["over"]["planted"] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("by", ["head_contributions", "attention_to_subject"])
+def test_heads_are_chosen_on_facts_that_are_left_out(by: Any, tiny: LoadedModel, asked: PromptSet) -> None:
+    """The largest means of one half, by hand; no fact, and no answer, is in both halves."""
+    heads, left = sa.choose_heads(tiny, asked, 3, by=by, split=1)
+    chosen_on = [prompt for prompt in asked if prompt.fact_id not in {one.fact_id for one in left}]
+    assert 8 <= len(left) == len(asked) - len(chosen_on) and left.style == asked.style
+    assert not {prompt.answers[0] for prompt in left} & {prompt.answers[0] for prompt in chosen_on}
+    if by == "head_contributions":
+        array = sa.head_contributions(tiny, chosen_on)["head_contribution"].sel(source="subject")
+        means = (array.sel(of="answer") - array.sel(of="others")).mean("fact").values
+    else:
+        means = sa.subject_attention(tiny, chosen_on).mean("fact").values
+    largest = np.argsort(-means, axis=None)[:3]
+    assert heads == [tuple(int(i) for i in np.unravel_index(at, means.shape)) for at in largest]
+    assert sa.choose_heads(tiny, asked, 3, by=by, split=1)[0] == heads
+    assert set(sa.test_hypothesis(tiny, left, heads=heads, random_sets=2).verdicts) == {"necessity", "sufficiency"}
+
+
+def test_heads_that_cannot_be_chosen_are_refused(tiny: LoadedModel, asked: PromptSet) -> None:
+    for wrong, message in (({"by": "size"}, "by 'size' is not one of"), ({"n": 13}, "n=13: 12 heads have a value")):
+        with pytest.raises(BadInput, match=message):
+            sa.choose_heads(tiny, asked, **wrong)
+    with pytest.raises(BadInput, match="cannot be halved"):
+        sa.choose_heads(tiny, asked[:3])
+
+
 def test_bad_sets_are_refused(planted: LoadedModel, asked: PromptSet) -> None:
     for wrong in (
         {},

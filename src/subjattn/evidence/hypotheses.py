@@ -73,7 +73,7 @@ def test_hypothesis(
 ) -> Tested:
     """Whether a set that was named beforehand is needed and enough for the answer, and whether tuning changed that.
 
-    A set that was chosen where it is tested looks needed by choice: choose on other facts (`top(…, split=…)`), another
+    A set that was chosen where it is tested looks needed by choice: choose on other facts (`choose_heads`), another
     model, or draws that are left out. The claims are judged together, by Holm.
 
     Args:
