@@ -122,7 +122,7 @@ def test_sureness_alone_moves_nats_and_nothing_else(knowing: LoadedModel, asked:
 def test_calibrated_effects_are_not_moved_by_sureness(
     knowing: LoadedModel, asked: PromptSet, name: str, settings: dict[str, Any], quantities: list[str]
 ) -> None:
-    """The planted confounder in what other measures give; and their numbers are those at a given temperature."""
+    """The planted confounder in what other measures give."""
     settings = settings | ({"random_sets": 2} if name == "hypotheses" else {})
     plain = sa.measure(name, knowing, asked, settings)
     with sharpened(knowing, 2.2):
@@ -269,6 +269,37 @@ def test_a_calibrated_metric_is_taken_by_other_measures(tiny: LoadedModel, asked
             for one in (None, mask)
         )
         assert float(hot[i, 0]) == pytest.approx(float(plain - blocked), abs=1e-4)
+
+
+def test_several_metrics_are_those_of_one_at_a_time(tiny: LoadedModel, asked: PromptSet) -> None:
+    """Doses with their controls, ablations and traces; a temperature of 1 changes nothing."""
+    hot = at_temperature(3.0)
+    several: Any = ["answer_logprob", hot, "rank"]
+    doses = sa.rescale(tiny, asked[:3], [-1.0, 2.0], metric=several)
+    lost = sa.ablation(tiny, asked[:3], heads=[(1, 1)], to="zero", metric=several)
+    for metric, name in zip(several, ("answer_logprob", "calibrated_logprob", "rank"), strict=True):
+        one = sa.rescale(tiny, asked[:3], [-1.0, 2.0], metric=metric)
+        np.testing.assert_allclose(doses[name], one, atol=1e-4)
+        if name != "rank":  # whose prompts end with the answer's first token, so that other edges are drawn
+            np.testing.assert_allclose(doses[f"control_{name}"], one["control"], atol=1e-4)
+        np.testing.assert_allclose(doses[f"baseline_{name}"], one[f"baseline_{name}"], atol=1e-4)
+        assert doses[name].attrs["unit"] == one.attrs["unit"] == ("rank" if name == "rank" else "nats")
+        alone = sa.ablation(tiny, asked[:3], heads=[(1, 1)], to="zero", metric=metric)
+        np.testing.assert_allclose(lost[name], alone, atol=1e-4)
+    traced = sa.trace(tiny, asked[:2], draws=2, metric=several[:2])
+    for metric, name in zip(several[:2], ("answer_logprob", "calibrated_logprob"), strict=True):
+        for effect, array in sa.trace(tiny, asked[:2], draws=2, metric=metric).items():
+            np.testing.assert_allclose(traced[f"{name}_{effect}"], array, atol=1e-4)
+    plain = sa.rescale(tiny, asked[:3], [2.0], metric=at_temperature(1.0))
+    np.testing.assert_allclose(plain, doses["answer_logprob"][:, 1:], atol=1e-4)
+
+
+def test_one_fact_has_effects_and_no_calibrated_ones(tiny: LoadedModel, asked: PromptSet) -> None:
+    one = PromptSet(asked.style, asked.prompts[:1])
+    for name, settings in (("rescale", {}), ("trace", {"draws": 2})):
+        rows = values_of(measure_of(name), sa.measure(name, tiny, one, settings))
+        for _, quantity, _, value, _ in rows:
+            assert np.isnan(value) if "calibrated" in quantity else np.isfinite(value) or "control" in quantity
 
 
 def test_where_nothing_fits_there_is_no_temperature(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> None:
