@@ -23,6 +23,7 @@ def test_public_names_are_pinned() -> None:
         "answer_in_subject",
         "answer_logprob",
         "at_temperature",
+        "choose_heads",
         "contrast",
         "controlled_attention",
         "diagnose",

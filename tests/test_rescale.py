@@ -127,7 +127,7 @@ def test_the_measure_gives_its_quantities(tiny: LoadedModel, prompts: PromptSet)
     dataset = measure("rescale", tiny, prompts, {"doses": "-1,1,3", "facts": 4})
     assert dataset.sizes == {"fact": 4, "dose": 3}
     rows = values_of(measure_of("rescale"), dataset)
-    assert {row[1] for row in rows} == {"rescale_slope", "rescale_control_slope", "rescale_change"}
+    assert {row[1] for row in rows} == {quantity.name for quantity in measure_of("rescale").quantities}
     chosen = [prompt for prompt in prompts if prompt.fact_id in dataset["fact"].values]
     chosen.sort(key=lambda prompt: list(dataset["fact"].values).index(prompt.fact_id))
     array = rescale(tiny, chosen, [-1.0, 1.0, 3.0])
@@ -160,7 +160,7 @@ def test_the_figure_has_a_line_and_a_dashed_one(tiny: LoadedModel, prompts: Prom
         ({"doses": [1.0], "route": "subject"}, "is not one of direct, total"),
         ({"doses": [1.0], "layers": [0], "heads": [(0, 0)]}, "one of them"),
         ({"doses": [1.0], "layers": [9]}, "is no set of this model"),
-        ({"doses": [1.0], "metric": "logit_diff"}, "rescale takes one metric"),
+        ({"doses": [1.0], "metric": "logit_diff"}, "rescale has no foils"),
     ],
 )
 def test_wrong_arguments_are_named(tiny_models: Any, prompts: PromptSet, asked: dict[str, Any], message: str) -> None:

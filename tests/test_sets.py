@@ -199,7 +199,7 @@ def test_every_backend_ablates_alike(llama: LoadedModel, prompts: PromptSet) -> 
             "random_sets=4: there are 3 other sets with as many heads in each layer",
         ),
         ({"heads": [(0, 1)], "to": "noise"}, "to 'noise' is not one of zero, mean, resample"),
-        ({"heads": [(0, 1)], "metric": "logit_diff"}, "ablation takes one metric: answer_logprob, kl, rank or a"),
+        ({"heads": [(0, 1)], "metric": "logit_diff"}, "ablation has no foils: its metrics are answer_logprob, kl"),
     ],
 )
 def test_ablation_refuses_in_one_line(llama: LoadedModel, prompts: PromptSet, settings: Any, message: str) -> None:

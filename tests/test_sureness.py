@@ -16,6 +16,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy.optimize import minimize_scalar
+from transformers import AutoModelForCausalLM
 
 import subjattn as sa
 from subjattn.errors import BadInput
@@ -23,7 +24,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
 from subjattn.measures.knockout import edges_of, knockout
-from subjattn.measures.record import measure_of, values_of
+from subjattn.measures.record import VALUE_COLUMNS, measure_of, values_of
 from subjattn.measures.subject_knockout import answered_rightly, relay_drop
 from subjattn.measures.temperature import at_temperature, fit_temperature
 from subjattn.models import LoadedModel
@@ -110,6 +111,102 @@ def test_sureness_alone_moves_nats_and_nothing_else(knowing: LoadedModel, asked:
         np.testing.assert_allclose(surer[name], plain[name], atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "quantities"),
+    [
+        ("rescale", {"doses": [-2.0, 2.0]}, ["rescale_slope", "rescale_change"]),
+        ("trace", {"facts": 12, "draws": 2, "window": 2}, ["trace_total_effect", "trace_indirect_effect"]),
+        ("hypotheses", {"sets": {"heads": {"heads": [[1, 1]]}, "route": {"route": "direct"}}}, ["necessity"]),
+    ],
+)
+def test_calibrated_effects_are_not_moved_by_sureness(
+    knowing: LoadedModel, asked: PromptSet, name: str, settings: dict[str, Any], quantities: list[str]
+) -> None:
+    """The planted confounder in what other measures give."""
+    settings = settings | ({"random_sets": 2} if name == "hypotheses" else {})
+    plain = sa.measure(name, knowing, asked, settings)
+    with sharpened(knowing, 2.2):
+        surer = sa.measure(name, knowing, asked, settings)
+    np.testing.assert_allclose(surer["temperature"], 2.2 * plain["temperature"], rtol=1e-3)
+    sides = [
+        pd.DataFrame(values_of(measure_of(name), one), columns=VALUE_COLUMNS)
+        .set_index("fact_id")
+        .loc[plain["fact"].values]
+        for one in (plain, surer)
+    ]
+    for quantity in quantities:
+        stem, _, rest = quantity.partition("_")
+        calibrated = f"{stem}_calibrated_{rest}" if rest else f"calibrated_{stem}"
+        moved, still = (
+            [side[side["quantity"] == one]["value"].to_numpy() for side in sides] for one in (quantity, calibrated)
+        )
+        assert np.nanmean(abs(moved[1])) > 1.3 * np.nanmean(abs(moved[0])) > 0
+        np.testing.assert_allclose(still[1], still[0], atol=3e-3)
+        assert np.isfinite(still[0]).mean() == np.isfinite(moved[0]).mean() > 0
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_the_share_of_patching_is_one_of_logits(knowing: LoadedModel, asked: PromptSet, direction: str) -> None:
+    """Differences of logits are all divided by a temperature, so that their share needs none."""
+    settings = {"pairs": 4, "direction": direction}
+    plain = sa.measure("patching", knowing, asked, settings)
+    with sharpened(knowing, 2.2):
+        surer = sa.measure("patching", knowing, asked, settings)
+    np.testing.assert_allclose(surer["patch_effect"], 2.2 * plain["patch_effect"], atol=1e-3)
+    rows = [values_of(measure_of("patching"), one) for one in (plain, surer)]
+    for own, hot in zip(*rows, strict=True):
+        np.testing.assert_allclose(hot[3:], [2.2 * of for of in own[3:]], atol=1e-3)
+    assert len(rows[0]) == 4 and float(abs(plain["patch_effect"]).max()) > 0.1
+
+
+def test_what_tuning_changed_in_sureness_alone_is_told_apart(knowing: LoadedModel, asked: PromptSet) -> None:
+    surer = deepcopy(knowing)
+    head = hf_model(surer).get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(2.2)
+        head.bias.mul_(2.2)
+    tested = sa.test_hypothesis(surer, asked, route="last", random_sets=2, base=knowing, smallest_effect=0.01)
+    change, calibrated = (tested.intervals[name] for name in ("change", "calibrated_change"))
+    before = tested.arrays["base_drop"] - tested.arrays["base_random_drop"]
+    assert change.estimate == pytest.approx(float(1.2 * before.mean()), rel=0.5) and abs(change.estimate) > 0.01
+    assert calibrated.estimate == pytest.approx(0, abs=1e-3)
+
+
+def test_a_part_that_only_makes_answers_surer_has_no_calibrated_share(
+    tiny_folders: dict[str, Path], tokenizer: Any, asked: PromptSet, tmp_path: Path
+) -> None:
+    """Tuned are an MLP, which changes answers, and the final norm, which multiplies logits; ends are models apart."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folders["llama"]).eval()
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        states = [model.model(torch.tensor([p.ids])).last_hidden_state[0, p.prediction] for p in asked]
+        common = torch.stack(states).mean(0)
+        head.div_(torch.stack([head @ state for state in states]).std())
+        head[sorted({prompt.answer_ids[0] for prompt in asked})] += 2 * common / (common @ common)
+    for folder in ("base", "tuned"):
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.3)
+            model.model.norm.weight.mul_(2.2)
+    arms = sa.load_arms(str(tmp_path / "base"), None, {"tuned": str(tmp_path / "tuned")})
+    found = sa.swap_weights(arms, asked, calibrated=True)
+    plain, own = (found[f"{metric}_share"].sel(part="rest") for metric in ("answer_logprob", "calibrated_logprob"))
+    assert float(abs(plain).mean()) > 0.3
+    np.testing.assert_allclose(own, 0, atol=2e-2)
+    ends = [fit_temperature(sa.load_model(str(tmp_path / folder)), asked) for folder in ("base", "tuned")]
+    change = ends[1]["calibrated_logprob"] - ends[0]["calibrated_logprob"]
+    np.testing.assert_allclose(found["calibrated_logprob_share"].sum("part"), change, atol=1e-3)
+    assert float(abs(found["calibrated_logprob_share"].sel(part="mlp")).mean()) > 0.05
+    for weights, end in zip(("base", "mlp+rest"), ends, strict=True):
+        np.testing.assert_allclose(found["temperature"].sel(weights=weights), end["temperature"], rtol=1e-3)
+    dataset = sa.measure("swap_weights", arms, asked)
+    rows = pd.DataFrame(values_of(measure_of("swap_weights"), dataset), columns=VALUE_COLUMNS)
+    means = rows.groupby(["quantity", "part"])["value"].mean()
+    assert means["calibrated_update_share", "rest"] == pytest.approx(float(own.mean()), abs=1e-4)
+    assert means["update_share", "rest"] == pytest.approx(float(plain.mean()), abs=1e-4)
+
+
 def test_rank_and_right_answers_are_those_of_masks_by_hand(knowing: LoadedModel, asked: PromptSet) -> None:
     found = sa.measure("knockout", knowing, asked)
     model = hf_model(knowing)
@@ -172,6 +269,37 @@ def test_a_calibrated_metric_is_taken_by_other_measures(tiny: LoadedModel, asked
             for one in (None, mask)
         )
         assert float(hot[i, 0]) == pytest.approx(float(plain - blocked), abs=1e-4)
+
+
+def test_several_metrics_are_those_of_one_at_a_time(tiny: LoadedModel, asked: PromptSet) -> None:
+    """Doses with their controls, ablations and traces; a temperature of 1 changes nothing."""
+    hot = at_temperature(3.0)
+    several: Any = ["answer_logprob", hot, "rank"]
+    doses = sa.rescale(tiny, asked[:3], [-1.0, 2.0], metric=several)
+    lost = sa.ablation(tiny, asked[:3], heads=[(1, 1)], to="zero", metric=several)
+    for metric, name in zip(several, ("answer_logprob", "calibrated_logprob", "rank"), strict=True):
+        one = sa.rescale(tiny, asked[:3], [-1.0, 2.0], metric=metric)
+        np.testing.assert_allclose(doses[name], one, atol=1e-4)
+        if name != "rank":  # whose prompts end with the answer's first token, so that other edges are drawn
+            np.testing.assert_allclose(doses[f"control_{name}"], one["control"], atol=1e-4)
+        np.testing.assert_allclose(doses[f"baseline_{name}"], one[f"baseline_{name}"], atol=1e-4)
+        assert doses[name].attrs["unit"] == one.attrs["unit"] == ("rank" if name == "rank" else "nats")
+        alone = sa.ablation(tiny, asked[:3], heads=[(1, 1)], to="zero", metric=metric)
+        np.testing.assert_allclose(lost[name], alone, atol=1e-4)
+    traced = sa.trace(tiny, asked[:2], draws=2, metric=several[:2])
+    for metric, name in zip(several[:2], ("answer_logprob", "calibrated_logprob"), strict=True):
+        for effect, array in sa.trace(tiny, asked[:2], draws=2, metric=metric).items():
+            np.testing.assert_allclose(traced[f"{name}_{effect}"], array, atol=1e-4)
+    plain = sa.rescale(tiny, asked[:3], [2.0], metric=at_temperature(1.0))
+    np.testing.assert_allclose(plain, doses["answer_logprob"][:, 1:], atol=1e-4)
+
+
+def test_one_fact_has_effects_and_no_calibrated_ones(tiny: LoadedModel, asked: PromptSet) -> None:
+    one = PromptSet(asked.style, asked.prompts[:1])
+    for name, settings in (("rescale", {}), ("trace", {"draws": 2})):
+        rows = values_of(measure_of(name), sa.measure(name, tiny, one, settings))
+        for _, quantity, _, value, _ in rows:
+            assert np.isnan(value) if "calibrated" in quantity else np.isfinite(value) or "control" in quantity
 
 
 def test_where_nothing_fits_there_is_no_temperature(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> None:

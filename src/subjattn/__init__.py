@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from subjattn.engine.interventions import Row as Row
     from subjattn.engine.interventions import Run as Run
     from subjattn.engine.interventions import Scale as Scale
+    from subjattn.evidence.choosing import choose_heads as choose_heads
     from subjattn.evidence.diagnosis import diagnose as diagnose
     from subjattn.evidence.diagnosis import mediated as mediated
     from subjattn.evidence.hypotheses import test_hypothesis as test_hypothesis
@@ -107,6 +108,7 @@ _HOMES = {
     "answer_in_subject": "facts.given",
     "answer_logprob": "measures.answers",
     "at_temperature": "measures.temperature",
+    "choose_heads": "evidence.choosing",
     "contrast": "evidence.intervals",
     "controlled_attention": "measures.subject_attention",
     "diagnose": "evidence.diagnosis",

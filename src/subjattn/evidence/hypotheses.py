@@ -1,9 +1,10 @@
-"""A hypothesis about a set of heads or layers, tested: three claims with their verdicts."""
+"""A hypothesis about a set of heads or layers, or a route, tested: claims with their verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
@@ -14,7 +15,9 @@ from subjattn.evidence.intervals import Interval, contrast, interval
 from subjattn.evidence.ratios import ratio
 from subjattn.measures.ablation import Ablated, At, To
 from subjattn.measures.hypotheses import Named, ablate_hypothesis
+from subjattn.measures.knockout import ROUTES, Route
 from subjattn.measures.sets import Heads
+from subjattn.measures.temperature import calibrated
 from subjattn.prompts import Prompt
 
 
@@ -27,7 +30,9 @@ NEARLY = 0.01
 
 @dataclass(frozen=True)
 class Tested:
-    """Verdicts on a hypothesis by claim (`necessity`, `sufficiency`, `change`), with intervals; `arrays` per fact.
+    """Verdicts on a hypothesis by claim, with intervals; `arrays` per fact.
+
+    Claims are `necessity`, `sufficiency` and, of two models, `change` and `calibrated_change`.
 
     An interval is None where the claim's number is not defined; the verdict then says why.
     """
@@ -56,6 +61,7 @@ def test_hypothesis(
     *,
     heads: Heads | None = None,
     layers: Sequence[int] | None = None,
+    route: Route | None = None,
     component: Ablated = "z",
     at: At = "all",
     to: To = "mean",
@@ -67,20 +73,24 @@ def test_hypothesis(
 ) -> Tested:
     """Whether a set that was named beforehand is needed and enough for the answer, and whether tuning changed that.
 
-    A set that was chosen where it is tested looks needed by choice: choose on other facts (`top(…, split=…)`), another
+    A set that was chosen where it is tested looks needed by choice: choose on other facts (`choose_heads`), another
     model, or draws that are left out. The claims are judged together, by Holm.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         prompts: whom to ask, at least 20 for a verdict.
         heads: the set, as `(layer, head)`; or
-        layers: whole layers, of `component` `attn_out` or `mlp_out`.
+        layers: whole layers, of `component` `attn_out` or `mlp_out`; or
+        route: attention edges, by the name that `knockout` has for them. They are blocked, and compared with as many
+            other edges of the same queries. Whether it is enough is asked of `direct` and `relayed`, by blocking all
+            other edges from later positions to the subject.
         component: what of them is ablated: `z` of heads, `attn_out` or `mlp_out`.
         at: at which positions: `all`, `subject` or `prediction`.
         to: what it becomes: `mean`, `resample` or `zero`.
         keeps: the share of what all of the kind do that is enough.
         smallest_effect: nats by which the set has to cost more than random ones, and by which tuning has to change it.
-        base: the model before tuning, for the claim `change`: needed more (or, contradicted, less) than there.
+        base: the model before tuning, for the claim `change`: needed more (or, contradicted, less) than there; and
+            `calibrated_change`, the same with each model at its own temperature, which sureness alone cannot move.
         random_sets: as many that match it in number and layer.
         seed: of the random sets.
 
@@ -92,19 +102,28 @@ def test_hypothesis(
     """
     if not 0 < keeps < 1:
         raise BadInput(f"keeps={keeps}: give the share that is enough, between 0 and 1")
+    if route is not None and route not in ROUTES:
+        raise BadInput(f"route {route!r} is not one of {', '.join(ROUTES)}")
     try:
         named = Named(
             heads=None if heads is None else tuple((int(a), int(b)) for a, b in heads),
             layers=None if layers is None else tuple(map(int, layers)),
+            route=route,
             component=component,
             at=at,
             to=to,
         )
     except ValueError:
         raise BadInput(
-            "give heads=[(layer, head), …] with component 'z', or layers=[…] with component 'attn_out' or 'mlp_out'"
+            "give heads=[(layer, head), …] with component 'z', layers=[…] with component 'attn_out' or 'mlp_out', or a "
+            "route by itself"
         ) from None
-    own = ablate_hypothesis(model, prompts, named, random_sets=random_sets, seed=seed)
+
+    def without(one: Model) -> xr.Dataset:
+        at_own = None if base is None else calibrated(one, prompts)[0]
+        return ablate_hypothesis(one, prompts, named, at_own=at_own, random_sets=random_sets, seed=seed)
+
+    own = without(model)
     needed = own["drop"] - own["random_drop"]
     asked: dict[str, tuple[Any, Claim]] = {
         "necessity": (lambda: interval(needed), _claim("necessity", 0.0, smallest_effect)),
@@ -114,11 +133,10 @@ def test_hypothesis(
         ),
     }
     if base is not None:
-        before = ablate_hypothesis(base, prompts, named, random_sets=random_sets, seed=seed)
-        asked["change"] = (
-            lambda: contrast(needed, before["drop"] - before["random_drop"]),
-            _claim("change", 0.0, smallest_effect),
-        )
+        before = without(base)
+        for name, kind in (("change", ""), ("calibrated_change", "calibrated_")):
+            sides = [of[f"{kind}drop"] - of[f"{kind}random_drop"] for of in (own, before)]
+            asked[name] = (partial(contrast, *sides), _claim(name, 0.0, smallest_effect))
         own = own.assign({f"base_{name}": before[name] for name in before})
     intervals: dict[str, Interval | None] = {}
     verdicts: dict[str, Judged | str] = {}

@@ -69,7 +69,7 @@ def top(array: xr.DataArray, n: int = 10, *, by: By = "absolute", split: int | N
         array = array.where(~mostly_trivial(array))
     chosen_on = measured_on = array.stack(cell=cells).transpose("cell", "fact", ...).reset_index("cell")
     if split is not None:
-        chosen_on, measured_on = _halves(chosen_on, split)
+        chosen_on, measured_on = halves(chosen_on, split)
     across = [dim for dim in chosen_on.dims if dim != "cell"]
     means, held = chosen_on.mean(across).values, chosen_on.notnull().mean(across).values
     seldom = (held > 0) & ((held < MOST) | ~np.isfinite(means))
@@ -100,8 +100,8 @@ def _by_fact(array: xr.DataArray) -> xr.DataArray:
     return array.rename({name: plain for name, plain in few.items() if plain != name})
 
 
-def _halves(array: xr.DataArray, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
-    """Facts in two random halves; those of one answer in one of them."""
+def halves(array: xr.DataArray, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
+    """Facts in two random halves, the one to choose on first; those of one answer in one of them."""
     n = array.sizes["fact"]
     groups = clusters_of(array)[0].get("answer", np.arange(n))
     halves: tuple[list[int], list[int]] = ([], [])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -54,6 +54,38 @@ _BY = {
 }
 
 
+@overload
+def ablation(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    heads: Heads | None = ...,
+    layers: Sequence[int] | None = ...,
+    component: Ablated = ...,
+    to: To = ...,
+    at: At = ...,
+    random_sets: int = ...,
+    seed: int = ...,
+    metric: Metric = ...,
+    backend: BackendName | Backend = ...,
+    memory_budget: int | None = ...,
+) -> xr.DataArray: ...
+@overload
+def ablation(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    heads: Heads | None = ...,
+    layers: Sequence[int] | None = ...,
+    component: Ablated = ...,
+    to: To = ...,
+    at: At = ...,
+    random_sets: int = ...,
+    seed: int = ...,
+    metric: list[Metric],
+    backend: BackendName | Backend = ...,
+    memory_budget: int | None = ...,
+) -> xr.Dataset: ...
 def ablation(
     model: Model,
     prompts: Sequence[Prompt],
@@ -65,10 +97,10 @@ def ablation(
     at: At = "all",
     random_sets: int = 0,
     seed: int = 0,
-    metric: Metric = "answer_logprob",
+    metric: Metric | list[Metric] = "answer_logprob",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
-) -> xr.DataArray:
+) -> xr.DataArray | xr.Dataset:
     """How far the answer falls when the outputs of a set of heads or layers are replaced, all together.
 
     Args:
@@ -82,7 +114,8 @@ def ablation(
         at: at which positions: `all`, the `subject`'s, or `prediction`, those that predict an answer token.
         random_sets: beside the set, so many random ones of the same size (see `sets.parse_sets`).
         seed: of the random sets and of the other subjects.
-        metric: `answer_logprob` (nats), `kl` (nats), `rank`, or a function of your own, as `knockout` takes it.
+        metric: `answer_logprob` (nats), `kl` (nats), `rank`, or a function of your own, as `knockout` takes it; or
+            several.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
@@ -90,7 +123,7 @@ def ablation(
         `(fact, set)`: "chosen", "random 0", …; baseline minus ablated; `kl` and `rank` are those of the ablated run.
         Coordinates `baseline_METRIC` `(fact,)` and `cells` `(set,)`; attributes `matched`, what random sets have in
         common with the chosen one, and `noise_floor`. NaN where a fact has nothing to put there: no other subject fits,
-        or a mean would be over its own output alone.
+        or a mean would be over its own output alone. Several metrics give a Dataset.
 
     Raises:
         BadInput: an argument that does not fit, or no fact has anything to put there.
@@ -99,13 +132,12 @@ def ablation(
     check_askable(prompts)
     _check(heads, component, to, at)
     metrics = parse_metrics(metric)
-    if len(metrics) > 1 or "logit_diff" in metrics:
-        raise BadInput("ablation takes one metric: answer_logprob, kl, rank or a function of your own")
-    (name,) = metrics
+    if "logit_diff" in metrics:
+        raise BadInput("ablation has no foils: its metrics are answer_logprob, kl, rank or a function of your own")
     hf = hf_model(model)
     check_model(hf)
     sets = parse_sets(heads, layers, len(decoder_layers(hf)), n_heads(hf), random_sets=random_sets, seed=seed)
-    asked = [shortened(prompt) for prompt in prompts] if name in AS_THEY_ARE else list(prompts)
+    asked = [shortened(prompt) for prompt in prompts] if {*metrics} <= {*AS_THEY_ARE} else list(prompts)
     where = [_positions(prompt, at) for prompt in asked]
     rows, cells = [Row(prompt) for prompt in asked], []
     for fact, value in enumerate(_values(hf, asked, where, component, to, seed)):
@@ -122,24 +154,27 @@ def ablation(
         )
     run = opened(backend, hf, memory_budget, asked)
     found = measure_rows(run.forward(rows), rows, metrics)
-    grid, effect = np.full((len(asked), len(sets.cells)), np.nan), found.effect(name)[-len(cells) :]
-    grid[tuple(np.array(cells).T)] = effect if name in AS_THEY_ARE else -effect
-    fall = meaning_of(name) if name in AS_THEY_ARE else f"fall in the {meaning_of(name)}"
-    array = labelled(
-        f"ablation_{name}" if name in AS_THEY_ARE else "ablation_drop",
-        grid,
-        prompts,
-        ("set",),
-        unit=unit_of(name),
-        definition=f"{fall}, when the {_NAMES[component]} of a set, all together, are replaced by {_BY[to]}, at "
-        f"{_AT[at]}",
-        paper=_PAPERS[to],
-        noise_floor=found.noise_floor[name],
-        backend=run.name,
-        matched=sets.matched,
-    )
-    baseline = ("fact", found.values[name][: len(asked)])
-    return array.assign_coords({"set": list(sets.cells), "cells": ("set", sets.in_words), f"baseline_{name}": baseline})
+    arrays = {}
+    for name in metrics:
+        grid, effect = np.full((len(asked), len(sets.cells)), np.nan), found.effect(name)[-len(cells) :]
+        grid[tuple(np.array(cells).T)] = effect if name in AS_THEY_ARE else -effect
+        fall = meaning_of(name) if name in AS_THEY_ARE else f"fall in the {meaning_of(name)}"
+        array = labelled(
+            f"ablation_{name}" if name in AS_THEY_ARE else "ablation_drop",
+            grid,
+            prompts,
+            ("set",),
+            unit=unit_of(name),
+            definition=f"{fall}, when the {_NAMES[component]} of a set, all together, are replaced by {_BY[to]}, at "
+            f"{_AT[at]}",
+            paper=_PAPERS[to],
+            noise_floor=found.noise_floor[name],
+            backend=run.name,
+            matched=sets.matched,
+        )
+        coords = {"set": list(sets.cells), "cells": ("set", sets.in_words)}
+        arrays[name] = array.assign_coords(coords | {f"baseline_{name}": ("fact", found.values[name][: len(asked)])})
+    return xr.Dataset(arrays) if isinstance(metric, list) else next(iter(arrays.values()))
 
 
 def _check(heads: Heads | None, component: str, to: str, at: str) -> None:

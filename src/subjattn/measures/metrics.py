@@ -36,6 +36,7 @@ UNITS: dict[str, str] = {
     "logit_diff": "logits",
     "kl": "nats",
     "rank": "rank",
+    "calibrated_logprob": "nats",
 }
 MEANINGS: dict[str, str] = {
     "answer_logprob": "log-probability of the first accepted answer, summed over its tokens",
@@ -43,6 +44,7 @@ MEANINGS: dict[str, str] = {
     "logit_diff": "logit of the answer's first token minus that of the foil",
     "kl": "KL divergence of the next token from the run without the intervention",
     "rank": "rank of the answer's first token, 1 the most likely",
+    "calibrated_logprob": "log-probability of the first accepted answer, logits divided by a temperature",
 }
 AS_THEY_ARE = ("kl", "rank")
 """Metrics of the changed run itself; all others are reported as their change."""

@@ -11,7 +11,7 @@ query's own nor the first token, which is a sink. They tell what any edges would
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import numpy as np
 import xarray as xr
@@ -24,8 +24,9 @@ from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, shortened
 from subjattn.measures.knockout import ROUTES, Route, edges_of, other_edges
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
-from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape
+from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings
 from subjattn.measures.sets import Heads, parse_sets
+from subjattn.measures.temperature import FITTING, calibrated
 from subjattn.prompts import Prompt
 
 
@@ -40,6 +41,36 @@ DOSES = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
 PAPER = "Geva et al. 2023 (edges and knock-out); weights rescaled and renormalised after Zhang et al. 2024 (PASTA)"
 
 
+@overload
+def rescale(
+    model: Model,
+    prompts: Sequence[Prompt],
+    doses: Sequence[float] = ...,
+    *,
+    what: What = ...,
+    route: Route = ...,
+    layers: Sequence[int] | None = ...,
+    heads: Heads | None = ...,
+    seed: int = ...,
+    metric: Metric = ...,
+    backend: BackendName | Backend = ...,
+    memory_budget: int | None = ...,
+) -> xr.DataArray: ...
+@overload
+def rescale(
+    model: Model,
+    prompts: Sequence[Prompt],
+    doses: Sequence[float] = ...,
+    *,
+    what: What = ...,
+    route: Route = ...,
+    layers: Sequence[int] | None = ...,
+    heads: Heads | None = ...,
+    seed: int = ...,
+    metric: list[Metric],
+    backend: BackendName | Backend = ...,
+    memory_budget: int | None = ...,
+) -> xr.Dataset: ...
 def rescale(
     model: Model,
     prompts: Sequence[Prompt],
@@ -50,10 +81,10 @@ def rescale(
     layers: Sequence[int] | None = None,
     heads: Heads | None = None,
     seed: int = 0,
-    metric: Metric = "answer_logprob",
+    metric: Metric | list[Metric] = "answer_logprob",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
-) -> xr.DataArray:
+) -> xr.DataArray | xr.Dataset:
     """How the answer changes as the edges of a route are attended to more or less.
 
     Args:
@@ -66,7 +97,8 @@ def rescale(
         layers: in these layers only.
         heads: or in these `(layer, head)` only.
         seed: of the choice of other edges.
-        metric: `answer_logprob` (nats), `kl` (nats), `rank`, or a function of your own, as `knockout` takes it.
+        metric: `answer_logprob` (nats), `kl` (nats), `rank`, or a function of your own, as `knockout` takes it; or
+            several.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
@@ -74,7 +106,8 @@ def rescale(
         `(fact, dose)`, changes from the run without a dose; `kl` and `rank` are those of the changed run. The
         coordinate `control` `(fact, dose)` holds the same of as many other edges of the same queries (see the module's
         text), NaN where a prompt has too few; `baseline_METRIC` `(fact,)` the value without a dose. NaN where a prompt
-        has none of the route's edges. Attributes: `what`, `route`, `noise_floor`.
+        has none of the route's edges. Attributes: `what`, `route`, `noise_floor`. Several metrics give a Dataset, in
+        which the controls are `control_METRIC`.
 
     Raises:
         BadInput: a prompt ends with its subject, or an argument does not fit.
@@ -82,15 +115,14 @@ def rescale(
     """
     check_askable(prompts)
     metrics = parse_metrics(metric)
-    if len(metrics) > 1 or "logit_diff" in metrics:
-        raise BadInput("rescale takes one metric: answer_logprob, kl, rank or a function of your own")
-    (name,) = metrics
+    if "logit_diff" in metrics:
+        raise BadInput("rescale has no foils: its metrics are answer_logprob, kl, rank or a function of your own")
     asked_for = parse_doses(doses, what)
     if route not in ROUTES:
         raise BadInput(f"route {route!r} is not one of {', '.join(ROUTES)}")
     hf = hf_model(model)
     where, place = _where(hf, layers, heads)
-    asked = [shortened(prompt) for prompt in prompts] if name in AS_THEY_ARE else list(prompts)
+    asked = [shortened(prompt) for prompt in prompts] if {*metrics} <= {*AS_THEY_ARE} else list(prompts)
     rows, cells = [Row(prompt) for prompt in asked], []
     rng = np.random.default_rng(seed)
     for fact, prompt in enumerate(asked):
@@ -100,31 +132,30 @@ def rescale(
             cells += [(number, fact, dose) for dose in range(len(asked_for)) if edges]
     run = opened(backend, hf, memory_budget, asked)
     found = measure_rows(run.forward(rows), rows, metrics)
-    grid = np.full((2, len(asked), len(asked_for)), np.nan)
-    if cells:
-        grid[tuple(np.array(cells).T)] = found.effect(name)[-len(cells) :]
-    change = meaning_of(name) if name in AS_THEY_ARE else f"change in the {meaning_of(name)}"
     done = "is added to the scores" if what == "add" else "multiplies the weights"
-    array = labelled(
-        f"rescale_{name}" if name in AS_THEY_ARE else "rescale_change",
-        grid[0],
-        prompts,
-        ("dose",),
-        unit=unit_of(name),
-        definition=f"{change}, when a dose {done} of the edges of the route {route} before the softmax in {place}",
-        paper=PAPER,
-        what=what,
-        route=route,
-        noise_floor=found.noise_floor[name],
-        backend=run.name,
-    )
-    return array.assign_coords(
-        {
-            "dose": asked_for,
-            "control": (("fact", "dose"), grid[1]),
-            f"baseline_{name}": ("fact", found.values[name][: len(asked)]),
-        }
-    )
+    arrays: dict[str, xr.DataArray] = {}
+    for name in metrics:
+        grid = np.full((2, len(asked), len(asked_for)), np.nan)
+        if cells:
+            grid[tuple(np.array(cells).T)] = found.effect(name)[-len(cells) :]
+        change = meaning_of(name) if name in AS_THEY_ARE else f"change in the {meaning_of(name)}"
+        array = labelled(
+            f"rescale_{name}" if name in AS_THEY_ARE else "rescale_change",
+            grid[0],
+            prompts,
+            ("dose",),
+            unit=unit_of(name),
+            definition=f"{change}, when a dose {done} of the edges of the route {route} before the softmax in {place}",
+            paper=PAPER,
+            what=what,
+            route=route,
+            noise_floor=found.noise_floor[name],
+            backend=run.name,
+        )
+        coords: dict[str, Any] = {"dose": asked_for, f"baseline_{name}": ("fact", found.values[name][: len(asked)])}
+        control = f"control_{name}" if isinstance(metric, list) else "control"
+        arrays[name] = array.assign_coords(coords | {control: (("fact", "dose"), grid[1])})
+    return xr.Dataset(arrays) if isinstance(metric, list) else next(iter(arrays.values()))
 
 
 def slope_at_nothing(change: xr.DataArray) -> xr.DataArray:
@@ -203,30 +234,44 @@ class RescaleSettings(Settings):
 
 def _run(asked: Asked, settings: RescaleSettings) -> xr.Dataset:
     few = asked.by_id((asked.order or [prompt.fact_id for prompt in asked.prompts])[: settings.facts])
-    array = rescale(asked.model, few, settings.doses, what=settings.what, route=settings.route, **asked.computing)
-    asked.tell(len(few) + 2 * CELL * array.size)
-    return xr.Dataset({"rescale_change": array.drop_vars("control"), "rescale_control": _control(array)})
+    at_own, temperature = calibrated(asked.model, asked.prompts)
+    both = rescale(
+        asked.model,
+        few,
+        settings.doses,
+        what=settings.what,
+        route=settings.route,
+        metric=["answer_logprob", at_own],
+        **asked.computing,
+    )
+    asked.tell(_cost_of(len(asked.prompts), settings))
+    bare = both.drop_vars([name for name in both.coords if str(name).startswith("control_")])
+    change = bare["answer_logprob"]
+    definition = change.attrs["definition"].replace(
+        "the edges of the route", "as many others as the edges of the route"
+    )
+    control = change.copy(data=both["control_answer_logprob"].values).assign_attrs(definition=definition)
+    return xr.Dataset(
+        {
+            "rescale_change": change,
+            "rescale_control": control,
+            "rescale_calibrated_change": bare["calibrated_logprob"],
+            "temperature": temperature.sel(fact=bare["fact"].values),
+        }
+    )
 
 
-def _control(array: xr.DataArray) -> xr.DataArray:
-    """The control as an array of its own."""
-    definition = array.attrs["definition"].replace("the edges of the route", "as many others as the edges of the route")
-    return array.drop_vars("control").copy(data=array["control"].values).assign_attrs(definition=definition)
-
-
-def _slope(variable: str) -> Any:
+def _slope(variable: str) -> PerFact:
     return lambda dataset: slope_at_nothing(dataset[variable]).assign_attrs(unit="nats per unit of score")
 
 
-def _at_most(dataset: xr.Dataset) -> xr.DataArray:
+def _at_most(variable: str) -> PerFact:
     """At the largest dose, or at the one that a claim names."""
-    change = dataset["rescale_change"]
-    return change.isel(dose=int(change["dose"].values.argmax()), drop=True)
+    return lambda dataset: dataset[variable].isel(dose=int(dataset["dose"].values.argmax()), drop=True)
 
 
-def _cost(shape: Shape, settings: RescaleSettings) -> float:
-    n = min(shape.n_facts, settings.facts)
-    return n * (1 + 2 * CELL * len(settings.doses))
+def _cost_of(n_facts: int, settings: RescaleSettings) -> float:
+    return FITTING * n_facts + min(n_facts, settings.facts) * (1 + 2 * CELL * len(settings.doses))
 
 
 MEASURE = Measure(
@@ -252,20 +297,37 @@ MEASURE = Measure(
             "rescale_change",
             "nats",
             "change of the answer's log-probability at the largest dose; a claim may name another",
-            per_fact=_at_most,
+            per_fact=_at_most("rescale_change"),
             cells={"dose": "one"},
+        ),
+        Quantity(
+            "rescale_calibrated_slope",
+            "nats per unit of score",
+            "rescale_slope of the answer's log-probability at the model's own temperature, fitted on other facts",
+            per_fact=_slope("rescale_calibrated_change"),
+            smallest_effect=0.1,
+        ),
+        Quantity(
+            "rescale_calibrated_change",
+            "nats",
+            "rescale_change of the answer's log-probability at the model's own temperature, fitted on other facts",
+            per_fact=_at_most("rescale_calibrated_change"),
+            cells={"dose": "one"},
+            smallest_effect=0.1,
         ),
     ),
     control="`rescale_control_slope`: the same doses on as many other edges of the same queries, that lead neither to "
-    "the subject nor to the first token.",
+    "the subject nor to the first token. For sureness: the same at the model's own temperature.",
     reads="What a little more attention to these edges would gain. A slope above its control says that what is read "
     "there helps the answer and more of it would help more. Not that tuning took attention away, nor how much there "
-    "is. Large doses take attention from everything else.",
-    undefined="For a prompt that has none of the route's edges; the control where there are too few others.",
+    "is. Large doses take attention from everything else. Nats go by sureness: between arms read the calibrated forms.",
+    undefined="For a prompt that has none of the route's edges; the control where there are too few others; calibrated "
+    "forms where no temperature fits.",
     run=_run,
-    cost=_cost,
+    cost=lambda shape, settings: _cost_of(shape.n_facts, settings),
     settings=RescaleSettings,
     needs=frozenset({"subject", "same_prompts"}),
     any_backend=True,
     figure="rescale",
+    version=2,
 )

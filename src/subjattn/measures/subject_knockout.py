@@ -18,11 +18,10 @@ import xarray as xr
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from subjattn.errors import BadInput
 from subjattn.measures import check_askable, labelled
 from subjattn.measures.knockout import IN_WORDS, By, Edges, Route, definition_of, edges_of, knockout, other_edges
 from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings, Shape
-from subjattn.measures.temperature import at_temperature, fit_temperature
+from subjattn.measures.temperature import calibrated
 from subjattn.prompts import Prompt
 
 
@@ -63,9 +62,8 @@ _ROUTES: dict[str, Edges] = {
 
 
 def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
-    temperature = _temperature(asked)
-    by_fact = dict(zip(temperature["fact"].values.tolist(), temperature.values.tolist(), strict=True))
-    metrics: list[Any] = ["answer_logprob", "rank", answered_rightly, at_temperature(by_fact)]
+    at_own, temperature = calibrated(asked.model, asked.prompts)
+    metrics: list[Any] = ["answer_logprob", "rank", answered_rightly, at_own]
     whole = knockout(asked.model, asked.prompts, _ROUTES, metric=metrics, **asked.computing)
     asked.tell(4.0 * len(asked.prompts))
     every, beside = whole.sel(route=["direct", "total"]), whole["answer_logprob"].sel(route=list(_ROUTES)[2:])
@@ -73,7 +71,7 @@ def _run(asked: Asked, settings: KnockoutSettings) -> xr.Dataset:
     found = xr.Dataset(
         {
             "knockout_drop": every["answer_logprob"],
-            "knockout_calibrated_drop": every["calibrated_logprob"].assign_attrs(unit="nats"),
+            "knockout_calibrated_drop": every["calibrated_logprob"],
             "knockout_rank_rise": xr.apply_ufunc(np.log2, rank / every["baseline_rank"]).assign_attrs(
                 rank.attrs | {"unit": "doublings", "definition": _RANK_RISE.format("the edges of a route")}
             ),
@@ -100,15 +98,6 @@ def _few(array: xr.DataArray, name: str) -> xr.DataArray:
     """An array of a few facts, as it stands beside those of all."""
     left = [str(coord) for coord in array.coords if str(coord).startswith(("baseline_", "routes_coincide"))]
     return array.drop_vars(left).rename({dim: f"{name}_{dim}" for dim in ("fact", "subject", "answer")})
-
-
-def _temperature(asked: Asked) -> xr.DataArray:
-    """Of each fact the temperature that fits the others; NaN where there are too few facts to fit one."""
-    try:
-        return fit_temperature(asked.model, asked.prompts)["temperature"]
-    except BadInput:
-        none = np.full(len(asked.prompts), np.nan)
-        return labelled("temperature", none, asked.prompts, unit="temperature", definition="too few facts to fit one")
 
 
 def relay_drop(model: Any, prompts: Sequence[Prompt], **computing: Any) -> xr.DataArray:

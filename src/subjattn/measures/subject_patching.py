@@ -69,7 +69,8 @@ MEASURE = Measure(
     "(`direction`); other roles of the same grid.",
     reads="Where one state suffices to bring back what swapping the subject destroyed (denoising), or is needed for it "
     "(noising). Not where the fact is stored: a residual stream holds all that came before, and at the prediction "
-    "position of late layers the share is high in any model. Between arms the destroyed difference differs too.",
+    "position of late layers the share is high in any model. Between arms the destroyed difference differs too; "
+    "sureness moves both alike, and not the share.",
     undefined="Where the swap may destroy nothing, which a share is of; for a pair that lacks the role, or that the "
     "swap moves by less than `floor`.",
     run=_run,

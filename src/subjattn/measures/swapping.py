@@ -27,6 +27,7 @@ from subjattn.errors import BadInput
 from subjattn.measures import check_askable, labelled, opened, shortened
 from subjattn.measures.metrics import AS_THEY_ARE, Metric, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, one_per_fact
+from subjattn.measures.temperature import FITTING, GRID, fitted_on_others, noting_losses
 from subjattn.models.arms import BASE, PARTS, Arms
 
 
@@ -45,6 +46,7 @@ def swap_weights(
     *,
     by_depth: bool = False,
     by_position: bool = False,
+    calibrated: bool = False,
     metric: Metric | list[Metric] = "answer_logprob",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -57,6 +59,9 @@ def swap_weights(
         tuned: the arm; None: the only one.
         by_depth: also each part in each third of the layers, by itself.
         by_position: also the tuned weights at some positions only, which read the others' keys and values as they are.
+        calibrated: also the answer's log-probability with every combination at its own temperature, as a model of its
+            own, fitted on the other half of the facts: the metric `calibrated_logprob`. What makes answers surer and
+            nothing else has no share in it.
         metric: one of `answer_logprob` (nats), `answer_logit`, `rank`, or a function of your own; or several.
         backend: what computes it; the engine alone knows arms.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
@@ -66,7 +71,8 @@ def swap_weights(
         parts (`base`, `qk`, `qk+vo`, …); `METRIC_share` `(fact, part)`, Shapley values, in the metric's unit, which add
         up to tuned minus base. By depth, `METRIC_alone` and `METRIC_last` `(fact, part, third)`: what one part of one
         third changes when it alone is tuned, and when it joins last. By position, `METRIC_at` `(fact, where)`: the
-        metric itself with tuned weights there alone. Parts that the tuning leaves alone are not listed.
+        metric itself with tuned weights there alone. With `calibrated`, `temperature` `(fact, weights)`, NaN where none
+        fits. Parts that the tuning leaves alone are not listed.
 
     Raises:
         BadInput: no prompts, no such arm, or a metric that compares with the run before an intervention.
@@ -88,7 +94,8 @@ def swap_weights(
     n_layers = len(decoder_layers(arms.base.model))
     if by_depth:
         variants |= _by_depth(arms.arm(name), cells, parts, n_layers)
-    asked = [shortened(prompt) for prompt in prompts] if {*metrics} <= {*AS_THEY_ARE, "answer_logit"} else list(prompts)
+    whole = calibrated or not {*metrics} <= {*AS_THEY_ARE, "answer_logit"}
+    asked = list(prompts) if whole else [shortened(prompt) for prompt in prompts]
     keys = [*variants, *(("at", where) for where in WHERE if by_position)]
     rows = [
         Row(prompt, arm=variants[key] if key in variants else Arm(name, positions=_positions(prompt, key[1])))
@@ -96,10 +103,25 @@ def swap_weights(
         for key in keys
     ]
     run = opened(backend, arms.base.model, memory_budget, asked)
-    found = measure_rows(run.forward(rows), rows, metrics)
+    losses = np.empty((len(rows), len(GRID)))
+    outputs = run.forward(rows)
+    found = measure_rows(noting_losses(outputs, losses) if calibrated else outputs, rows, metrics)
+    by_metric = {one: found.values[one].reshape(len(asked), -1).T for one in metrics}
     arrays: dict[str, xr.DataArray] = {}
-    for one in metrics:
-        values = dict(zip(keys, found.values[one].reshape(len(asked), -1).T, strict=True))
+    if calibrated:
+        fitted = [fitted_on_others(of, prompts) for of in losses.reshape(len(asked), len(keys), -1).swapaxes(0, 1)]
+        by_metric["calibrated_logprob"] = np.stack([at for _, at in fitted])
+        own = np.stack([temperature for temperature, _ in fitted[: len(sets)]], 1)
+        arrays["temperature"] = labelled(
+            "temperature",
+            own,
+            prompts,
+            ("weights",),
+            unit="temperature",
+            definition="temperature that fits the other half of the facts, with the named parts tuned",
+        ).assign_coords(weights=[named(some, parts) for some in sets])
+    for one, by_key in by_metric.items():
+        values = dict(zip(keys, by_key, strict=True))
         for array in _arrays(values, prompts, parts):
             label = f"{one}{array.name}"
             words = f"{meaning_of(one)}: {array.attrs['definition']}"
@@ -188,9 +210,14 @@ class SwapSettings(Settings):
 
 def _run(asked: Asked, settings: SwapSettings) -> xr.Dataset:
     few = asked.few(settings.facts)
-    found = swap_weights(asked.both, few, **asked.computing)
-    asked.tell(float(found["answer_logprob"].size))
-    return found.rename(answer_logprob="swapped_weights", answer_logprob_share="update_share")
+    found = swap_weights(asked.both, few, calibrated=True, **asked.computing)
+    asked.tell(FITTING * float(found["answer_logprob"].size))
+    return found.rename(
+        answer_logprob="swapped_weights",
+        answer_logprob_share="update_share",
+        calibrated_logprob="calibrated_swapped_weights",
+        calibrated_logprob_share="calibrated_update_share",
+    )
 
 
 MEASURE = Measure(
@@ -205,16 +232,27 @@ MEASURE = Measure(
             per_fact=one_per_fact("update_share"),
             smallest_effect=0.1,
         ),
+        Quantity(
+            "calibrated_update_share",
+            "nats",
+            "update_share in the answer's log-probability with every combination at its own temperature, fitted "
+            "on other facts",
+            per_fact=one_per_fact("calibrated_update_share"),
+            smallest_effect=0.1,
+        ),
     ),
     control="No random one: shares add up to the whole change in every fact, each an average over all orders in which "
-    "the parts may join.",
+    "the parts may join. For sureness: the same with every combination at its own temperature.",
     reads="Which part of the update changes the answer, together with the others. Not what it does there. Combinations "
-    "are models that nobody trained; shares may be below 0 and cancel. Nats go by sureness.",
+    "are models that nobody trained; shares may be below 0 and cancel. Nats go by sureness; a part that makes answers "
+    "surer and nothing else has no `calibrated_update_share`.",
     undefined="For the base itself. A part that the tuning leaves alone is not listed; weights of which one matrix "
-    "makes keys and values together are refused.",
+    "makes keys and values together are refused. `calibrated_update_share` where some combination has no temperature "
+    "that fits.",
     run=_run,
-    cost=lambda shape, settings: 8.0 * min(settings.facts, shape.n_facts),
+    cost=lambda shape, settings: FITTING * 8 * min(settings.facts, shape.n_facts),
     settings=SwapSettings,
     needs=frozenset({"subject", "same_prompts", "base"}),
     figure="swap_weights",
+    version=2,
 )

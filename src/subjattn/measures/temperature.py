@@ -8,7 +8,7 @@ stand on one scale, and differences between them are no longer those of sureness
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from subjattn.engine.answers import answer_logits
+from subjattn.engine.interventions import Output
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled
 from subjattn.measures.metrics import Own
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 PAPER = "Guo et al. 2017"
 GRID = np.geomspace(1 / 8, 16, 85)
 """Temperatures tried, twelve an octave; between them the loss is taken for a parabola in log T."""
+FITTING = 1.5
+"""Forward passes of a prompt that its part in the fit costs, roughly."""
 
 
 def fit_temperature(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
@@ -55,20 +58,12 @@ def fit_temperature(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
         BadInput: fewer than two facts, or facts whose ids all fall into one half.
     """
     check_prompts(prompts)
-    halves = np.array([zlib.crc32(prompt.fact_id.encode()) % 2 for prompt in prompts])
-    if len(set(halves.tolist())) < 2:
+    if len(set(_halves(prompts).tolist())) < 2:
         raise BadInput(f"{len(prompts)} facts are too few to fit a temperature on half of them: ask more")
     losses = np.empty((len(prompts), len(GRID)))
-    for output in answer_logits(hf_model(model), prompts):
-        at = 0
-        for i, row in zip(output.index, output.rows, strict=True):
-            n = len(row.prompt.predicting)
-            losses[i] = _losses(output.logits[at : at + n], row.prompt)
-            at += n
-    own = np.array([_best(losses[halves != half].mean(0)) for half in halves])
-    calibrated = [
-        np.nan if np.isnan(t) else -np.interp(np.log(t), np.log(GRID), row) for t, row in zip(own, losses, strict=True)
-    ]
+    for _ in noting_losses(answer_logits(hf_model(model), prompts), losses):
+        pass
+    own, calibrated_logprob = fitted_on_others(losses, prompts)
     definition = "temperature at which the logits give the right answers the largest log-probability"
     attrs = {"paper": PAPER, "unit": "temperature"}
     found = {
@@ -88,7 +83,7 @@ def fit_temperature(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
         ),
         "calibrated_logprob": labelled(
             "calibrated_logprob",
-            np.array(calibrated),
+            calibrated_logprob,
             prompts,
             unit="nats",
             definition="log-probability of the answer at the model's own temperature, fitted on other facts",
@@ -113,6 +108,52 @@ def at_temperature(temperature: float | Mapping[str, float]) -> Own:
         return float((logits / own).log_softmax(-1).gather(1, answers).double().sum())
 
     return calibrated_logprob
+
+
+def calibrated(model: Model, prompts: Sequence[Prompt]) -> tuple[Own, xr.DataArray]:
+    """The metric at the model's own temperature, and of each fact that temperature, which fits the others.
+
+    Both are NaN where there are too few facts to fit one, or where none fits.
+    """
+    try:
+        temperature = fit_temperature(model, prompts)["temperature"]
+    except BadInput:
+        none = np.full(len(prompts), np.nan)
+        temperature = labelled("temperature", none, prompts, unit="temperature", definition="too few facts to fit one")
+    own = dict(zip(temperature["fact"].values.tolist(), temperature.values.tolist(), strict=True))
+    return at_temperature(own), temperature
+
+
+def noting_losses(outputs: Iterable[Output], losses: np.ndarray) -> Iterator[Output]:
+    """Pass outputs on, and note each row's negative log-probability of the answer at every temperature of the grid."""
+    for output in outputs:
+        at = 0
+        for i, row in zip(output.index, output.rows, strict=True):
+            n = len(row.prompt.predicting)
+            losses[i] = _losses(output.logits[at : at + n], row.prompt)
+            at += n
+        yield output
+
+
+def fitted_on_others(losses: np.ndarray, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each fact the temperature that fits the other half, and its answer's log-probability there; NaN where none.
+
+    Args:
+        losses: `[fact, temperature of the grid]`, as `noting_losses` notes them.
+        prompts: the facts.
+    """
+    halves = _halves(prompts)
+    best = {half: _best(losses[halves != half].mean(0)) if (halves != half).any() else np.nan for half in (0, 1)}
+    own = np.array([best[half] for half in halves.tolist()])
+    at = [
+        np.nan if np.isnan(t) else -np.interp(np.log(t), np.log(GRID), row) for t, row in zip(own, losses, strict=True)
+    ]
+    return own, np.array(at)
+
+
+def _halves(prompts: Sequence[Prompt]) -> np.ndarray:
+    """The half, 0 or 1, that each fact belongs to, whichever others there are."""
+    return np.array([zlib.crc32(prompt.fact_id.encode()) % 2 for prompt in prompts])
 
 
 def _losses(logits: Tensor, prompt: Prompt) -> np.ndarray:
@@ -167,6 +208,6 @@ MEASURE = Measure(
     undefined="Where no temperature from 1/8 to 16 fits best: the model knows none of the answers, or all for certain. "
     "Fewer than two facts are refused.",
     run=_run,
-    cost=lambda shape, _: 1.5 * shape.n_facts,
+    cost=lambda shape, _: FITTING * shape.n_facts,
     needs=frozenset({"same_prompts"}),
 )

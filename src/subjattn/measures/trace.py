@@ -23,7 +23,7 @@ from subjattn.engine.interventions import Arm, Patch, Row, Run
 from subjattn.engine.noise import Noise
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, some_layers, tokens_of, windows
-from subjattn.measures.metrics import METRICS, Measured, Own, meaning_of, measure_rows, parse_metrics, unit_of
+from subjattn.measures.metrics import Measured, Own, meaning_of, measure_rows, parse_metrics, unit_of
 from subjattn.models.arms import Arms
 from subjattn.prompts import ROLES, Prompt
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Traced = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 At = Literal["role", "position", "subject", "subject_last", "prediction"]
+Traceable = Literal["answer_logprob"] | Own
 PAPER = "Meng et al. 2022 (there: of the answer's probability; windows of 10 for attention and MLPs)"
 CONFIDENCE = 0.95
 """Of the interval of the total effect over draws."""
@@ -59,7 +60,7 @@ def trace(
     std: float | None = None,
     draws: int = 10,
     seed: int = 0,
-    metric: Literal["answer_logprob"] | Own = "answer_logprob",
+    metric: Traceable | list[Traceable] = "answer_logprob",
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
 ) -> xr.Dataset:
@@ -80,7 +81,7 @@ def trace(
         std: of this model's embeddings of subjects; None: of those of these prompts (`subject_std`).
         draws: of the noise, for each fact.
         seed: of the draws; a fact's own do not depend on the others.
-        metric: `answer_logprob` (nats), or a function of your own, as `knockout` takes it.
+        metric: `answer_logprob` (nats), or a function of your own, as `knockout` takes it; or several.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
@@ -92,7 +93,8 @@ def trace(
         over the total one where that interval lies above 0, and NaN elsewhere. States before the first noised token
         have an indirect effect of exactly 0 (another arm's have not), as have outputs of the last layer but at the
         prediction position; NaN where a prompt lacks a place. The coordinate `reach` is `patch_grid`'s, so that
-        `trivial_cells` knows them. Attributes: `noise_std`, the noise in units of the embeddings, and `noise_floor`.
+        `trivial_cells` knows them. Attributes: `noise_std`, the noise in units of the embeddings, and `noise_floor`. Of
+        several metrics all of these are there, each named `METRIC_clean`, `METRIC_noised` and so on.
 
     Raises:
         BadInput: a prompt ends with its subject, or an argument does not fit.
@@ -102,8 +104,7 @@ def trace(
     _check(component, at, metric, noise, {"window": (window, 1), "draws": (draws, 1), "seed": (seed, 0)})
     if window > 1 and component not in ("attn_out", "mlp_out"):
         raise BadInput(f"windows are of 'attn_out' or 'mlp_out': the {_NAMES[component]} a layer holds all below it")
-    metrics = parse_metrics(metric)
-    (name,) = metrics
+    metrics = parse_metrics(metric)  # type: ignore[arg-type]
     one, source = _sides(model, states)
     hf = hf_model(one)
     n_layers = len(decoder_layers(hf))
@@ -115,8 +116,13 @@ def trace(
     found = measure_rows(run.forward(grid.rows), grid.rows, metrics)
     where = {"role": "all positions of a role", "position": "one position"}.get(at, f"the {at}".replace("_", "'s "))
     part = "one layer" if window == 1 else f"windows of {window} layers"
-    dataset = _dataset(found, grid, prompts, draws, name, f"clean {_NAMES[component]} {part} restored at {where}", at)
-    dataset = dataset.assign_coords(layer=chosen)
+    back = f"clean {_NAMES[component]} {part} restored at {where}"
+    arrays: dict[str, xr.DataArray] = {}
+    for name in metrics:
+        for label, array in _dataset(found, grid, prompts, draws, name, back, at).items():
+            label = f"{name}_{label}" if isinstance(metric, list) else str(label)
+            arrays[label] = array.rename(label).assign_attrs(noise_floor=found.noise_floor[name])
+    dataset = xr.Dataset(arrays).assign_coords(layer=chosen)
     if at == "position":
         dataset = dataset.assign_coords(tokens_of(prompts, grid.reach.shape[1]))
     attrs: dict[str, Any] = {"component": component, "n_layers": n_layers, "window": window, "seed": seed}
@@ -124,7 +130,6 @@ def trace(
         "noise": noise,
         "noise_std": std,
         "paper": PAPER,
-        "noise_floor": found.noise_floor[name],
         "backend": run.name,
         "states": states or "the model's own",
     }
@@ -173,9 +178,10 @@ def _check(component: str, at: str, metric: object, noise: float, counts: dict[s
     for name, value, known in (("component", component, get_args(Traced)), ("at", at, get_args(At))):
         if value not in known:
             raise BadInput(f"{name} {value!r} is not one of {', '.join(known)}")
-    if isinstance(metric, list | tuple) or metric in set(METRICS) - {"answer_logprob"}:
+    each = metric if isinstance(metric, list) else [metric]
+    if wrong := [one for one in each if not callable(one) and one != "answer_logprob"]:
         raise BadInput(
-            f"metric {metric!r} has no effects to trace: give 'answer_logprob' or a function of your own from the "
+            f"metric {wrong[0]!r} has no effects to trace: give 'answer_logprob' or a function of your own from the "
             "logits and the prompt to a number"
         )
     if not (np.isfinite(noise) and noise > 0):
