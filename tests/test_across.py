@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 
 import subjattn as sa
-from subjattn import tables
+from subjattn import change_tables
 from subjattn.cli import main
 from subjattn.errors import BadInput
 from subjattn.evidence.returned import in_rows, shares
@@ -148,20 +148,20 @@ def test_a_gap_near_zero_has_no_share() -> None:
     cells.loc[{"state": "tuned", "late": "tuned"}] = cells.sel(state="base", late="base") + 0.01
     none = sa.returned(cells.to_dataset())
     assert none["share"].isnull().all() and (none["n_defined"] == 0).all()
-    assert tables.gap_lines(none, 5)[-1] == "no fact has a gap of 0.1 nats or more: a share of it is not defined"
+    assert change_tables.gap_lines(none, 5)[-1] == "no fact has a gap of 0.1 nats or more: a share of it is not defined"
     rows = in_rows(none, "layer")
     assert all(row["n"] == 0 and row["into"]["tuned"]["real"]["share"] is None for row in rows)
     with pytest.raises(BadInput, match="no fact has a gap"):
         plot_transfer(cells)
     cells.loc[{"state": "tuned", "late": "tuned", "fact": 0}] = cells.sel(state="base", late="base").isel(fact=0) + 1
     one = sa.returned(cells.to_dataset())
-    lines = tables.gap_lines(one, 5)
+    lines = change_tables.gap_lines(one, 5)
     assert "may be nothing" in lines[1] and lines[2].startswith("1 of 5 facts have a gap")
     wanted = by_hand(cells, "tuned", layer=1, patch="real")
     assert wanted.size == 1
     assert float(one["share"].sel(into="tuned", patch="real", layer=1)) == pytest.approx(wanted[0])
     alone = sa.returned(cells.isel(fact=[0]).to_dataset())
-    assert np.isnan(alone.attrs["gap_interval"]).all() and "no interval" in tables.gap_lines(alone, 1)[0]
+    assert np.isnan(alone.attrs["gap_interval"]).all() and "no interval" in change_tables.gap_lines(alone, 1)[0]
 
 
 def test_the_gap_of_facts_of_one_answer_is_wider() -> None:

@@ -15,7 +15,7 @@ import xarray as xr
 from rich.console import Console
 
 import subjattn as sa
-from subjattn import tables
+from subjattn import change_tables, tables
 from subjattn.cli import main
 from subjattn.errors import BadInput
 from subjattn.evidence.changes import difference, judge_changes
@@ -237,7 +237,7 @@ def test_facts_chosen_by_an_arm_give_no_verdict_against_it(study: dict[str, Any]
     assert rows["answer_logprob"]["estimate"] is not None and rows["answer_logprob"]["verdict"] is None
     assert "chosen by the right answers of base" in rows["answer_logprob"]["reason"]
     shown = Console(width=80, record=True, file=io.StringIO())
-    shown.print(*tables.conclusion(summary), sep="\n")
+    shown.print(*change_tables.conclusion(summary), sep="\n")
     text = shown.export_text()
     assert "facts were chosen by the right answers of base" in " ".join(text.split())
     assert "style “list”: all but accuracy is of the" in text and "of 30 facts that base" in text
@@ -256,7 +256,7 @@ def test_no_number_is_cut(study: dict[str, Any], tmp_path: Path, columns: int) -
     for arm in summary["arms"].values():
         arm["styles"]["list"] |= {row["measure"]: -14.0213 for row in summary["contrasts"]}
     shown = Console(width=columns, record=True, file=io.StringIO())
-    shown.print(*tables.changes(summary, "what changed"), *[tables.arms_table(summary, "list")], sep="\n")
+    shown.print(*change_tables.changes(summary, "what changed"), *[tables.arms_table(summary, "list")], sep="\n")
     text = shown.export_text()
     assert "…" not in text and text.count("-14.02 [-19.27, -11.04]") >= 3
 

@@ -41,6 +41,7 @@ FLOORS = (
         "bench_arms",
         "bench_tables",
         "tables",
+        "change_tables",
     },
     {"cli"},
     {"subjattn"},

@@ -18,7 +18,7 @@ import xarray as xr
 import zoo
 
 import subjattn as sa
-from subjattn import tables
+from subjattn import change_tables
 from subjattn.errors import BadInput
 from subjattn.evidence.returned import accuracy_in_rows, returned_accuracy
 from subjattn.facts import draw
@@ -256,7 +256,7 @@ def test_a_gap_that_may_be_nothing_has_no_share() -> None:
     rows = accuracy_in_rows(one)
     assert json.loads(json.dumps(rows))["put"][0]["placebo"]["accuracy"] is None
     assert rows["low"] < 0 < rows["high"] and rows["put"][0]["real"]["share"] is None
-    title, line = tables.answers_tables("here", rows)
+    title, line = change_tables.answers_tables("here", rows)
     assert "which may be nothing: a share of it is not defined" in str(line) and title.row_count == 1
     alone = returned_accuracy(correct_of([1], [0], [1], [0]))
     assert alone["share"].isnull().all() and np.isnan(alone.attrs["gap_interval"]).all()

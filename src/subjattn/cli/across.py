@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn import tables
+from subjattn import change_tables
 from subjattn.cli.app import (
     ColumnsOption,
     DtypeOption,
@@ -179,7 +179,7 @@ def _parts(arms: Any, prompts: Any, relations: Any, computing: dict[str, Any], s
             about = {name: ("fact", found[name].values) for name in ("answer",)}
             about |= {"relation": ("fact", relations.reindex(values["fact"].values).to_numpy(object))}
             means[metric][part] = mean_of(MEASURE.quantities[0], values.assign_coords(about), None)
-    Console().print(*tables.parts_tables(means["answer_logprob"], style, len(prompts)), sep="\n")
+    Console().print(*change_tables.parts_tables(means["answer_logprob"], style, len(prompts)), sep="\n")
     return {**means, "arrays": plain(found)}
 
 
@@ -200,9 +200,9 @@ def _put(
         }
         shares = {key: returned(of) for key, of in found.items()}
         if not number:
-            for line in tables.gap_lines(shares["all_layers"], len(prompts)):
+            for line in change_tables.gap_lines(shares["all_layers"], len(prompts)):
                 console.print(Text(line), soft_wrap=True)
-        console.print(*tables.returned_tables(f"{name}, style “{style}”", *shares.values()), sep="\n")
+        console.print(*change_tables.returned_tables(f"{name}, style “{style}”", *shares.values()), sep="\n")
         content: dict[str, Any] = {"component": component, "at": at}
         for key, of in found.items():
             both = {metric: plain(returned(of, metric)) for metric in ("answer_logprob", "answer_logit")}
@@ -222,7 +222,7 @@ def _answered(
     found = put_back_accuracy(arms, prompts, components, at=None if at is None else at.value, scorer=scorer, **how)
     about = relations.reindex([prompt.fact_id for prompt in prompts]).to_numpy(object)
     rows = accuracy_in_rows(returned_accuracy(found.assign_coords(relation=("fact", about))))
-    Console().print(*tables.answers_tables(f"all layers put back, style “{style}”", rows), sep="\n")
+    Console().print(*change_tables.answers_tables(f"all layers put back, style “{style}”", rows), sep="\n")
     return {**rows, "scorer": scorer, "arrays": plain(found)}
 
 

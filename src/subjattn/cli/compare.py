@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn import tables
+from subjattn import change_tables, tables
 from subjattn.cli.app import (
     ColumnsOption,
     DtypeOption,
@@ -121,12 +121,12 @@ def compare(
     console.print(Text(tables.foreseen_line(foreseen, config.facts.n_test)), soft_wrap=True)
 
     def show(summary: dict[str, Any]) -> None:
-        console.print(*tables.changes(summary, "so far", judged=False), sep="\n")
+        console.print(*change_tables.changes(summary, "so far", judged=False), sep="\n")
 
     early = [] if foreseen["finished"] == len(foreseen["stages"]) else list(QUICK)
     summary = run_study(config, out, first=early, show=show)
     _refuse_equal(out, tuned)
-    console.print(*tables.conclusion(summary, "--smallest changes them"), sep="\n")
+    console.print(*change_tables.conclusion(summary, "--smallest changes them"), sep="\n")
     typer.echo(out / "report.html")
 
 

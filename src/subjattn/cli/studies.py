@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn import tables
+from subjattn import change_tables, tables
 from subjattn.cli.app import app
 from subjattn.errors import BadInput
 
@@ -139,7 +139,7 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
     summary = run_study(config, out, workers=workers, on=on)
     console = Console()
     if summary["contrasts"] and not summary["claims"]:
-        console.print(*tables.conclusion(summary), sep="\n")
+        console.print(*change_tables.conclusion(summary), sep="\n")
     else:
         for style in config.styles:
             console.print(tables.arms_table(summary, style), "")
