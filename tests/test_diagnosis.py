@@ -18,7 +18,8 @@ QUANTITIES = sorted({sign.quantity for account in ACCOUNTS for sign in account.s
 ATTENTION, VALUES, MLPS, PRIOR = (f"mediated.{name}" for name in MEDIATORS)
 LITTLE, MOST, ANY = (-0.1, 0.2), (0.8, 1.1), (0.1, 0.9)
 LOST = {"answers_lost": (0.1, 0.4)}
-NOTHING_ELSE = dict.fromkeys((ATTENTION, VALUES, MLPS, PRIOR), LITTLE)
+OVER = "values_over_mlps"
+NOTHING_ELSE = dict.fromkeys((ATTENTION, VALUES, MLPS, PRIOR, OVER), LITTLE)
 
 
 def statuses(intervals: dict[str, tuple[float, float] | None]) -> dict[str, str]:
@@ -29,7 +30,9 @@ def statuses(intervals: dict[str, tuple[float, float] | None]) -> dict[str, str]
     ("intervals", "supported"),
     [
         ({ATTENTION: MOST}, ["attention looks away"]),
-        ({VALUES: MOST}, ["values shrunk"]),
+        ({VALUES: MOST, OVER: (0.1, 0.9)}, ["values shrunk"]),
+        ({VALUES: MOST, MLPS: (0.1, 0.9), OVER: (0.1, 0.9)}, ["values shrunk"]),
+        ({VALUES: MOST, MLPS: MOST, OVER: (0.1, 0.3)}, ["values shrunk"]),
         ({VALUES: MOST, MLPS: MOST}, ["MLP path damaged"]),
         ({VALUES: MOST, MLPS: MOST, ATTENTION: MOST}, ["MLP path damaged"]),
         ({PRIOR: MOST}, ["answer prior"]),
@@ -49,7 +52,7 @@ def test_where_little_is_lost_it_is_not_asked_by_what() -> None:
 
 
 def test_what_any_position_carries_is_not_the_subjects() -> None:
-    intervals = LOST | NOTHING_ELSE | {VALUES: MOST}
+    intervals = LOST | NOTHING_ELSE | {VALUES: MOST, OVER: MOST}
     assert statuses(intervals)["values shrunk"] == "supported"
     assert statuses(intervals | {"mediated_placebo.values at the subject": ANY})["values shrunk"] == "supported"
     assert statuses(intervals | {"mediated_placebo.values at the subject": MOST})["values shrunk"] == "contradicted"
@@ -68,7 +71,7 @@ ENDS = st.none() | st.tuples(st.floats(-1, 2), st.floats(-1, 2)).map(lambda pair
 
 @given(st.fixed_dictionaries(dict.fromkeys(QUANTITIES, ENDS)), st.sampled_from(QUANTITIES))
 def test_less_evidence_never_supports_more(intervals: dict[str, tuple[float, float] | None], taken: str) -> None:
-    if taken.startswith(("mediated_placebo", "answers_lost")):  # without it there is nothing to doubt the rest by
+    if taken.startswith(("mediated_placebo", "answers_lost", OVER)):  # what vetoes may be missing
         return
     before, after = statuses(intervals), statuses(intervals | {taken: None})
     assert all(before[name] == "supported" for name, status in after.items() if status == "supported")
@@ -115,6 +118,7 @@ def test_shares_are_ratios_of_means_with_their_intervals() -> None:
     assert low < moved[gone, 1].mean() / lost[gone].mean() < high
     assert (low, high) == pytest.approx((0.75, 0.75), abs=2e-3)
     assert found[MLPS] == pytest.approx((0, 0), abs=2e-3)
+    assert found[OVER] == pytest.approx((0.75, 0.75), abs=4e-3)
     low, high = found["answers_lost"] or (np.nan, np.nan)
     assert low < gone.mean() < high
     assert statuses(found)["values shrunk"] == "supported"

@@ -117,12 +117,24 @@ def _diagnosis(summary: dict[str, Any]) -> list[Any]:
         pairs.setdefault((row["arm"], row["style"]), []).append(row)
     lines: list[Any] = []
     for (arm, style), own in pairs.items():
-        found = summary["arms"][arm]["styles"][style]
-        lines += [Text(""), mediated_table(f"what {arm} lost its answers by, style “{style}”", found)]
+        found, title = summary["arms"][arm]["styles"][style], f"what {arm} lost its answers by, style “{style}”"
+        if found.get("margin_lost") is None:
+            lines += [Text(f"\n{title}", "bold"), Text(_few_lost(found))]
+        else:
+            lines += [Text(""), mediated_table(title, found)]
         for status in ("supported", "contradicted", "open"):
             if those := [row["account"] for row in own if row["status"] == status]:
                 lines.append(Text(f"{status}: {', '.join(those)}"))
     return lines
+
+
+def _few_lost(found: dict[str, Any]) -> str:
+    """Why it is not said by what."""
+    share, ends = found.get("answers_lost"), found["intervals"].get("answers_lost")
+    if share is None:
+        return "the base starts none of these answers rightly: there is nothing to lose"
+    known = "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
+    return f"of the answers that the base starts rightly {share:.2f}{known} are lost: too few to ask by what"
 
 
 def mediated_table(title: str, found: dict[str, Any]) -> Table:

@@ -83,12 +83,12 @@ ACCOUNTS = (
     Account(
         "values shrunk",
         "the name is attended to, and what is read there is no longer what it was",
-        (_LOST, *_most(_VALUES), *_not_most(_MLPS)),
+        (_LOST, *_most(_VALUES), Sign("values_over_mlps", "above", 0.0)),
     ),
     Account(
         "MLP path damaged",
         "what the MLPs make of the name, before it is read, is no longer what it was (Kaplan et al. 2026)",
-        (_LOST, *_most(_MLPS)),
+        (_LOST, *_most(_MLPS), Sign("values_over_mlps", "below", 0.0, vetoes=True)),
     ),
     Account(
         "answer prior",

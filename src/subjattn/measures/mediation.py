@@ -345,6 +345,16 @@ MEASURE = Measure(
             over=_lost,
         ),
         Quantity(
+            "values_over_mlps",
+            "share of the margin lost",
+            "what values at the subject carry of the margin lost beyond what MLP outputs there carry",
+            lambda dataset: (
+                _carried(dataset, "real").sel(part=VALUES, drop=True)
+                - _carried(dataset, "real").sel(part=MLPS, drop=True)
+            ),
+            over=_lost,
+        ),
+        Quantity(
             "mediated_placebo",
             "share of the margin lost",
             "the same at as many other positions of the prompt, drawn at random",
@@ -355,11 +365,11 @@ MEASURE = Measure(
     control="`mediated_placebo`: the two models' states exchanged at as many other positions of the prompt, drawn at "
     "random; of attention, weights on other tokens, those on the subject left as they are. The prior is taken from one "
     "half of the facts for the other, and has none.",
-    reads="Of the margin by which answers were lost, the share that goes through one thing, all else being "
-    "one model's or the other's. Shares need not add up to 1: attention, values and MLP outputs stand on one path, and "
-    "what the MLPs lost is lost in the values too; the diagnosis names the first of them that carries most. A "
-    "temperature moves none of it. Not which heads or layers: all are exchanged together (`transfer`). Of the answer's "
-    "first token alone.",
+    reads="Of the margin by which answers were lost, the share that goes through one thing, all else being one model's "
+    "or the other's. Shares need not add up to 1: attention, values and MLP outputs stand on one path. What the MLPs "
+    "lost is lost in the values too, and what values lost within the name in the MLPs in part; `values_over_mlps` "
+    "tells which carries more. A temperature moves none of it. Not which heads or layers: all are exchanged together "
+    "(`transfer`). Of the answer's first token alone.",
     undefined="For facts that the base does not start rightly: they have nothing to lose. Shares where fewer than five "
     "answers are lost. The prior for relations of fewer than two facts in a half; placebos where a prompt has too few "
     "other positions.",
