@@ -40,9 +40,9 @@ def differences(rows: pd.DataFrame, shown: tuple[str, ...]) -> list[str]:
 
 
 def shares(rows: pd.DataFrame) -> list[str]:
-    """Answers lost, and of the margin lost what each thing carries, means over seeds; surely most in bold."""
-    names = ["answers_lost", *(f"mediated.{name}" for name in MEDIATORS)]
-    lines = _head(["organism", "answers lost", *MEDIATORS])
+    """Accuracy, and of the margin lost what each thing carries, means over seeds; surely most in bold."""
+    names = ["accuracy", *(f"mediated.{name}" for name in MEDIATORS)]
+    lines = _head(["organism", "accuracy", *MEDIATORS])
     for organism in [*_organisms(rows), "random"]:
         cells = []
         for name in names:

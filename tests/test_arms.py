@@ -182,8 +182,8 @@ def merged(base: LoadedModel, apart: LoadedModel, cells: frozenset[tuple[int, st
     """A copy of the base with the weights of some parts replaced by merged ones, which are told apart by name."""
     full = copy.deepcopy(apart.model)
     if apart.adapter is not None:
-        full = PeftModel.from_pretrained(copy.copy.deepcopy(base.model), apart.adapter).merge_and_unload()
-    mixed = copy.copy.deepcopy(base.model)
+        full = PeftModel.from_pretrained(copy.deepcopy(base.model), apart.adapter).merge_and_unload()
+    mixed = copy.deepcopy(base.model)
     ours = dict(mixed.named_parameters())
     attention, mlp, projection = parts(architecture)
     width = base.model.config.hidden_size

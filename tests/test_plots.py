@@ -242,7 +242,7 @@ def test_report_lists_what_every_arm_answers(done: tuple[Path, dict]) -> None:
                 assert cell.split() == ["✓" if correct else "✗", *str(prediction).split()]
     targets = set(re.findall(r' id="([^"]+)"', page))
     links = re.findall(r'<a (?:class="part" )?href="#([^"]+)"', page)
-    assert len(links) == 6 + 2 * 6 and set(links) <= targets
+    assert len(links) == 5 + 2 * 6 and set(links) <= targets
 
 
 def test_report_escapes_what_comes_from_data(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
