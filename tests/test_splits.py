@@ -363,7 +363,7 @@ def test_arms_are_read(spec: str, kind: str, share: Fraction) -> None:
     ],
 )
 def test_no_arm(spec: str) -> None:
-    with pytest.raises(BadInput, match="use known, unknown, random, whole, top, bottom, top-X%") as caught:
+    with pytest.raises(BadInput, match="use known, unknown, random, whole, nothing, top, bottom, top-X%") as caught:
         parse_arm(spec)
     assert str(caught.value).startswith(f"arm {spec!r} is no arm") and "\n" not in str(caught.value)
 

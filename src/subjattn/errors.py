@@ -7,6 +7,7 @@ SubjattnError
 ├── UnsupportedModel    a model on which the numbers could not be exact
 ├── AdapterMismatch     an adapter that does not fit its base model, or changes nothing
 ├── NotFired            an intervention that was asked for and did not happen
+├── TrainingDiverged    a loss that is no number, or ends well above where it began
 └── StagesFailed        stages of a study that failed; the others are made
 
 Each message is one line: what was asked, why it cannot be, what to do.
@@ -53,6 +54,10 @@ class AdapterMismatch(SubjattnError):
 
 class NotFired(SubjattnError, RuntimeError):
     """An intervention that was asked for and did not happen: the number would be the baseline's."""
+
+
+class TrainingDiverged(SubjattnError, RuntimeError):
+    """Training whose loss is no number, or ends well above where it began: its weights would be no treatment."""
 
 
 class StagesFailed(SubjattnError, RuntimeError):

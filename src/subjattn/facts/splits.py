@@ -11,6 +11,7 @@ An arm is named by a specification, a string:
 | mixed-25% | 25 % unknown, the rest known (alpha of Gekhman et al. 2024, arXiv:2405.05904) |
 | unknown-in:REL1,REL2 | unknown in these relations, known in all others (Dang et al. 2025) |
 | HighlyKnown, … | facts of a SliCK category (Gekhman et al. 2024), in the column `category` |
+| nothing | none: a control for all that training does but teaching |
 | shuffled, shuffled:known | those of random (or of another arm), taught with each other's answers: see shuffle.py |
 
 By default each arm gets equally many facts from every cell of (relation, answer, subject length in
@@ -38,6 +39,7 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.held_out import by_modal_answer, cells_of, draw_test
 from subjattn.facts.select import CATEGORIES as CATEGORIES
 from subjattn.facts.select import THIRDS as THIRDS
 from subjattn.facts.select import WITHIN as WITHIN
@@ -48,7 +50,7 @@ from subjattn.facts.table import plain_name
 
 MATCH = ("relation", "answer", "n_tokens")
 
-_PLAIN = ("known", "unknown", "random", "whole")
+_PLAIN = ("known", "unknown", "random", "whole", "nothing")
 _SHARE = re.compile(r"(top|bottom|random|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
 _FORMS = (
     f"{', '.join(_PLAIN)}, top, bottom, top-X%, bottom-X% or random-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
@@ -62,7 +64,7 @@ class ArmSpec:
     """What a specification says; `share` is of the rank (top, bottom) or of the unknown facts (mixed)."""
 
     spec: str
-    kind: Literal["known", "unknown", "random", "whole", "top", "bottom", "mixed", "unknown-in", "category"]
+    kind: Literal["known", "unknown", "random", "whole", "nothing", "top", "bottom", "mixed", "unknown-in", "category"]
     share: Fraction = Fraction(1)
     relations: tuple[str, ...] = ()
 
@@ -90,7 +92,7 @@ def parse_arm(spec: str) -> ArmSpec:
     share = _SHARE.fullmatch(own)
     relations = tuple(dict.fromkeys(map(str.strip, own.partition(":")[2].split(","))))
     match own:
-        case "known" | "unknown" | "random" | "whole":
+        case "known" | "unknown" | "random" | "whole" | "nothing":
             return ArmSpec(own, own)
         case "top" | "bottom":
             return ArmSpec(own, own, Fraction(1, 2))
@@ -115,6 +117,7 @@ def split(
     controlled: bool = False,
     held_out: Sequence[str] = (),
     n_held_out: int = 0,
+    n_validation: int = 0,
     seed: int = 0,
     draw: int = 0,
 ) -> pd.DataFrame:
@@ -141,18 +144,19 @@ def split(
             only on facts none of whose answers is trained (PopQA-Controlled, Ghosal et al. 2024).
         held_out: relations that no arm trains on.
         n_held_out: further test facts, at random from the relations held out.
+        n_validation: further facts drawn as the test facts are, in no arm and with no subject of theirs.
         seed: of every draw.
         draw: number of the draw of training facts; others have the same test facts.
 
     Returns:
         The facts that take part, by fact_id, with the columns `answer`, `third` (by category `bottom` for
-        Unknown and `top` for the others), `test`, `out_of_distribution` (test facts of relations held out)
-        and one `train_<specification>` per arm.
+        Unknown and `top` for the others), `test`, `validation`, `out_of_distribution` (test facts of relations held
+        out) and one `train_<specification>` per arm.
 
     Raises:
         BadInput: an argument that cannot be, or too few facts (the message says how many there are).
     """
-    specs = list(dict.fromkeys(map(parse_arm, arms)))
+    specs = [spec for spec in dict.fromkeys(map(parse_arm, arms)) if spec.kind != "nothing"]
     if draw < 0:
         raise BadInput(f"draw={draw} is no number of a draw: count them from 0")
     within = ranked_within(within, controlled)
@@ -162,7 +166,7 @@ def split(
     outside = table["relation"].isin(list(held_out))
     trainable = testable = pd.Series(True, index=table.index)
     if controlled:
-        trainable, testable = _by_modal_answer(table)
+        trainable, testable = by_modal_answer(table)
         if not (testable & ~outside).any():
             raise BadInput(
                 "controlled: no fact is left to test, each has a most frequent answer of its relation: add facts "
@@ -171,7 +175,7 @@ def split(
             )
     cells = [name for name in match if name != "n_tokens" and by != "category"]
     levels = ("top", "bottom") if by == "category" else THIRDS
-    test = _draw_test(table[testable & ~outside], n_test, cells, levels, stream("test facts", seed))
+    test = draw_test(table[testable & ~outside], n_test, cells, levels, stream("test facts", seed))
     if n_held_out:
         unseen = table.index[testable & outside].to_numpy()
         if not 1 <= n_held_out <= len(unseen):
@@ -185,10 +189,16 @@ def split(
     table["test"] = table.index.isin(test)
     table["out_of_distribution"] = table["test"] & outside
     name = table["subject"].fillna(table["fact_id"]).map(plain_name)
-    left = table[trainable & ~outside & ~name.isin(name[table["test"]])]
+    apart = ~outside & ~name.isin(name[table["test"]])
+    table["validation"] = False
+    if n_validation:
+        rng = stream("validation facts", seed)
+        more = draw_test(table[testable & apart], n_validation, cells, levels, rng, "n_validation")
+        table["validation"] = table.index.isin(more)
+    left = table[trainable & apart & ~name.isin(name[table["validation"]])]
     chosen = _draw_arms(left, specs, n_train, match, (seed, draw))
     for arm in dict.fromkeys(arms):
-        table[f"train_{arm}"] = table.index.isin(chosen[facts_of(arm)])
+        table[f"train_{arm}"] = table.index.isin(chosen.get(facts_of(arm), ()))
     return table.drop(columns=["_rank", "_size"])
 
 
@@ -262,50 +272,6 @@ def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.Data
     return table
 
 
-def _by_modal_answer(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Whether a fact has its relation's most frequent answer, and whether none of its answers is any such fact's."""
-    counts = table.groupby(["relation", "answer"], as_index=False).size()
-    modal = counts.sort_values(["size", "answer"], ascending=[False, True]).groupby("relation")["answer"].first()
-    trained = table["answer"] == table["relation"].map(modal)
-    accepted = [{answer.casefold().strip() for answer in answers} for answers in table["answers"]]
-    taken = {answer for answers, own in zip(accepted, trained, strict=True) if own for answer in answers}
-    apart = [taken.isdisjoint(answers) for answers in accepted]
-    return trained, pd.Series(apart, index=table.index)
-
-
-def _draw_test(
-    candidates: pd.DataFrame, n_test: int, cells: Sequence[str], levels: Sequence[str], rng: np.random.Generator
-) -> np.ndarray:
-    """Rows held out: rounds over cells (without any, over all), one fact of each level a round."""
-    levels = sorted(levels, reverse=True)
-    cell = _cells(candidates, cells)
-    rounds = candidates.groupby([cell, "third"]).size().unstack(fill_value=0).reindex(columns=levels, fill_value=0)
-    # At most half of a cell's smallest third, so that training facts of it remain.
-    n_rounds = rounds.min(axis=1) // (2 if cells else 1)
-    slots = np.repeat(n_rounds.index.to_numpy(), n_rounds.to_numpy(int))
-    if not 1 <= n_test <= len(levels) * len(slots):
-        equally = f" with equal {', '.join(cells)} in" if cells else " equally from"
-        raise BadInput(
-            f"n_test={n_test} is not between 1 and the {len(levels) * len(slots)} facts that can be held out{equally} "
-            f"{' and '.join(levels)}: ask for fewer{' or match on less' if cells else ''}",
-            field="n_test",
-        )
-    per_cell = np.unique(rng.choice(slots, -(-n_test // len(levels)), replace=False), return_counts=True)
-    groups = {key: group.index.to_numpy() for key, group in candidates.groupby([cell, "third"])}
-    chosen = []
-    for i, level in enumerate(levels):
-        drawn = [rng.choice(groups[key, level], count, replace=False) for key, count in zip(*per_cell, strict=True)]
-        chosen.append(np.concatenate(drawn)[: (n_test + len(levels) - 1 - i) // len(levels)])
-    return np.concatenate(chosen)
-
-
-def _cells(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
-    """Number of each fact's cell, in the order of the cells' values."""
-    if not names:
-        return pd.Series(0, index=table.index)
-    return table.groupby(list(names), dropna=False).ngroup()
-
-
 def _draw_arms(
     left: pd.DataFrame, arms: Sequence[ArmSpec], n_train: int | None, match: Sequence[str], numbers: tuple[int, int]
 ) -> dict[str, np.ndarray]:
@@ -314,7 +280,7 @@ def _draw_arms(
         return {}
     if match and "relation" not in match and any(arm.kind == "unknown-in" for arm in arms):
         match = ("relation", *match)
-    cell = _cells(left, match)
+    cell = cells_of(left, match)
     n_cells = cell.max() + 1 if len(cell) else 1
     pools = [[cell[_pool(part, left)] for part in arm.parts] for arm in arms]
     counts = [np.array([np.bincount(pool, minlength=n_cells) for pool in parts]) for parts in pools]

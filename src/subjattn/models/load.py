@@ -36,7 +36,13 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, adapter: str | os.PathLike[str] | None = None, dtype: str = "float32", device: str | None = None
+    name: str,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    four_bit: bool = False,
+    identical: bool = False,
 ) -> LoadedModel:
     """Load a model for measuring.
 
@@ -46,6 +52,8 @@ def load_model(
         adapter: a PEFT adapter folder or hub id, kept live and unmerged.
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device; by default `cuda` if there is one, else `cpu`.
+        four_bit: with its matrices in 4 bits (bitsandbytes, NF4), to train an adapter over them.
+        identical: whether the adapter may change nothing, as a control.
 
     Raises:
         BadInput: the model or adapter cannot be found or read.
@@ -70,12 +78,29 @@ def load_model(
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            **_quantized(dtype, device, four_bit=four_bit),
         )
     _refuse_incomplete(name, model, loading)
     if adapter is not None:
-        model = with_adapter(model, tokenizer, str(name), str(adapter))
+        model = with_adapter(model, tokenizer, str(name), str(adapter), may_be_identical=identical)
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, str(name), None if adapter is None else str(adapter))
+
+
+def _quantized(dtype: str, device: str, *, four_bit: bool) -> dict[str, Any]:
+    """What transformers is told to load a model in 4 bits."""
+    if not four_bit:
+        return {}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise BadInput("a model in 4 bits needs bitsandbytes: pip install bitsandbytes, or leave four_bit out")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def best_device() -> str:

@@ -202,6 +202,8 @@ def _composition(run: Run) -> dict[str, Any]:
     for arm, spec in trained.items():
         own = facts[facts[f"train_{spec}"]]
         before = run.before_training(spec)
+        if not len(own):
+            continue
         taught = run.taught(spec).set_index("fact_id")["answer"].reindex(own["fact_id"])
         groups.append(
             {

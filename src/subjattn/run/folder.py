@@ -25,6 +25,8 @@ RESULTS = ("summary.json", "report.html")
 """Stand for all that lies beside them: taken away before a stage takes its place."""
 UNFINISHED = ".unfinished"
 """Ends the names of what is not yet whole."""
+KEPT = ".kept"
+"""Ends the names of what a stage may go on from."""
 _LOCK = ".lock"
 
 
@@ -118,9 +120,17 @@ class Folder:
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 temporary.rename(target)
+            for kept in target.parent.glob(f".{target.name}.*{KEPT}"):
+                shutil.rmtree(kept, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def kept(self, stage: str, record: Mapping[str, Any]) -> Path:
+        """Where a stage of this recipe and inputs may keep what it has done so far; gone once the stage is made."""
+        target = self.root / stage
+        of = digest_of([record["recipe"], record["inputs"]])[:12]
+        return target.with_name(f".{target.name}.{of}{KEPT}")
 
     def retire(self) -> None:
         """Take away results that no longer stand for what lies beside them."""

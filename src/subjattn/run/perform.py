@@ -39,8 +39,8 @@ class Outcome:
 class Reporter:
     """A stage's context: tells a function in this process, or a file that the driver reads."""
 
-    def __init__(self, tell: Callable[[float], None] | None, file: Path | None) -> None:
-        self.memory_share, self.done = 1.0, 0.0
+    def __init__(self, tell: Callable[[float], None] | None, file: Path | None, kept: Path) -> None:
+        self.memory_share, self.done, self.kept = 1.0, 0.0, kept
         self._tell, self._file, self._told_at = tell, file, 0.0
 
     def tell(self, units: float) -> None:
@@ -72,10 +72,11 @@ def perform(
         tell: a function to tell instead.
     """
     folder, started, notes = Folder(Path(root)), time.monotonic(), list[str]()
-    reporter = Reporter(tell, None if progress is None else Path(progress))
+    made_from = {"recipe": stage.recipe(threads), "inputs": dict(ids)}
+    reporter = Reporter(tell, None if progress is None else Path(progress), folder.kept(stage.name, made_from))
     try:
         while True:
-            record: dict[str, Any] = {"recipe": stage.recipe(threads), "inputs": dict(ids), "threads": threads}
+            record: dict[str, Any] = made_from | {"threads": threads}
             try:
                 with (
                     _alone_in_process,

@@ -32,6 +32,8 @@ class Context(Protocol):
 
     memory_share: float
     """Of the usual working memory; halved after a device ran out of it."""
+    kept: Path
+    """A folder that outlives a stage that is killed or fails, until the same is made of the same; to go on from."""
 
     def tell(self, units: float) -> None:
         """Report work done just now, in the unit of `Stage.cost`."""

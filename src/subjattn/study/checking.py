@@ -15,7 +15,8 @@ from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
 from subjattn.prompts import Style, example, notice_first, notice_relations, on_line, subject_lengths
-from subjattn.study.config import Arm, FactsConfig, StudyConfig
+from subjattn.study.arms import Arm
+from subjattn.study.config import FactsConfig, StudyConfig
 from subjattn.study.plan import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
 from subjattn.study.stages.split import made, naming_fields, training_facts
@@ -44,11 +45,13 @@ def check_study(config: StudyConfig) -> list[str]:
     for name, arm in config.arms.items():
         _check_there(name, arm)
         model = f" of {arm.model}" if arm.model else ""
+        said = ", ".join(f"{field} {value}" for field, value in (arm.training or {}).items())
         trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
+        trained += f", {said}" if said else ""
         lines.append(f"arm {name}: {trained}")
     many = config.replicates
     if config.trained:
-        styles = ", ".join(config.training_styles)
+        styles = ", ".join(config.training_styles())
         lines.append(f"replicates: {many.draws} draws × {many.seeds} seeds, trained in {styles}")
     lines.append(f"measures: {', '.join(config.measures)}")
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]

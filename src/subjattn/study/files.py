@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 POOL, RELATIONS, SPLIT = "facts/pool", "facts/relations", "facts/split"
 FACTS, TEST, SHOWN = f"{SPLIT}:facts.parquet", f"{SPLIT}:test.parquet", f"{SPLIT}:shown.parquet"
+VALIDATION = f"{SPLIT}:validation.parquet"
 SUMMARY, MANIFEST, VALUES, PLAN, STUDY, REPORT, REGISTERED = (
     "summary.json",
     "manifest.json",

@@ -11,7 +11,7 @@ import numpy as np
 
 from subjattn.errors import BadInput
 from subjattn.facts import SOURCES, identity_of_source
-from subjattn.facts.splits import facts_of
+from subjattn.facts.splits import facts_of, parse_arm
 from subjattn.measures.accuracy import PREDICTING
 from subjattn.measures.record import Measure, Shape
 from subjattn.models import check_adapter, fingerprint, identity, model_shape, resolve_adapter, resolve_model
@@ -22,7 +22,7 @@ from subjattn.study.config import StudyConfig
 from subjattn.study.files import Replicate
 from subjattn.study.stages.before import CHECKED
 from subjattn.study.stages.prompts import THINKING
-from subjattn.study.stages.train import TRAINING_ROWS
+from subjattn.study.stages.train import step_cost
 
 
 SHARDS = 8
@@ -75,7 +75,8 @@ class _Builder:
         for arm, replicate in self._arms():
             yield from self._arm(arm, replicate, reference)
         for spec in dict.fromkeys(map(facts_of, self.config.trained.values())):
-            yield self._before(spec, 0)  # of the first draw, which the report describes
+            if parse_arm(spec).kind != "nothing":
+                yield self._before(spec, 0)  # of the first draw, which the report describes
 
     def _model_names(self) -> list[str]:
         names = [self.config.model, *(arm.model for arm in self.config.arms.values() if arm.model)]
@@ -205,6 +206,10 @@ class _Builder:
     def _beside_base(self, name: str, measure: Measure) -> dict[str, Any]:
         """Whether an arm is a tuned model, and of what, for measures that compare it with its base."""
         arm, base = self.config.arms[name], self.config.model
+        if not measure.needs & {"base", "trained"}:
+            return {}
+        if arm.train and parse_arm(arm.train).kind == "nothing":
+            return {"taught_nothing": True}
         if "base" not in measure.needs:
             return {}
         checkpoint = self.config.is_tuned(name) and not (arm.train or arm.adapter)
@@ -223,24 +228,29 @@ class _Builder:
         )
 
     def _training(self, name: str, replicate: Replicate) -> Stage:
-        config, training = self.config, self.config.training
+        config, training = self.config, self.config.training_of(name)
         spec, method = str(config.arms[name].train), training.record
-        n_steps = method.n_steps(training.settings, config.facts.n_train or USUAL_POOL // 10)
+        n_steps = training.settings.n_steps(config.facts.n_train or USUAL_POOL // 10)
+        inputs = {"facts": files.training_facts(spec, replicate[0])}
+        if "known" in method.needs:
+            inputs["known"] = files.training_facts("known", replicate[0])
+        if training.settings.stop == "validation":
+            inputs["validation"] = files.VALIDATION
         settings = {
             "model": config.arms[name].model or config.model,
             "dtype": config.dtype,
             "method": training.method,
             "method_version": method.version,
             "settings": training.settings.model_dump(mode="json"),
-            "styles": [style.model_dump(mode="json") for style in config.training_styles.values()],
+            "styles": [style.model_dump(mode="json") for style in config.training_styles(name).values()],
             "seed": training_seed(config.seed, replicate),
         }
         return self._computing(
             files.adapter(name, replicate),
             "train",
             settings,
-            {"facts": files.training_facts(spec, replicate[0])},
-            n_steps * method.rows(training.settings) * TRAINING_ROWS,
+            inputs,
+            n_steps * step_cost(method.effort(training.settings), training.settings),
             files.arm_folder(name, replicate),
         )
 
@@ -269,7 +279,7 @@ class _Builder:
         settings = {
             "model": config.model,
             "dtype": config.dtype,
-            "style": next(iter(config.training_styles.values())).model_dump(mode="json"),
+            "style": next(iter(config.training_styles().values())).model_dump(mode="json"),
             "scorer": config.scorer,
             "seed": config.seed,
         }
@@ -320,9 +330,10 @@ def split_settings(config: StudyConfig) -> dict[str, Any]:
     """What the stage `split` goes by."""
     return {
         "split": config.facts.split.model_dump(mode="json"),
-        "specs": list(dict.fromkeys(config.trained.values())),
+        "specs": config.specs,
         "n_train": config.facts.n_train if config.trained else None,
         "n_test": config.facts.n_test,
+        "n_validation": config.facts.n_validation,
         "shots": max(style.shots for style in config.styles.values()),
         "draws": config.replicates.draws,
         "seed": config.seed,

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from subjattn.errors import BadInput, WrongFields
-from subjattn.study.config import MEASURED, StudyConfig, WrongField
+from subjattn.study.arms import WrongField
+from subjattn.study.config import MEASURED, StudyConfig
 from subjattn.study.lines import Lines, lines_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +18,26 @@ _described: dict[str, Any] = {}
 
 
 def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
-    """The model that `settings` names, under the adapter trained for it (an input) or brought along (a setting)."""
-    adapter = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
-    weights = Path(adapter or "") / "adapter_model.safetensors"
+    """The model that `settings` names, under the adapter trained for it (an input) or brought along (a setting).
+
+    Where the weights themselves were trained, the input is a whole model.
+    """
+    adapter: str | None = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
+    whole = adapter is not None and _is_whole(Path(adapter))
+    weights = Path(adapter or "") / ("model.safetensors" if whole else "adapter_model.safetensors")
     written = weights.stat().st_mtime_ns if adapter and weights.is_file() else None
     key = (settings["model"], *settings.get("identity", ()), adapter, written, settings["dtype"])
     if key not in _held:
         release()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)  # said when it was planned
-            _held[key] = load_model(settings["model"], adapter=adapter, dtype=settings["dtype"])
+            if whole:
+                _held[key] = load_model(str(adapter), dtype=settings["dtype"])
+            else:
+                identical = adapter is not None and taught_nothing(Path(adapter))
+                _held[key] = load_model(
+                    settings["model"], adapter=adapter, dtype=settings["dtype"], identical=identical
+                )
     return _held[key]
 
 
@@ -37,9 +48,22 @@ def loaded_arms(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Arms
     held = loaded({"model": base, "dtype": settings["dtype"], "identity": (adapter, settings["model"])}, {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)
+        if adapter and _is_whole(Path(adapter)):
+            return load_arms(held, checkpoints={"tuned": adapter})
         if adapter:
             return load_arms(held, adapters={"tuned": adapter})
         return load_arms(held, checkpoints={"tuned": settings["model"]})
+
+
+def taught_nothing(folder: Path) -> bool:
+    """Whether a trained arm's folder is of an arm that was taught no facts."""
+    log = folder / "training.json"
+    return log.is_file() and json.loads(log.read_text())["n_facts"] == 0
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds a whole model, and no adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def provenance() -> dict[str, Any]:

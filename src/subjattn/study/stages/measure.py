@@ -97,6 +97,10 @@ def _not_defined(
         return "no two facts can be swapped: none agree in length and differ in their answer"
     if "base" in measure.needs and not settings.get("tuned"):
         return "this arm is the base itself"
+    if "base" in measure.needs and settings.get("taught_nothing"):
+        return "this arm was taught nothing: it is the base itself"
+    if "trained" in measure.needs and settings.get("taught_nothing"):
+        return "this arm was taught nothing"
     if "trained" in measure.needs and not trained:
         return "this arm is not trained here, so what it was taught is not known"
     return None

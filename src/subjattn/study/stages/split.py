@@ -22,7 +22,8 @@ from subjattn.study.files import training_file
 
 
 def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
-    """Write `facts.parquet` (all facts in use), `test.parquet`, `shown.parquet`, and each arm's training facts.
+    """Write `facts.parquet` (all facts in use), `test.parquet`, `validation.parquet`, `shown.parquet`, and each arm's
+    training facts.
 
     Of an arm with shuffled answers there are two files: what it is taught, and the same facts as they are.
     """
@@ -41,6 +42,7 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     kept = [name for name in (*described, "out_of_distribution", "popularity") if name in table]
     table[table["test"]][kept].to_parquet(out / "test.parquet", index=False)
     table[table["demonstration"]][kept].to_parquet(out / "shown.parquet", index=False)
+    table[table["validation"]][kept].to_parquet(out / "validation.parquet", index=False)
     for spec, number in product(settings["specs"], range(settings["draws"])):
         own = training_facts(table, spec, number)[kept]
         own.to_parquet(out / training_file(facts_of(spec), number), index=False)
@@ -61,7 +63,9 @@ def train_column(spec: str, number: int) -> str:
 
 
 _SPLIT = ("by", "within", "match", "controlled", "held_out")
-_FIELDS = {"n": "facts.n_test", "n_test": "facts.n_test", "n_train": "facts.n_train", "arms": "arms"}
+_FIELDS = {"n": "facts.n_test", "arms": "arms"} | {
+    name: f"facts.{name}" for name in ("n_test", "n_train", "n_validation")
+}
 _FIELDS |= {"n_held_out": "facts.split.held_out.n_test"} | {name: f"facts.split.{name}" for name in _SPLIT}
 """Fields of a study by arguments of a split, so that an error names what the user can change."""
 
@@ -83,7 +87,7 @@ def made(pool: pd.DataFrame, settings: Mapping[str, Any], distances: Mapping[str
 
     Args:
         pool: facts with all that ranks them.
-        settings: `split` (a SplitConfig), `specs`, `n_train`, `n_test`, `shots`, `draws`, `seed`.
+        settings: `split` (a SplitConfig), `specs`, `n_train`, `n_test`, `n_validation`, `shots`, `draws`, `seed`.
         distances: of relations, the farthest first, where the split holds some out by it.
 
     Raises:
@@ -98,7 +102,8 @@ def made(pool: pd.DataFrame, settings: Mapping[str, Any], distances: Mapping[str
     else:
         table = left.assign(third=thirds_of(left, **ranked), answer=left["answers"].str[0], out_of_distribution=False)
         table["test"] = table["fact_id"].isin(draw(table, settings["n_test"], seed)["fact_id"])
-    used = [name for name in map(str, table) if name == "test" or name.startswith("train_")]
+        table["validation"] = False
+    used = [name for name in map(str, table) if name in ("test", "validation") or name.startswith("train_")]
     table = table[table[used].any(axis=1)].assign(demonstration=False)
     if shown.any():
         third = thirds_of(pool, **ranked)[shown]
@@ -122,6 +127,7 @@ def _drawn(facts: pd.DataFrame, settings: Mapping[str, Any], chosen: SplitConfig
             controlled=chosen.controlled,
             held_out=held_out,
             n_held_out=chosen.held_out.n_test if chosen.held_out else 0,
+            n_validation=settings["n_validation"],
             seed=settings["seed"],
             draw=number,
         )

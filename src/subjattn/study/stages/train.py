@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from subjattn.finetune.record import method_of
-from subjattn.models import load_model
-from subjattn.prompts import Prompt, Style, make_prompts
+from subjattn.finetune.examples import Example, make_examples
+from subjattn.finetune.fit import leave_as_it_is
+from subjattn.finetune.record import Lessons, method_of
+from subjattn.finetune.settings import Training
+from subjattn.finetune.update import load_base
+from subjattn.prompts import Style
 from subjattn.run.plan import Context
 from subjattn.study.stages.loading import release
 
@@ -21,25 +24,33 @@ TRAINING_ROWS = 4.0
 
 
 def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
-    """Write a PEFT adapter and `training.json`."""
-    facts = pd.read_parquet(inputs["facts"])
+    """Write a PEFT adapter or a whole model, and `training.json`."""
     method = method_of(settings["method"])
-    chosen = method.settings.model_validate(settings["settings"])
+    chosen = json.loads(inputs["chosen"].read_text())["settings"] if "chosen" in inputs else {}
+    own = method.settings.model_validate(settings["settings"] | chosen)
     release()
-    base = load_model(settings["model"], dtype=settings["dtype"])
+    base = load_base(settings["model"], settings["dtype"], own)
+    facts = pd.read_parquet(inputs["facts"])
+    if not len(facts):
+        leave_as_it_is(base, own, out)
+        return
     styles = [Style.model_validate(style) for style in settings["styles"]]
-    rows = method.rows(chosen) * TRAINING_ROWS
-    method.train(
-        base,
-        taking_turns(facts, base.tokenizer, styles),
-        chosen,
-        out,
+
+    def examples(role: str) -> list[Example]:
+        return make_examples(pd.read_parquet(inputs[role]), base.tokenizer, styles) if role in inputs else []
+
+    per_step = step_cost(method.effort(own), own)
+    lessons = Lessons(
+        make_examples(facts, base.tokenizer, styles),
+        known=examples("known"),
+        validation=examples("validation"),
         seed=settings["seed"],
-        on_step=lambda: context.tell(rows),
+        kept=context.kept,
+        on_step=lambda: context.tell(per_step),
     )
+    method.train(base, lessons, own, out)
 
 
-def taking_turns(facts: pd.DataFrame, tokenizer: Any, styles: list[Style]) -> list[Prompt]:
-    """One prompt per fact; which style asks it depends on the fact alone."""
-    asked = [make_prompts(facts, tokenizer, style) for style in styles]
-    return [asked[zlib.crc32(str(fact_id).encode()) % len(styles)][i] for i, fact_id in enumerate(facts["fact_id"])]
+def step_cost(effort: float, settings: Training) -> float:
+    """Cost of a step in forward passes of a prompt."""
+    return effort * settings.batch_size * TRAINING_ROWS

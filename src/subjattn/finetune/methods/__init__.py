@@ -1,0 +1,1 @@
+"""Training methods: each module a record, found by itself."""

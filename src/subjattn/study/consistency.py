@@ -1,0 +1,123 @@
+"""Whether the parts of a study fit each other: contrasts, claims and training against its arms, styles and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from subjattn.errors import BadInput
+from subjattn.evidence.claims import Claim
+from subjattn.measures.record import quantity_of
+from subjattn.study.arms import WrongField
+
+
+if TYPE_CHECKING:
+    from subjattn.study.config import StudyConfig
+
+
+def check_claims(study: StudyConfig) -> None:
+    """Refuse contrasts and claims of what the study does not have, or that it could never decide."""
+    for number, pair in enumerate(study.contrasts):
+        with _within(f"contrasts.{number}"):
+            for arm in pair:
+                study.check_arm(arm)
+    for quantity in study.smallest_effects:
+        with _within(f"smallest_effects.{quantity}"):
+            quantity_of(quantity, study.measured)
+    for number, claim in enumerate(study.claims):
+        with _within(f"claims.{number}"):
+            _check_claim(study, claim)
+    ids = [claim.id for claim in study.claims]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        last = len(ids) - 1 - ids[::-1].index(twice)
+        raise BadInput(f"two claims have the id {twice!r}", field=f"claims.{last}.id")
+    primary = [number for number, claim in enumerate(study.claims) if claim.primary]
+    if len(primary) > 1:
+        first, second = (ids[number] for number in primary[:2])
+        raise BadInput(
+            f"claims {first!r} and {second!r} are both primary: at most one is", field=f"claims.{primary[1]}.primary"
+        )
+
+
+@contextmanager
+def _within(field: str) -> Iterator[None]:
+    """Say which field an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error), field=field) from None
+
+
+def _check_claim(study: StudyConfig, claim: Claim) -> None:
+    where = f"claim {claim.id!r}"
+    for _, measure, arms, style, _cells in claim.sides:
+        quantity_of(measure.partition(".")[0], study.measured)
+        for arm in arms:
+            study.check_arm(arm)
+        for name in (style, claim.style):
+            if name is not None and name not in study.styles:
+                raise ValueError(f"{where}: no style {name!r}; the styles are {', '.join(study.styles)}")
+    measured = [quantity_of(side[1].partition(".")[0], study.measured)[0].name for side in claim.sides]
+    if len({name in study.replicates.first_only for name in measured}) > 1:
+        raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
+    involved = {arm for side in claim.sides for arm in side[2]}
+    if study.facts.where == "correct" and study.untrained in involved and set(measured) != {"accuracy"}:
+        raise ValueError(
+            f"{where} compares with arm {study.untrained!r}, whose right answers chose the facts (facts.where), so it "
+            "would fall by chance: claim it of other arms, or choose facts by labels"
+        )
+    trained = involved & set(study.trained)
+    if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
+        raise ValueError(
+            f"{where} is about a way of training, which takes an arm trained here and replicates: {{draws: 3}} or more"
+        )
+    if claim.select is not None:
+        _check_select(study, claim, involved)
+
+
+def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
+    on = claim.select.on if claim.select else None
+    where = f"claim {claim.id!r} chooses cells"
+    if len(claim.arms) < 2 or (claim.minus and (claim.minus.measure or claim.minus.where)):
+        raise ValueError(f"{where}, which it can for a difference of two arms in one measure: name the cells instead")
+    if isinstance(on, int) and (given := arms - set(study.trained)):
+        raise ValueError(f"{where} on draws, of which arm {min(given)!r} has none: it would be tested where it chose")
+    if isinstance(on, int) and on >= study.replicates.draws:
+        raise ValueError(f"claim {claim.id!r} chooses cells on {on} draws and leaves none of {study.replicates.draws}")
+    if on == "reference" and study.untrained in arms:
+        raise ValueError(
+            f"claim {claim.id!r} chooses cells on arm {study.untrained!r} and compares with it: where it is largest by "
+            "chance, it falls by chance; choose on draws, or name the cells"
+        )
+
+
+def check_training(study: StudyConfig) -> None:
+    """Refuse training that the study's styles and facts do not allow."""
+    for arm in study.trained:
+        field = "training" if study.arms[arm].training is None else f"arms.{arm}.training"
+        try:
+            training = study.training_of(arm)
+        except ValidationError as error:
+            raise WrongField(("arms", arm, "training"), error) from None
+        except BadInput as error:
+            raise BadInput(str(error), field=field) from None
+        if unknown := [name for name in training.styles or [] if name not in study.styles]:
+            raise BadInput(
+                f"{field}.styles: no style {unknown[0]!r}; the styles are {', '.join(study.styles)}",
+                field=f"{field}.styles",
+            )
+        styles = study.training_styles(arm)
+        if not styles or any(style.shots or style.chain_of_thought for style in styles.values()):
+            raise BadInput(
+                "arms are trained in styles without shots and chain of thought, and there is none", field="styles"
+            )
+        judged = training.settings.stop == "validation" or training.grid is not None
+        if judged and not study.facts.n_validation:
+            raise BadInput(
+                f"{field}: 'stop: validation' and 'grid' go by validation facts: give facts.n_validation",
+                field="facts.n_validation",
+            )
