@@ -29,6 +29,7 @@ def test_public_names_are_pinned() -> None:
         "diagnose",
         "extraction",
         "factuality_gap",
+        "fine_tune",
         "fit_temperature",
         "frequency_shock",
         "head_contributions",

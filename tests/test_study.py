@@ -507,7 +507,10 @@ def test_the_plan_is_plain_data(small: StudyConfig) -> None:
     [
         ("facts.ntest=4", r"facts\.ntest: no such field; did you mean 'n_test'\?"),
         ("facts.n_test=0", r"facts\.n_test: .*greater than 0, not '0'"),
-        ("arms.known.train=best", r"arms\.known: arm 'best' is no arm: use known, unknown, random, whole, nothing, top, bottom"),
+        (
+            "arms.known.train=best",
+            r"arms\.known: arm 'best' is no arm: use known, unknown, random, whole, nothing, top, bottom",
+        ),
         ("arms.known.adapter=x", "either trained here .* or brings an 'adapter', not both"),
         ("contrasts=[[unknown, nobody]]", "arm 'nobody' is compared but not defined"),
         ("styles.list='City'", r"must contain \{subject\} or \{question\}, or be one of cloze, late"),

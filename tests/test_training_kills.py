@@ -24,8 +24,7 @@ from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.finetune import checkpoints
 from subjattn.finetune.examples import Example, make_examples
-from subjattn.finetune.fit import fit
-from subjattn.finetune.record import Lessons
+from subjattn.finetune.record import Lessons, method_of
 from subjattn.finetune.settings import Training
 from subjattn.models import load_model
 from subjattn.prompts import Style
@@ -74,12 +73,8 @@ def train(model: str, examples: list[Example], out: str, kept: str, settings: Tr
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         logging.getLogger("subjattn").addHandler(logging.FileHandler(how["said"]))
     Path(out).mkdir(exist_ok=True)
-    fit(
-        load_model(model),
-        Lessons(examples, validation=examples[:6], kept=Path(kept), on_step=on_step),
-        settings,
-        Path(out),
-    )
+    lessons = Lessons(examples, examples[:8], examples[:6], kept=Path(kept), on_step=on_step)
+    method_of(how.get("method", "sft")).train(load_model(model), lessons, settings, Path(out))
     (Path(out) / "steps.json").write_text(json.dumps(len(steps)))
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from subjattn.facts import load_facts as load_facts
     from subjattn.facts import read_facts as read_facts
     from subjattn.facts.given import answer_in_subject as answer_in_subject
+    from subjattn.finetune.alone import fine_tune as fine_tune
     from subjattn.knowledge.slick import slick as slick
     from subjattn.measures.ablation import ablation as ablation
     from subjattn.measures.activations import activations as activations
@@ -114,6 +115,7 @@ _HOMES = {
     "diagnose": "evidence.diagnosis",
     "extraction": "measures.extraction",
     "factuality_gap": "study.gaps",
+    "fine_tune": "finetune.alone",
     "fit_temperature": "measures.temperature",
     "frequency_shock": "measures.frequency_shock",
     "head_contributions": "measures.head_contributions",

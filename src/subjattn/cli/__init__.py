@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from subjattn.cli import across, compare, facts, init, measure, measuring, models, probe, studies
+from subjattn.cli import across, compare, facts, finetune, init, measure, measuring, models, probe, studies
 from subjattn.cli.app import app
 from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
@@ -21,7 +21,7 @@ from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 # Typer carries a click of its own; this is its UsageError, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
 _INTERRUPTED = 130
-_RESUMED = (["run"], ["compare"], ["knowledge"])
+_RESUMED = (["run"], ["compare"], ["knowledge"], ["finetune"])
 """Commands that go on where they were stopped."""
 
 
@@ -66,4 +66,17 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-__all__ = ["across", "app", "compare", "facts", "init", "main", "measure", "measuring", "models", "probe", "studies"]
+__all__ = [
+    "across",
+    "app",
+    "compare",
+    "facts",
+    "finetune",
+    "init",
+    "main",
+    "measure",
+    "measuring",
+    "models",
+    "probe",
+    "studies",
+]
