@@ -5,6 +5,7 @@ SubjattnError
 │   └── WrongFields     several fields of a study at once, a line each
 ├── SpanNotFound        a subject or answer that does not map onto tokens
 ├── UnsupportedModel    a model on which the numbers could not be exact
+│   └── NoActivations   a mixture of two models, of which only answers can be measured
 ├── AdapterMismatch     an adapter that does not fit its base model, or changes nothing
 ├── NotFired            an intervention that was asked for and did not happen
 ├── TrainingDiverged    a loss that is no number, or ends well above where it began
@@ -46,6 +47,10 @@ class SpanNotFound(SubjattnError, ValueError):
 
 class UnsupportedModel(SubjattnError):
     """A model on which the numbers could not be exact."""
+
+
+class NoActivations(UnsupportedModel, AttributeError):
+    """A mixture of two models: it answers, and there is no one state that a measure could read or change."""
 
 
 class AdapterMismatch(SubjattnError):

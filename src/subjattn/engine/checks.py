@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from subjattn.engine.anatomy import attention_module, decoder_layers, on_input, on_output
 from subjattn.engine.attention import Tap, tapped
-from subjattn.errors import UnsupportedModel
+from subjattn.engine.mixture import Mixture
+from subjattn.errors import NoActivations, UnsupportedModel
 
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -37,13 +38,23 @@ _own_distance: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 """Of each model that was checked, how far its logits part between SDPA and eager attention."""
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_answering(model: PreTrainedModel | Mixture) -> None:
+    """Refuse a model, or a mixture of models, whose answers would not be exact; see `check_model`."""
+    for one in [model.tuned, model.base] if isinstance(model, Mixture) else [model]:
+        check_model(one)
+
+
+def check_model(model: PreTrainedModel | Mixture) -> None:
     """Refuse a model whose numbers would not be exact, saying why.
 
     Raises:
         UnsupportedModel: the model is in training mode, rewritten by another library, not a causal decoder,
             recurrent in some layer, outside the attention interface, or differs from its own eager attention.
     """
+    if isinstance(model, Mixture):
+        raise NoActivations(
+            "a mixture of two models has no attention and no states of its own: only answers are its own"
+        )
     if model.training:
         raise UnsupportedModel("the model is in training mode, where dropout changes every number: call model.eval()")
     if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor
 
 from subjattn.backends import Backend, BackendName
 from subjattn.engine.answers import answer_logits
-from subjattn.engine.checks import check_model
+from subjattn.engine.checks import check_answering
 from subjattn.engine.interventions import BATCH_TOKENS, Row
+from subjattn.engine.mixture import Decoding, Mixture, lengths_of
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, opened, tokenizer_of
 from subjattn.measures.intervened import Interventions, followed, greedy, kept, letters
@@ -85,7 +85,7 @@ def predict(
         raise BadInput("without interventions the model itself generates: leave out the backend and the memory budget")
     hf = hf_model(model)
     check_prompts(prompts)
-    check_model(hf)
+    check_answering(hf)
     _check_scorer(scorer)
     if scorer == "letters":
         texts = [ascii_uppercase[i] for i in choice_logprobs(model, prompts).argmax("choice").values]
@@ -192,13 +192,13 @@ def choice_logprobs(model: Model, prompts: Sequence[Prompt]) -> xr.DataArray:
         BadInput: a prompt without choices.
     """
     hf = hf_model(model)
-    check_model(hf)
+    check_answering(hf)
     values = np.full((len(prompts), max((len(prompt.choice_ids) for prompt in prompts), default=0)), np.nan)
     for prompt in prompts:
         if not prompt.choice_ids:
             raise BadInput(f"fact {prompt.fact_id} has no choices: score it by its text, not by letters")
-    for index, ids in _of_equal_length(prompts, hf.device, 1):
-        logprobs = hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+    for index in _of_equal_length(hf, prompts, 1):
+        logprobs = Decoding(hf).begin([prompts[i] for i in index]).float().log_softmax(-1)
         for row, i in enumerate(index):
             letters = torch.tensor(prompts[i].choice_ids, device=logprobs.device)
             values[i, : len(letters)] = logprobs[row, letters].cpu()
@@ -218,14 +218,14 @@ def reason(
         tokenizer: of a plain model; a `LoadedModel` has its own.
     """
     hf = hf_model(model)
-    check_model(hf)
+    check_answering(hf)
     texts = generate(hf, tokenizer_of(model, tokenizer), prompts, new_tokens, one_line=True)
     return {prompt.fact_id: text.partition(CONCLUSION)[0].strip() for prompt, text in zip(prompts, texts, strict=True)}
 
 
 @torch.inference_mode()
 def generate(
-    hf: PreTrainedModel,
+    hf: PreTrainedModel | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     new_tokens: int,
@@ -235,8 +235,9 @@ def generate(
     """Greedy text of at most `new_tokens` tokens behind each prompt, stripped; its first line if `one_line`."""
     eos, newlines = ending_tokens(hf, tokenizer)
     texts = [""] * len(prompts)
-    for index, ids in _of_equal_length(prompts, hf.device, new_tokens):
-        for i, tokens in zip(index, _greedy(hf, ids, eos, newlines if one_line else (), new_tokens), strict=True):
+    for index in _of_equal_length(hf, prompts, new_tokens):
+        written = _greedy(hf, [prompts[i] for i in index], eos, newlines if one_line else (), new_tokens)
+        for i, tokens in zip(index, written, strict=True):
             texts[i] = text_of(tokenizer, tokens, one_line=one_line)
     return texts
 
@@ -247,20 +248,19 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, one_li
     return text.splitlines()[0].strip() if text and one_line else text
 
 
-def _of_equal_length(
-    prompts: Sequence[Prompt], device: torch.device, new_tokens: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Prompts (without answers) in batches that need no padding: their numbers and ids."""
-    lengths: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        lengths.setdefault(prompt.prediction + 1, []).append(i)
-    for length, members in lengths.items():
-        step = max(1, BATCH_TOKENS // (length + new_tokens))
-        for index in (members[i : i + step] for i in range(0, len(members), step)):
-            yield index, torch.tensor([prompts[i].ids[:length] for i in index], device=device)
+def _of_equal_length(hf: PreTrainedModel | Mixture, prompts: Sequence[Prompt], new_tokens: int) -> Iterator[list[int]]:
+    """Numbers of prompts (without answers) in batches that need no padding."""
+    lengths: dict[tuple[int, ...], list[int]] = {}
+    for i, its in enumerate(lengths_of(hf, prompts)):
+        lengths.setdefault(its, []).append(i)
+    for its, members in lengths.items():
+        step = max(1, BATCH_TOKENS // (max(its) + new_tokens))
+        yield from (members[i : i + step] for i in range(0, len(members), step))
 
 
-def ending_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], Container[int]]:
+def ending_tokens(
+    hf: PreTrainedModel | Mixture, tokenizer: PreTrainedTokenizerBase
+) -> tuple[frozenset[int], Container[int]]:
     """Tokens that end the text, and those that are a new line."""
     configured = hf.generation_config.eos_token_id if hf.generation_config else None
     eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
@@ -282,27 +282,30 @@ class _NewLines(Container[int]):
 
 
 def _greedy(
-    hf: PreTrainedModel, ids: Tensor, eos: Container[int], newlines: Container[int], new_tokens: int
+    hf: PreTrainedModel | Mixture,
+    prompts: Sequence[Prompt],
+    eos: Container[int],
+    newlines: Container[int],
+    new_tokens: int,
 ) -> list[list[int]]:
     """Argmax decoding with the model's own cache; a row leaves the batch when its text or line ends.
 
     A new line as the first token does not end the line, since the answer may stand below it.
     """
-    tokens: list[list[int]] = [[] for _ in range(len(ids))]
-    running = list(range(len(ids)))
-    output = hf(input_ids=ids, use_cache=True, logits_to_keep=1)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    running, decoding = list(range(len(prompts))), Decoding(hf)
+    logits = decoding.begin(prompts)
     for step in range(new_tokens):
-        new = output.logits[:, -1].argmax(-1)
+        new = logits.argmax(-1)
         read = new.tolist()
         for row, token in zip(running, read, strict=True):
             tokens[row].append(token)
         going = [i for i, token in enumerate(read) if token not in eos and (step == 0 or token not in newlines)]
         if not going or step == new_tokens - 1:
             break
-        cache = output.past_key_values
         if len(going) < len(running):
             left = torch.tensor(going, device=new.device)
-            cache.batch_select_indices(left)
+            decoding.keep(left)
             new, running = new[left], [running[i] for i in going]
-        output = hf(input_ids=new[:, None], past_key_values=cache, use_cache=True)
+        logits = decoding.go_on(new)
     return tokens

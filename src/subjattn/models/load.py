@@ -23,7 +23,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A Hugging Face causal model in eval mode with its tokenizer; an adapter is live and unmerged."""
+    """A Hugging Face causal model in eval mode with its tokenizer; an adapter is live and unmerged.
+
+    In its place may stand a mixture of two (see `subjattn.mixed`), of which only answers can be measured.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
