@@ -17,7 +17,7 @@ def table(title: str) -> Table:
 
 def arms_table(summary: dict[str, Any], style: str) -> Table:
     """A column an arm, a row a quantity: its mean and, beneath, its interval; `route` says how the subject arrives."""
-    arms = {name: arm["styles"][style] for name, arm in summary["arms"].items()}
+    arms = {name: arm["styles"][style] for name, arm in summary["arms"].items() if style in arm["styles"]}
     first = next(iter(arms.values()))
     made = table(f"style “{style}”, {first['n_test']} facts: means and 95 % intervals")
     for heading in ("quantity", *arms):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from subjattn.engine.mixture import Mixture
 from subjattn.errors import SubjattnError
 from subjattn.models.adapter import adapter_base, adapter_keys
 from subjattn.models.names import identity, located
@@ -58,6 +59,11 @@ def origin(name: str) -> tuple[str, str | None, str]:
 
 def provenance(loaded: LoadedModel) -> dict[str, Any]:
     """What a reader needs to get the same numbers: hashes, dtype, merge state, versions."""
+    if isinstance(loaded.model, Mixture):
+        parts = {"tuned": loaded.model.tuned, "base": loaded.model.base}
+        digests = {f"{name}_weights_sha256": weights_sha256(part, adapter=False) for name, part in parts.items()}
+        own = {"model": loaded.name, "mixture": loaded.model.form, "weight": loaded.model.weight}
+        return own | digests | {"adapter_sha256": weights_sha256(loaded.model.tuned, adapter=True)}
     model, adapter, text = loaded.model, loaded.adapter, loaded.model.config.get_text_config()
     full, quantisation, source = _known(origin, loaded.name) or (None, None, None)
     return {

@@ -90,14 +90,19 @@ def _style(run: Run, measured: list[Measure], style: str) -> dict[str, Any]:
     return {
         "name": style,
         "asked": _asked(asked),
-        "arms": {name: arm["styles"][style] for name, arm in summary["arms"].items()},
+        "arms": _in_style(summary["arms"], style),
         "contrasts": [row for row in summary["contrasts"] if row["style"] == style],
         "across": [row for row in summary["across"] if row["style"] == style],
-        "outside": {name: arm["styles"][style] for name, arm in summary.get("out_of_distribution", {}).items()},
+        "outside": _in_style(summary.get("out_of_distribution", {}), style),
         "facts": _facts(run, style),
         "figures": list(_figures(run, measured, style, contrasts[0] if contrasts else None)),
         "not_defined": {reason: [name for name, of in missing.items() if of == reason] for reason in missing.values()},
     }
+
+
+def _in_style(arms: dict[str, Any], style: str) -> dict[str, Any]:
+    """What a summary says of the arms that were asked in a style."""
+    return {name: arm["styles"][style] for name, arm in arms.items() if style in arm["styles"]}
 
 
 def _facts(run: Run, style: str) -> dict[str, Any] | None:
@@ -112,16 +117,16 @@ def _facts(run: Run, style: str) -> dict[str, Any] | None:
         n_right=("correct", "sum"),
         n=("correct", "size"),
     )
-    about = run.facts[run.facts["test"]].set_index("fact_id")
-    asked = [fact for fact in about.index if (fact, run.arms[0]) in by_fact.index]
+    about, arms = run.facts[run.facts["test"]].set_index("fact_id"), [a for a in run.arms if style in run.styles_of(a)]
+    asked = [fact for fact in about.index if (fact, arms[0]) in by_fact.index]
     rows = [
         {
             **about.loc[fact, ["subject", "answer", "popularity"]].to_dict(),
-            "cells": [by_fact.loc[(fact, arm)].to_dict() for arm in run.arms],
+            "cells": [by_fact.loc[(fact, arm)].to_dict() for arm in arms],
         }
         for fact in asked
     ]
-    return {"arms": run.arms, "rows": rows, "replicates": bool((by_fact["n"] > 1).any())}
+    return {"arms": arms, "rows": rows, "replicates": bool((by_fact["n"] > 1).any())}
 
 
 def _figures(run: Run, measured: list[Measure], style: str, difference: list[str] | None) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,8 @@ def across(config: StudyConfig, terms: Terms, arms: Mapping[str, Any]) -> Iterat
     """
     for style in config.styles:
         for arm in filter(config.is_tuned, config.arms):
+            if style not in config.styles_of(arm):
+                continue
             found = arms[arm]["styles"][style]
             parts = {name.partition(".")[2]: _mean(found, name) for name in found if name.startswith("update_share.")}
             own = [of["transfer"] for of in _measured(config, terms, arm, style, "transfer").values()]

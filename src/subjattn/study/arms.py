@@ -17,9 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from subjattn.engine.mixture import MixtureForm
 from subjattn.facts.splits import parse_arm
 from subjattn.finetune.record import Method, method_of
 from subjattn.finetune.settings import Training
+from subjattn.models.derived import Which
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -105,8 +107,23 @@ class TrainingConfig(Section):
         return TrainingConfig.model_validate({"method": self.method, "styles": self.styles} | kept | by)
 
 
+class Restore(Section):
+    """Part of an arm's update put back to the base's weights (Ye et al. 2025); see `subjattn.models.derived`."""
+
+    share: float = Field(ge=0, le=1, description="of the weights that were changed")
+    which: Which = Field("top", description="those moved most, those moved least, or any")
+
+
+class Mix(Section):
+    """An arm's next-token distribution mixed with the base's (Kazemi et al. 2023)."""
+
+    weight: float | None = Field(None, ge=0, le=1, description="the arm's share; without, chosen on validation facts")
+    form: MixtureForm = Field("linear", description="of probabilities, or `log`: of their logarithms")
+    base_style: Name | None = Field(None, description="a style with shots that the base is asked in")
+
+
 class Arm(Section):
-    """One model of a study: trained here, or brought along; empty for the study's own model."""
+    """One model of a study: trained here, brought along, or made of another arm; empty for the study's own model."""
 
     train: str | None = Field(
         None, description="which facts: known, top, top-30%, mixed-25%, … (subjattn.facts.splits)"
@@ -114,6 +131,10 @@ class Arm(Section):
     training: dict[str, Any] | None = Field(None, description="fields of the study's `training` that are others here")
     model: str | None = Field(None, description="hub id or folder of a full checkpoint")
     adapter: str | None = Field(None, description="folder or hub id of a PEFT adapter")
+    of: Name | None = Field(None, description="another arm that this one is made of, by `restore` or `mix`")
+    restore: Restore | None = None
+    mix: Mix | None = None
+    styles: list[Name] | None = Field(None, description="that it is asked in, where not in all")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -123,6 +144,9 @@ class Arm(Section):
             raise ValueError("'training' says how an arm is trained: say on which facts, by 'train'")
         if self.train:
             parse_arm(self.train)
+        made = [name for name in ("restore", "mix") if getattr(self, name) is not None]
+        if bool(self.of) != bool(made) or len(made) > 1 or (self.of and (self.train or self.model or self.adapter)):
+            raise ValueError("an arm is made 'of' another by either 'restore' or 'mix', and then has no other origin")
         return self
 
 

@@ -17,7 +17,7 @@ from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_m
 from subjattn.prompts import Style, example, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.arms import Arm
 from subjattn.study.config import FactsConfig, StudyConfig
-from subjattn.study.plan import split_settings
+from subjattn.study.plan_facts import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
 from subjattn.study.stages.split import made, naming_fields, training_facts
 
@@ -48,6 +48,8 @@ def check_study(config: StudyConfig) -> list[str]:
         said = ", ".join(f"{field} {value}" for field, value in (arm.training or {}).items())
         trained = f"trained on {arm.train}{model}" if arm.train else (arm.adapter or "untrained") + model
         trained += f", {said}" if said else ""
+        if arm.of:
+            trained = f"made of {arm.of}: " + (f"restore {arm.restore}" if arm.restore else f"mix {arm.mix}")
         lines.append(f"arm {name}: {trained}")
     many = config.replicates
     if config.trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +25,7 @@ from subjattn.measures.where import CONDITIONS
 from subjattn.models import PACKAGED
 from subjattn.prompts import Style
 from subjattn.study.arms import Arm, Name, Replicates, Section, TrainingConfig, WrongField
-from subjattn.study.consistency import check_claims, check_training
+from subjattn.study.consistency import check_claims, check_made, check_training
 
 
 MEASURED = ("accuracy", "answer_logprob", "attention_to_subject", "knockout", "patching", "token_attention")
@@ -161,6 +162,7 @@ class StudyConfig(Section):
             raise BadInput(
                 f"replicates.first_only: no measure {unknown[0]!r} in the study", field="replicates.first_only"
             )
+        check_made(self)
         check_claims(self)
         return self
 
@@ -179,9 +181,27 @@ class StudyConfig(Section):
         """The arm that others are compared with by default."""
         return next(iter(self.arms))
 
+    def source(self, arm: str) -> str:
+        """The arm that an arm is made of: another one, or itself."""
+        return self.arms[arm].of or arm
+
+    def styles_of(self, arm: str) -> list[str]:
+        """The styles that an arm is asked in."""
+        return [name for name in self.styles if name in (self.arms[arm].styles or self.styles)]
+
+    def styles_of_all(self, arms: Iterable[str]) -> list[str]:
+        """The styles that all of these arms are asked in."""
+        return [style for style in self.styles if all(style in self.styles_of(arm) for arm in arms)]
+
+    def styles_of_claim(self, claim: Claim) -> list[str]:
+        """The styles in which a claim is judged."""
+        if claim.style:
+            return [claim.style]
+        return self.styles_of_all({arm for _, _, arms, style, _ in claim.sides if style is None for arm in arms})
+
     def is_tuned(self, arm: str) -> bool:
         """Whether an arm is a tuned version of the study's model, or a model of its own: what has a base beside it."""
-        own = self.arms[arm]
+        own = self.arms[self.source(arm)]
         return bool(own.train or own.adapter) or own.model not in (None, self.model)
 
     def check_arm(self, arm: str) -> None:
@@ -191,7 +211,7 @@ class StudyConfig(Section):
     @property
     def untrained(self) -> str:
         """The arm that says which facts are known and chooses cells: the first not trained here, else the first."""
-        return next((name for name, arm in self.arms.items() if not arm.train), self.reference)
+        return next((name for name, arm in self.arms.items() if not (arm.train or arm.of)), self.reference)
 
     @property
     def n_replicates(self) -> int:
@@ -200,7 +220,7 @@ class StudyConfig(Section):
 
     def replicates_of(self, arm: str, measure: str = "") -> list[tuple[int, int] | None]:
         """The replicates of an arm (in which a measure is made); one without a number where it is not trained here."""
-        if not self.arms[arm].train:
+        if not self.arms[self.source(arm)].train:
             return [None]
         return [*self.replicates.all[: 1 if measure in self.replicates.first_only else None]]
 
@@ -225,3 +245,8 @@ class StudyConfig(Section):
     def trained(self) -> dict[str, str]:
         """Split of each arm that is trained here."""
         return {name: arm.train for name, arm in self.arms.items() if arm.train}
+
+    @property
+    def replicated(self) -> set[str]:
+        """Arms that are trained here, or made of one that is: those that have replicates."""
+        return {name for name in self.arms if self.source(name) in self.trained}

@@ -61,6 +61,8 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
         for name in (style, claim.style):
             if name is not None and name not in study.styles:
                 raise ValueError(f"{where}: no style {name!r}; the styles are {', '.join(study.styles)}")
+    if not study.styles_of_claim(claim):
+        raise ValueError(f"{where}: no style is asked of all its arms")
     measured = [quantity_of(side[1].partition(".")[0], study.measured)[0].name for side in claim.sides]
     if len({name in study.replicates.first_only for name in measured}) > 1:
         raise ValueError(f"{where}: of {' and '.join(measured)} one is made of the first replicate only")
@@ -70,7 +72,7 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
             f"{where} compares with arm {study.untrained!r}, whose right answers chose the facts (facts.where), so it "
             "would fall by chance: claim it of other arms, or choose facts by labels"
         )
-    trained = involved & set(study.trained)
+    trained = involved & study.replicated
     if claim.scope == "training" and (not trained or len(study.replicates.all) < 2):
         raise ValueError(
             f"{where} is about a way of training, which takes an arm trained here and replicates: {{draws: 3}} or more"
@@ -84,7 +86,7 @@ def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
     where = f"claim {claim.id!r} chooses cells"
     if len(claim.arms) < 2 or (claim.minus and (claim.minus.measure or claim.minus.where)):
         raise ValueError(f"{where}, which it can for a difference of two arms in one measure: name the cells instead")
-    if isinstance(on, int) and (given := arms - set(study.trained)):
+    if isinstance(on, int) and (given := arms - study.replicated):
         raise ValueError(f"{where} on draws, of which arm {min(given)!r} has none: it would be tested where it chose")
     if isinstance(on, int) and on >= study.replicates.draws:
         raise ValueError(f"claim {claim.id!r} chooses cells on {on} draws and leaves none of {study.replicates.draws}")
@@ -93,6 +95,33 @@ def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:
             f"claim {claim.id!r} chooses cells on arm {study.untrained!r} and compares with it: where it is largest by "
             "chance, it falls by chance; choose on draws, or name the cells"
         )
+
+
+def check_made(study: StudyConfig) -> None:
+    """Refuse arms made of arms that are no tuned models, and styles of arms that the study has not."""
+    for name, arm in study.arms.items():
+        field = f"arms.{name}"
+        for style in [*(arm.styles or []), *([arm.mix.base_style] if arm.mix and arm.mix.base_style else [])]:
+            if style not in study.styles:
+                raise BadInput(
+                    f"{field}: no style {style!r}; the styles are {', '.join(study.styles)}", field=f"{field}.styles"
+                )
+        if arm.of is None:
+            continue
+        if arm.of not in study.arms or study.arms[arm.of].of or not study.is_tuned(arm.of):
+            raise BadInput(
+                f"{field}: {arm.of!r} is no tuned arm of the study: name one that is trained here or brought along",
+                field=f"{field}.of",
+            )
+        if arm.mix and arm.mix.weight is None and not study.facts.n_validation:
+            raise BadInput(
+                f"{field}.mix: its weight is chosen on validation facts: give facts.n_validation, or a weight",
+                field="facts.n_validation",
+            )
+        if arm.mix and arm.mix.base_style and not study.styles[arm.mix.base_style].shots:
+            raise BadInput(f"{field}.mix: style {arm.mix.base_style!r} shows no facts: give it 'shots'", field=field)
+    if not any(arm.styles is None for arm in study.arms.values() if not (arm.train or arm.of)):
+        raise BadInput(f"arm {study.untrained!r} says which facts are known: it is asked in all styles", field="arms")
 
 
 def check_training(study: StudyConfig) -> None:

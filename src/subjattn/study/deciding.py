@@ -61,7 +61,7 @@ def foreseen(config: StudyConfig, pilot: Run) -> list[dict[str, Any]]:
     seen = dict(sorted(rows_of, key=lambda of: str(of[1]["scope"]).startswith("this way")))
     if not seen:
         raise BadInput(f"{str(pilot.folder)!r} has no claims to learn variances from")
-    asked = [(claim, style) for claim in config.claims for style in ([claim.style] if claim.style else config.styles)]
+    asked = [(claim, style) for claim in config.claims for style in config.styles_of_claim(claim)]
     first = {claim.id: style for claim, style in reversed(asked)}
     alone = [claim.primary and style == first[claim.id] for claim, style in asked]
     family = max(1, len(asked) - sum(alone))
@@ -79,7 +79,7 @@ def _foreseen(
     """One claim's shares, or why there are none."""
     if found is None or found["estimate"] is None:
         return {"why": "the pilot has no such claim"}
-    trained = {arm for side in claim.sides for arm in side[2]} & set(config.trained)
+    trained = {arm for side in claim.sides for arm in side[2]} & config.replicated
     measures = {quantity_of(side[1].partition(".")[0], config.measured)[0].name for side in claim.sides}
     replicates = 1 if measures & set(config.replicates.first_only) or not trained else config.n_replicates
     replicates -= claim.select.on if claim.select and isinstance(claim.select.on, int) else 0

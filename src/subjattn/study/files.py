@@ -7,6 +7,7 @@
 | chosen/STYLE | facts that measures take which do not take all, and pairs |
 | before/… | what the untrained model answers to training facts |
 | arms/ARM/drawD-seedS/ | a trained arm's replicate: adapter, measures/STYLE/MEASURE (and prompts/STYLE of its own) |
+| arms/ARM/…/mixing | the share of a mixture that was chosen on validation facts, and what others would give |
 | arms/ARM/ | the same without a replicate, for an arm that is not trained here |
 | summary.json, manifest.json, values.parquet, plan.json, study.yaml, report.html | results |
 | registered.json | what the study claimed before anything was measured |
@@ -84,6 +85,10 @@ def adapter(arm: str, replicate: Replicate) -> str:
     return f"{arm_folder(arm, replicate)}/adapter"
 
 
+def mixing(arm: str, replicate: Replicate | None) -> str:
+    return f"{arm_folder(arm, replicate)}/mixing"
+
+
 def own_prompts(arm: str, replicate: Replicate | None, style: str) -> str:
     return f"{arm_folder(arm, replicate)}/prompts/{style}"
 
@@ -135,7 +140,8 @@ class Run:
 
     def replicates(self, arm: str, measure: str = "") -> Sequence[Replicate | None]:
         """The replicates of an arm (in which a measure was made); `[None]` where it is not trained here."""
-        if not self.study["arms"][self._named("arm", arm, self.arms)]["train"]:
+        own = self.study["arms"][self._named("arm", arm, self.arms)]
+        if not self.study["arms"][own.get("of") or arm]["train"]:
             return [None]
         many = self.study["replicates"]
         every = [(draw, seed) for draw in range(many["draws"]) for seed in range(many["seeds"])]
@@ -151,9 +157,16 @@ class Run:
         """The facts in use: what they are, and whether they are tested, shown, or trained on."""
         return self._parquet(self._file(FACTS))
 
+    def styles_of(self, arm: str) -> list[str]:
+        """The styles that an arm was asked in."""
+        asked = self.study["arms"][arm].get("styles") or self.styles
+        return [style for style in self.styles if style in asked]
+
     def predictions(self) -> pd.DataFrame:
         """What every arm answered: arm, draw, seed, style, fact_id, prediction, correct."""
-        cells = [(arm, one, style) for arm in self.arms for one in self.replicates(arm) for style in self.styles]
+        cells = [
+            (arm, one, style) for arm in self.arms for one in self.replicates(arm) for style in self.styles_of(arm)
+        ]
         return pd.concat([self._predictions(*cell) for cell in cells], ignore_index=True)
 
     def _predictions(self, arm: str, replicate: Replicate | None, style: str) -> pd.DataFrame:
@@ -220,7 +233,8 @@ class Run:
 
     def _defined(self, measure: str, style: str) -> list[str]:
         """The arms in which a measure is defined."""
-        return [arm for arm in self.arms if not not_defined(self.folder / self._stage(measure, arm, style, None))]
+        among = [arm for arm in self.arms if style in self.styles_of(arm)]
+        return [arm for arm in among if not not_defined(self.folder / self._stage(measure, arm, style, None))]
 
     def array(self, measure: str, variable: str, style: str) -> xr.DataArray:
         """A variable of a measure in every arm that has it, `(arm, fact, …)`: mean over replicates, relations held out
@@ -229,7 +243,7 @@ class Run:
         `noise_floor` is a coordinate of `arm`.
         """
         arms = []
-        names = self._defined(measure, style) or self.arms
+        names = self._defined(measure, style) or [arm for arm in self.arms if style in self.styles_of(arm)]
         for arm in names:
             found = [self.measure(measure, arm, style, replicate) for replicate in self.replicates(arm, measure)]
             arrays = [self._inside(dataset[variable]) for dataset in found]

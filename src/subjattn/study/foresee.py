@@ -15,7 +15,8 @@ from subjattn.study.config import StudyConfig
 from subjattn.study.files import check_version
 from subjattn.study.manifest import mixtures
 from subjattn.study.places import OVERHEAD, Place
-from subjattn.study.plan import plan_study, weight_bytes
+from subjattn.study.plan import plan_study
+from subjattn.study.planning import weight_bytes
 from subjattn.study.registration import registration_status
 
 

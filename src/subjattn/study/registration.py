@@ -68,7 +68,7 @@ def _stated(claim: Claim, config: StudyConfig) -> dict[str, Any]:
     sides = claim.sides
     arms = {arm for side in sides for arm in side[2]} | ({config.untrained} if claim.select else set())
     measures = {quantity_of(side[1].partition(".")[0], config.measured)[0].name for side in sides}
-    styles = [claim.style] if claim.style else list(config.styles)
+    styles = config.styles_of_claim(claim)
     asked = [*styles, *(side[3] for side in sides if side[3])]
     rests = _rests_on(config, arms) | {
         "styles": {name: config.styles[name].model_dump(mode="json") for name in asked},

@@ -133,7 +133,7 @@ class Summary:
         return found
 
     def _arm(self, terms: Terms, arm: str) -> dict[str, Any]:
-        by_style = {style: self._arm_in_style(terms, arm, style) for style in self.config.styles}
+        by_style = {style: self._arm_in_style(terms, arm, style) for style in self.config.styles_of(arm)}
         return {**by_style[next(iter(by_style))], "styles": by_style}
 
     def _arm_in_style(self, terms: Terms, arm: str, style: str) -> dict[str, Any]:
@@ -196,6 +196,8 @@ class Summary:
         units, rows = self._described(), []
         for style in self.config.styles:
             for a, b in self.config.contrasts:
+                if style not in self.config.styles_of_all([a, b]):
+                    continue
                 for measure, quantity in self._quantities():
                     if "base" in measure.needs and not (self.config.is_tuned(a) and self.config.is_tuned(b)):
                         continue
@@ -233,11 +235,11 @@ class Summary:
 
     def _claims(self) -> list[dict[str, Any]]:
         """Every claim in each style it is about; those with a value are judged together."""
-        asked = [(claim, style) for claim in self.config.claims for style in self._styles_of(claim)]
+        asked = [(claim, style) for claim in self.config.claims for style in self.config.styles_of_claim(claim)]
         found = [or_reason(self.inside.claim, claim, style) for claim, style in asked]
         pairs = [(claim, tested.interval) for (claim, _), (tested, _) in zip(asked, found, strict=True) if tested]
         alone = [
-            claim.primary and style == self._styles_of(claim)[0]
+            claim.primary and style == self.config.styles_of_claim(claim)[0]
             for (claim, style), (tested, _) in zip(asked, found, strict=True)
             if tested
         ]
@@ -259,13 +261,12 @@ class Summary:
             for claim in self.config.claims
         ]
 
-    def _styles_of(self, claim: Claim) -> list[str]:
-        return [claim.style] if claim.style else list(self.config.styles)
-
 
 def _diagnosis(config: StudyConfig, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What lost the answers of each tuned arm, by style; a row for each account."""
     for arm, style in product(filter(config.is_tuned, config.arms), config.styles):
+        if style not in config.styles_of(arm):
+            continue
         intervals = arms[arm]["styles"][style]["intervals"]
         yield from ({"arm": arm, "style": style} | row for row in diagnose(intervals))
 

@@ -44,7 +44,7 @@ def collect(config: StudyConfig, folder: Folder) -> pd.DataFrame:
 
 def _made(config: StudyConfig) -> Iterator[tuple[str, Replicate | None, str, str]]:
     for arm in config.arms:
-        for style in config.styles:
+        for style in config.styles_of(arm):
             for measure in config.measures:
                 for replicate in config.replicates_of(arm, measure):
                     yield arm, replicate, style, measure

@@ -10,6 +10,8 @@ from typing import Any
 
 from subjattn.models import LoadedModel, load_model
 from subjattn.models.arms import Arms, load_arms
+from subjattn.models.derived import mixed, restored
+from subjattn.study.stages.tables import load_prompts
 
 
 _held: dict[tuple[object, ...], LoadedModel] = {}
@@ -17,7 +19,7 @@ _described: dict[str, Any] = {}
 """What the model that is held is."""
 
 
-def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
+def _plain(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
     """The model that `settings` names, under the adapter trained for it (an input) or brought along (a setting).
 
     Where the weights themselves were trained, the input is a whole model.
@@ -41,11 +43,40 @@ def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedMod
     return _held[key]
 
 
+def loaded(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedModel:
+    """The model of a stage: as it is, or made of a tuned one and its base."""
+    if "derived" not in settings:
+        return _plain(settings, inputs)
+    key = ("derived", str(settings["derived"]), *settings.get("identity", ()), *map(str, inputs.values()))
+    if key not in _held:
+        tuned, base = loaded_pair(settings, inputs)
+        if how := settings["derived"].get("restore"):
+            made = restored(tuned, base, how["share"], how["which"], seed=settings["seed"])
+        else:
+            how = settings["derived"]["mix"]
+            weight = json.loads(inputs["mixing"].read_text())["weight"] if "mixing" in inputs else how["weight"]
+            prompts, shown = (load_prompts(inputs[role]) if "shown" in inputs else () for role in ("prompts", "shown"))
+            made = mixed(tuned, base, weight, how["form"], prompts=prompts, shown=shown)
+        release()
+        _held[key] = made
+    return _held[key]
+
+
+def loaded_pair(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[LoadedModel, LoadedModel]:
+    """The tuned model that a stage's model is made of, and its base."""
+    own = {name: of for name, of in settings.items() if name != "derived"}
+    tuned = _plain(own, inputs)
+    return tuned, load_model(settings.get("base_model") or settings["model"], dtype=settings["dtype"])
+
+
 def loaded_arms(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Arms:
     """The same model beside its base, named `tuned`; the base is then the model that is held."""
     adapter = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
     base = settings.get("base_model") or settings["model"]
-    held = loaded({"model": base, "dtype": settings["dtype"], "identity": (adapter, settings["model"])}, {})
+    if "restore" in settings.get("derived", {}):
+        made = loaded(settings, inputs)
+        return load_arms(load_model(base, dtype=settings["dtype"]), checkpoints={"tuned": made}, identical=["tuned"])
+    held = _plain({"model": base, "dtype": settings["dtype"], "identity": (adapter, settings["model"])}, {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "adapter .* was trained on", UserWarning)
         if adapter and _is_whole(Path(adapter)):

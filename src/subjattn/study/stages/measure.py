@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from subjattn.errors import NoActivations
 from subjattn.measures.record import VALUE_COLUMNS, Asked, Measure, measure_of, values_of
 from subjattn.prompts import PromptSet
 from subjattn.run.plan import Context
@@ -30,6 +31,21 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
     if reason := _not_defined(measure, prompts, settings, chosen, trained="training" in inputs):
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
+    try:
+        _measure(measure, prompts, chosen, settings, inputs, out, context)
+    except NoActivations as error:
+        (out / "not_defined.json").write_text(json.dumps({"reason": str(error)}))
+
+
+def _measure(
+    measure: Measure,
+    prompts: PromptSet,
+    chosen: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    out: Path,
+    context: Context,
+) -> None:
     arms = loaded_arms(settings, inputs) if "base" in measure.needs else None
     model = loaded(settings, inputs) if arms is None else arms.base
     asked = Asked(
@@ -97,8 +113,10 @@ def _not_defined(
         return "no two facts can be swapped: none agree in length and differ in their answer"
     if "base" in measure.needs and not settings.get("tuned"):
         return "this arm is the base itself"
-    if "base" in measure.needs and settings.get("taught_nothing"):
-        return "this arm was taught nothing: it is the base itself"
+    if "base" in measure.needs and "mix" in settings.get("derived", {}):
+        return "this arm is a mixture of two models, and no tuned one"
+    if "base" in measure.needs and settings.get("derived", {}).get("restore", {}).get("share") == 1:
+        return "nothing is left of this arm's update: it is the base itself"
     if "trained" in measure.needs and settings.get("taught_nothing"):
         return "this arm was taught nothing"
     if "trained" in measure.needs and not trained:
