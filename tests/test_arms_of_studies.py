@@ -157,7 +157,9 @@ def test_arms_made_of_others_are_those_made_by_hand(run: Run, raw: dict[str, Any
         run.measure("swap_weights", "mixed", "list")
     assert run.measure("swap_weights", "undone", "list").sizes["fact"] == 4
     assert run.provenance("mixed")["weight"] == 0.4
-    assert np.isfinite(values(run, "mixed", "swap_distance")).any() and len(values(run, "mixed", "frequency_shock")) == 24
+    assert (
+        np.isfinite(values(run, "mixed", "swap_distance")).any() and len(values(run, "mixed", "frequency_shock")) == 24
+    )
 
 
 def test_the_share_of_a_mixture_is_chosen_on_validation_facts_alone(run: Run, raw: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from subjattn.evidence.changes import difference
 from subjattn.evidence.returned import accuracy_gap_in_words
 from subjattn.measures.record import Measure, measure_of
 from subjattn.plots.figures import Drawn, figure_of
+from subjattn.plots.over_training import plot_over_training
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import Style
 from subjattn.run.folder import replacing
@@ -67,6 +68,7 @@ def _content(run: Run) -> dict[str, Any]:
         "changed": [row for row in summary["contrasts"] if row.get("verdict")],
         "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
+        "over_training": _over_training(run),
         "composition": _composition(run),
         "gap": factuality_gap(run).to_dict("records") if has_gap(run) else [],
         "quantities": summary["quantities"],
@@ -193,6 +195,17 @@ def _columns(summary: dict[str, Any]) -> list[dict[str, str]]:
     units = {name: of["unit"] for name, of in summary["quantities"].items() if not of["across"]}
     names = [name for name in arm if name.partition(".")[0] in units and name != "accuracy"]
     return [{"name": name, "unit": units[name.partition(".")[0]]} for name in names]
+
+
+def _over_training(run: Run) -> Markup | None:
+    """Curves of the quantities that are claimed, and of each measure's first; None where nothing was kept."""
+    rows = run.summary.get("over_training", [])
+    claimed = {claim["measure"] for claim in run.study["claims"]}
+    measured = [measure_of(name) for name in run.study.get("over_training", [])]
+    first = {measure.quantities[0].name for measure in measured}
+    shown = [row for row in rows if row["measure"] in claimed or row["measure"].partition(".")[0] in first]
+    units = {name: about["unit"] for name, about in run.summary["quantities"].items()}
+    return _html(plot_over_training(shown, units)) if shown else None
 
 
 def _composition(run: Run) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class TrainingConfig(Section):
         own = self.settings.model_dump(exclude_unset=True)
         known = method_of(by.get("method", self.method)).settings.model_fields
         kept = {name: of for name, of in own.items() if name in known}
-        return TrainingConfig.model_validate({"method": self.method, "styles": self.styles} | kept | by)
+        same = {"method": self.method, "styles": self.styles, "grid": self.grid}
+        return TrainingConfig.model_validate(same | kept | by)
 
 
 class Restore(Section):

@@ -20,6 +20,7 @@ from pydantic import (
 
 from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim
+from subjattn.facts.splits import parse_arm
 from subjattn.measures.record import Measure, measure_of
 from subjattn.measures.where import CONDITIONS
 from subjattn.models import PACKAGED
@@ -115,6 +116,9 @@ class StudyConfig(Section):
     measures: dict[str, SerializeAsAny[BaseModel]] = Field(
         default_factory=lambda: {name: measure_of(name).parse({}) for name in MEASURED}
     )
+    over_training: list[str] = Field(
+        [], description="measures also made of the weights that training.checkpoints keeps, each arm in its first style"
+    )
     contrasts: list[tuple[str, str]] = Field([], description="each the first arm minus the second")
     smallest_effects: dict[str, Annotated[PositiveFloat, AllowInfNan(False)]] = Field(
         {}, description="of quantities, in place of the measures' own: the least difference that matters"
@@ -158,6 +162,13 @@ class StudyConfig(Section):
             check_training(self)
         elif len(self.replicates.all) > 1:
             raise BadInput("replicates are trained anew each, and no arm is trained here", field="replicates")
+        if unknown := [name for name in self.over_training if name not in self.measures]:
+            raise BadInput(f"over_training: no measure {unknown[0]!r} in the study", field="over_training")
+        if self.over_training and not any(self.training_of(arm).settings.checkpoints for arm in self.trained):
+            raise BadInput(
+                "over_training: no arm keeps weights during training: give training.checkpoints, such as log",
+                field="over_training",
+            )
         if unknown := [name for name in self.replicates.first_only if name not in self.measures]:
             raise BadInput(
                 f"replicates.first_only: no measure {unknown[0]!r} in the study", field="replicates.first_only"
@@ -188,6 +199,12 @@ class StudyConfig(Section):
     def styles_of(self, arm: str) -> list[str]:
         """The styles that an arm is asked in."""
         return [name for name in self.styles if name in (self.arms[arm].styles or self.styles)]
+
+    def measured_over_training(self, arm: str, style: str) -> list[str]:
+        """Measures that are made of the weights of an arm that were kept during training, in a style."""
+        kept = arm in self.trained and self.training_of(arm).settings.checkpoints
+        taught = kept and parse_arm(self.trained[arm]).kind != "nothing"
+        return self.over_training if taught and style == self.styles_of(arm)[0] else []
 
     def styles_of_all(self, arms: Iterable[str]) -> list[str]:
         """The styles that all of these arms are asked in."""

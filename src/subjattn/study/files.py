@@ -7,6 +7,8 @@
 | chosen/STYLE | facts that measures take which do not take all, and pairs |
 | before/… | what the untrained model answers to training facts |
 | arms/ARM/drawD-seedS/ | a trained arm's replicate: adapter, measures/STYLE/MEASURE (and prompts/STYLE of its own) |
+| arms/ARM/grid, grid/ | hyper-parameters tried, and those chosen |
+| arms/ARM/drawD-seedS/over/STYLE/MEASURE | a measure of the weights kept during training |
 | arms/ARM/…/mixing | the share of a mixture that was chosen on validation facts, and what others would give |
 | arms/ARM/ | the same without a replicate, for an arm that is not trained here |
 | summary.json, manifest.json, values.parquet, plan.json, study.yaml, report.html | results |
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from subjattn.digest import digest_of
 from subjattn.errors import BadInput
 from subjattn.evidence.intervals import MIN_REPLICATES, difference, in_words
 from subjattn.facts.splits import facts_of
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from subjattn.prompts import PromptSet
+    from subjattn.study.arms import TrainingConfig
 
 POOL, RELATIONS, SPLIT = "facts/pool", "facts/relations", "facts/split"
 FACTS, TEST, SHOWN = f"{SPLIT}:facts.parquet", f"{SPLIT}:test.parquet", f"{SPLIT}:shown.parquet"
@@ -87,6 +91,21 @@ def adapter(arm: str, replicate: Replicate) -> str:
 
 def mixing(arm: str, replicate: Replicate | None) -> str:
     return f"{arm_folder(arm, replicate)}/mixing"
+
+
+def tried(arm: str, point: int) -> str:
+    return f"arms/{arm}/grid/{point}"
+
+
+def settled(arm: str, training: TrainingConfig) -> str:
+    """The choice of a grid: each arm's own, or one for all that share a grid."""
+    if training.grid is None or training.grid.select == "each":
+        return f"arms/{arm}/grid/chosen"
+    return f"grid/{digest_of(training.model_dump(mode='json'))[:8]}"
+
+
+def over_training(arm: str, replicate: Replicate | None, style: str, measure: str) -> str:
+    return f"{arm_folder(arm, replicate)}/over/{style}/{measure}"
 
 
 def own_prompts(arm: str, replicate: Replicate | None, style: str) -> str:
@@ -220,6 +239,22 @@ class Run:
             return xr.load_dataset(path, engine="h5netcdf")
         except (OSError, ValueError) as error:
             raise BadInput(self._why(path, "netCDF", error)) from None
+
+    def over_training(
+        self, measure: str, arm: str, style: str | None = None, replicate: Replicate | None = None
+    ) -> xr.Dataset:
+        """The arrays of a measure over the training of an arm, `(step, …)`; step 0 is the model before it.
+
+        Of its first replicate and style where none is named.
+        """
+        import xarray as xr
+
+        style = self._named("style", style or self.styles_of(arm)[0], self.styles)
+        self._named("measure over training", measure, self.study.get("over_training", []))
+        stage = over_training(arm, replicate or self.replicates(arm)[0], style, measure)
+        if reason := not_defined(self.folder / stage):
+            raise BadInput(f"{measure} is not defined over training: {reason}")
+        return xr.load_dataset(self._file(f"{stage}:array.nc"), engine="h5netcdf")
 
     def _stage(self, measure: str, arm: str, style: str, replicate: Replicate | None) -> str:
         self._named("style", style, self.styles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class _Builder(FactStages):
         for style in self.config.styles:
             if not self._own_prompts(style):
                 yield self.shared_prompts(style)
+        yield from self._grids()
         reference = self.config.untrained
         for arm, replicate in self._arms():
             yield from self._arm(arm, replicate, reference)
@@ -99,6 +101,8 @@ class _Builder(FactStages):
                 is_first = replicate is None or replicate == (0, 0)
                 if measure.name == "accuracy" and name == reference and is_first:
                     yield self._choosing(style, prompts, files.measured(name, replicate, style, "accuracy"))
+                if measure.name in config.measured_over_training(name, style):
+                    yield self._over_training(name, replicate, style, measure, about, inputs)
 
     def _made(self, name: str) -> dict[str, Any]:
         """What an arm that is made of another is."""
@@ -149,6 +153,37 @@ class _Builder(FactStages):
             },
         )
 
+    def _grids(self) -> Iterator[Stage]:
+        """Every combination of settings that is tried, and the choice for each arm, or for all together."""
+        shared: dict[str, dict[str, str]] = {}
+        for name in self.config.trained:
+            training = self.config.training_of(name)
+            if training.grid is None or parse_arm(self.config.trained[name]).kind == "nothing":
+                continue
+            scores = {}
+            for number, point in enumerate(training.grid.points(training.settings)):
+                plain = self._training(name, (0, 0))
+                inputs = {role: of for role, of in plain.inputs.items() if role != "chosen"}
+                yield replace(
+                    plain,
+                    name=files.tried(name, number),
+                    work=f"{WORK}.trying:work",
+                    settings={
+                        **plain.settings,
+                        "settings": point.model_dump(mode="json"),
+                        "scorer": self.config.scorer,
+                    },
+                    inputs=inputs | {"validation": files.VALIDATION},
+                    group=files.tried(name, number),
+                )
+                scores[f"{number}/{name}"] = f"{files.tried(name, number)}:score.json"
+            if training.grid.select == "shared":
+                shared.setdefault(files.settled(name, training), {}).update(scores)
+            else:
+                yield Stage(files.settled(name, training), f"{WORK}.trying:choose", inputs=scores)
+        for stage, scores in shared.items():
+            yield Stage(stage, f"{WORK}.trying:choose", inputs=scores)
+
     def _training(self, name: str, replicate: Replicate) -> Stage:
         config, training = self.config, self.config.training_of(name)
         spec, method = str(config.arms[name].train), training.record
@@ -158,6 +193,8 @@ class _Builder(FactStages):
             inputs["known"] = files.training_facts("known", replicate[0])
         if training.settings.stop == "validation":
             inputs["validation"] = files.VALIDATION
+        if training.grid is not None and parse_arm(spec).kind != "nothing":
+            inputs["chosen"] = f"{files.settled(name, training)}:chosen.json"
         settings = {
             "model": config.arms[name].model or config.model,
             "dtype": config.dtype,
@@ -175,6 +212,22 @@ class _Builder(FactStages):
             n_steps * step_cost(method.effort(training.settings), training.settings),
             files.arm_folder(name, replicate),
         )
+
+    def _over_training(
+        self,
+        name: str,
+        replicate: Replicate | None,
+        style: str,
+        measure: Measure,
+        model: Mapping[str, Any],
+        inputs: Mapping[str, str],
+    ) -> Stage:
+        """A measure of the weights of every step that is kept, of the model before the first, and of the last."""
+        whole, settings = self._measuring(name, replicate, style, measure, model, inputs), self.config.training_of(name)
+        n_steps = settings.settings.n_steps(self.config.facts.n_train or USUAL_POOL // 10)
+        kept = len(settings.settings.kept(n_steps)) + 2
+        name = files.over_training(name, replicate, style, measure.name)
+        return replace(whole, name=name, work=f"{WORK}.measure:over_training", cost=whole.cost * kept)
 
     def _measuring(
         self,

@@ -24,6 +24,7 @@ from subjattn.study import files
 from subjattn.study.across import across
 from subjattn.study.config import StudyConfig
 from subjattn.study.flips import flips
+from subjattn.study.over import over_training
 from subjattn.study.registration import Registered
 from subjattn.study.terms import Terms, Tested, or_reason
 from subjattn.study.values import Values
@@ -88,6 +89,7 @@ class Summary:
             "contrasts": list(self._contrasts()),
             "diagnosis": list(_diagnosis(config, arms)),
             "flips": list(flips(config, self.inside)),
+            "over_training": list(over_training(config, self.folder, self.facts)),
             "claims": self._claims(),
         }
         if len(self.outside.values.table):

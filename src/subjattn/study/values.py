@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -30,16 +30,35 @@ def collect(config: StudyConfig, folder: Folder) -> pd.DataFrame:
         Columns `COLUMNS`; `draw` and `seed` are missing where an arm is not trained here. `over` is what a share is
         a share of.
     """
+    made = [
+        (arm, replicate, style, files.measured(arm, replicate, style, name))
+        for arm, replicate, style, name in _made(config)
+    ]
+    return _tabled(made, folder)[list(COLUMNS)]
+
+
+def collect_over_training(config: StudyConfig, folder: Folder) -> pd.DataFrame:
+    """The same of the weights kept during training, with the column `step`; empty where there are none."""
+    made = [
+        (arm, replicate, style, files.over_training(arm, replicate, style, measure))
+        for arm, replicate, style, measure in _made(config)
+        if measure in config.measured_over_training(arm, style)
+    ]
+    return _tabled(made, folder) if made else pd.DataFrame(columns=[*COLUMNS, "step"])
+
+
+def _tabled(made: Iterable[tuple[str, Replicate | None, str, str]], folder: Folder) -> pd.DataFrame:
+    """Values of stages, with what is known of arms and facts beside them."""
     facts = pd.read_parquet(folder.path(files.TEST)).rename(columns={"fact_id": "fact"})
     tables = []
-    for arm, replicate, style, measure in _made(config):
-        path = folder.path(files.measured(arm, replicate, style, measure)) / "values.parquet"
+    for arm, replicate, style, stage in made:
+        path = folder.path(stage) / "values.parquet"
         if path.is_file():
             draw, seed = replicate or (None, None)
             found = pd.read_parquet(path).rename(columns={"fact_id": "fact"})
             tables.append(found.assign(arm=arm, draw=draw, seed=seed, style=style))
     table = pd.concat(tables, ignore_index=True).astype({"draw": "Int64", "seed": "Int64"})
-    return table.merge(facts[["fact", *ABOUT]], on="fact", how="left", validate="many_to_one")[list(COLUMNS)]
+    return table.merge(facts[["fact", *ABOUT]], on="fact", how="left", validate="many_to_one")
 
 
 def _made(config: StudyConfig) -> Iterator[tuple[str, Replicate | None, str, str]]:

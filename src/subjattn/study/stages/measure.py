@@ -13,6 +13,7 @@ import xarray as xr
 
 from subjattn.errors import NoActivations
 from subjattn.measures.record import VALUE_COLUMNS, Asked, Measure, measure_of, values_of
+from subjattn.models.arms import Arms
 from subjattn.prompts import PromptSet
 from subjattn.run.plan import Context
 from subjattn.study.stages.loading import loaded, loaded_arms, provenance
@@ -32,20 +33,52 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
     try:
-        _measure(measure, prompts, chosen, settings, inputs, out, context)
+        dataset, arms = _measured(measure, prompts, chosen, settings, inputs, context)
     except NoActivations as error:
         (out / "not_defined.json").write_text(json.dumps({"reason": str(error)}))
+        return
+    _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
+    pd.DataFrame(values_of(measure, dataset), columns=VALUE_COLUMNS).to_parquet(out / "values.parquet", index=False)
+    (out / "provenance.json").write_text(json.dumps(provenance() if arms is None else arms.provenance(), indent=1))
 
 
-def _measure(
+def over_training(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
+    """Write `array.nc` and `values.parquet` with a `step`, of the weights that training kept; or `not_defined.json`.
+
+    Step 0 is the model before training; measures that compare with it begin at the first step kept.
+    """
+    measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
+    chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
+    if settings.get("where") == "correct" and chosen:
+        prompts, chosen = _known_alone(prompts, chosen)
+    if reason := _not_defined(measure, prompts, settings, chosen, trained="training" in inputs):
+        (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
+        return
+    adapter = inputs["adapter"]
+    others = {role: path for role, path in inputs.items() if role != "adapter"}
+    steps: dict[int, Path | None] = {} if "base" in measure.needs else {0: None}
+    steps |= {int(path.name): path for path in sorted(adapter.glob("steps/*"), key=lambda path: int(path.name))}
+    steps[len(json.loads((adapter / "training.json").read_text())["losses"])] = adapter
+    found, tables = [], []
+    for step, folder in steps.items():
+        own = others if folder is None else others | {"adapter": folder}
+        found.append(_measured(measure, prompts, chosen, settings, own, context)[0])
+        rows = pd.DataFrame(values_of(measure, found[-1]), columns=VALUE_COLUMNS)
+        tables.append(rows.assign(step=step))
+    whole = xr.concat(found, pd.Index(list(steps), name="step"), combine_attrs="drop_conflicts")
+    _storable(whole).to_netcdf(out / "array.nc", engine="h5netcdf")
+    pd.concat(tables, ignore_index=True).to_parquet(out / "values.parquet", index=False)
+
+
+def _measured(
     measure: Measure,
     prompts: PromptSet,
     chosen: Mapping[str, Any],
     settings: Mapping[str, Any],
     inputs: Mapping[str, Path],
-    out: Path,
     context: Context,
-) -> None:
+) -> tuple[xr.Dataset, Arms | None]:
+    """A measure's arrays of the model that a stage is about, and that model beside its base where it needs one."""
     arms = loaded_arms(settings, inputs) if "base" in measure.needs else None
     model = loaded(settings, inputs) if arms is None else arms.base
     asked = Asked(
@@ -59,10 +92,7 @@ def _measure(
         arms=arms,
         **_facts(inputs, prompts),
     )
-    dataset = measure.run(asked, measure.parse(settings["settings"]))
-    _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
-    pd.DataFrame(values_of(measure, dataset), columns=VALUE_COLUMNS).to_parquet(out / "values.parquet", index=False)
-    (out / "provenance.json").write_text(json.dumps(provenance() if arms is None else arms.provenance(), indent=1))
+    return measure.run(asked, measure.parse(settings["settings"])), arms
 
 
 def _known_alone(prompts: PromptSet, chosen: Mapping[str, Any]) -> tuple[PromptSet, dict[str, Any]]:
