@@ -153,7 +153,8 @@ def test_every_work_of_a_plan_is_there(name: str, tiny_folders: dict[str, Path],
             "arms.mixed={of: known, mix: {}}",
         ]
     )
-    settings = extra + [
+    settings = [
+        *extra,
         f"model={tiny_folders['llama']}",
         f"facts.source={facts}",
         "styles.thinking={template: '{subject} is', chain_of_thought: true}",

@@ -33,6 +33,7 @@ from subjattn.evidence.intervals import MIN_REPLICATES, difference, in_words
 from subjattn.facts.splits import facts_of
 from subjattn.run.folder import RECORD, Folder
 from subjattn.run.plan import SCHEMA, Plan, wrong_schema
+from subjattn.study.joining import joined, mean_over_replicates
 
 
 if TYPE_CHECKING:
@@ -229,16 +230,10 @@ class Run:
         Raises:
             BadInput: the measure is not defined there (the message says why), or a file is damaged.
         """
-        import xarray as xr
-
         stage = self._stage(measure, arm, style, replicate)
         if reason := not_defined(self.folder / stage):
             raise BadInput(f"{measure} is not defined in style {style!r}: {reason}")
-        path = self._file(f"{stage}:array.nc")
-        try:
-            return xr.load_dataset(path, engine="h5netcdf")
-        except (OSError, ValueError) as error:
-            raise BadInput(self._why(path, "netCDF", error)) from None
+        return self._dataset(stage)
 
     def over_training(
         self, measure: str, arm: str, style: str | None = None, replicate: Replicate | None = None
@@ -247,14 +242,22 @@ class Run:
 
         Of its first replicate and style where none is named.
         """
-        import xarray as xr
-
         style = self._named("style", style or self.styles_of(arm)[0], self.styles)
         self._named("measure over training", measure, self.study.get("over_training", []))
         stage = over_training(arm, replicate or self.replicates(arm)[0], style, measure)
         if reason := not_defined(self.folder / stage):
             raise BadInput(f"{measure} is not defined over training: {reason}")
-        return xr.load_dataset(self._file(f"{stage}:array.nc"), engine="h5netcdf")
+        return self._dataset(stage)
+
+    def _dataset(self, stage: str) -> xr.Dataset:
+        """The arrays of a stage; BadInput where their file is damaged."""
+        import xarray as xr
+
+        path = self._file(f"{stage}:array.nc")
+        try:
+            return xr.load_dataset(path, engine="h5netcdf")
+        except (OSError, ValueError) as error:
+            raise BadInput(self._why(path, "netCDF", error)) from None
 
     def _stage(self, measure: str, arm: str, style: str, replicate: Replicate | None) -> str:
         self._named("style", style, self.styles)
@@ -285,9 +288,9 @@ class Run:
             floors = [array.attrs.pop("noise_floor") for array in arrays if "noise_floor" in array.attrs]
             array = arrays[0]
             if len(arrays) > 1:
-                array = _mean(_joined(arrays, "replicate")).assign_attrs(array.attrs)
+                array = mean_over_replicates(joined(arrays, "replicate")).assign_attrs(array.attrs)
             arms.append(array.assign_coords(noise_floor=max(floors)) if floors else array)
-        return _joined(arms, pd.Index(names, name="arm"))
+        return joined(arms, pd.Index(names, name="arm"))
 
     def difference(self, measure: str, variable: str, style: str, a: str, b: str) -> xr.DataArray:
         """A variable of a measure in arm `a` minus arm `b`, replicate by replicate: `(fact, draw, seed, …)`."""
@@ -319,10 +322,10 @@ class Run:
         if replicates != [None]:
             n_seeds = len({replicate[1] for replicate in replicates if replicate})
             draws = [
-                _joined(arrays[i : i + n_seeds], pd.RangeIndex(n_seeds, name="seed"))
+                joined(arrays[i : i + n_seeds], pd.RangeIndex(n_seeds, name="seed"))
                 for i in range(0, len(arrays), n_seeds)
             ]
-            array = _joined(draws, pd.RangeIndex(len(draws), name="draw"))
+            array = joined(draws, pd.RangeIndex(len(draws), name="draw"))
         if "fact" not in array.dims:
             return array
         about = self.facts.set_index("fact_id").reindex(array["fact"].values)
@@ -370,21 +373,6 @@ class Run:
         if name not in known:
             raise BadInput(f"the run has no {what} {name!r}; there are {', '.join(known)}")
         return name
-
-
-def _mean(array: xr.DataArray) -> xr.DataArray:
-    """Mean over replicates, of coordinates too; what is missing in one replicate is missing."""
-    mean = array.mean("replicate", skipna=False)
-    along = {name: of for name, of in array.coords.items() if "replicate" in of.dims and name != "replicate"}
-    means = {n: of.all("replicate") if of.dtype == bool else of.mean("replicate") for n, of in along.items()}
-    return mean.assign_coords(means)
-
-
-def _joined(arrays: Sequence[xr.DataArray], dim: Any) -> xr.DataArray:
-    """Arrays along a new dimension; coordinates that differ between them go along with it."""
-    import xarray as xr
-
-    return xr.concat(arrays, dim, join="exact", coords="different", compat="equals", combine_attrs="drop_conflicts")
 
 
 def check_version(folder: Path) -> None:
