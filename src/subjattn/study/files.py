@@ -31,8 +31,8 @@ from subjattn.digest import digest_of
 from subjattn.errors import BadInput
 from subjattn.evidence.intervals import MIN_REPLICATES, difference, in_words
 from subjattn.facts.splits import facts_of
-from subjattn.run.folder import RECORD, Folder
-from subjattn.run.plan import SCHEMA, Plan, wrong_schema
+from subjattn.run.folder import Folder
+from subjattn.run.plan import Plan, wrong_schema
 from subjattn.study.joining import joined, mean_over_replicates
 
 
@@ -373,18 +373,6 @@ class Run:
         if name not in known:
             raise BadInput(f"the run has no {what} {name!r}; there are {', '.join(known)}")
         return name
-
-
-def check_version(folder: Path) -> None:
-    """Refuse a folder that another version of subjattn wrote into; BadInput says which and what to do."""
-    if (folder / "facts" / RECORD).is_file():
-        raise BadInput(wrong_schema(repr(str(folder)), None))
-    try:
-        found = json.loads((folder / PLAN).read_text())["schema"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    if found != SCHEMA:
-        raise BadInput(wrong_schema(repr(str(folder)), found))
 
 
 def open_run(folder: str | Path) -> Run:
