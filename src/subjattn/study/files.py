@@ -338,7 +338,7 @@ class Run:
 
     def provenance(self, arm: str) -> dict[str, Any]:
         """Model, adapter and hashes behind an arm's numbers (its first replicate's)."""
-        stage = measured(arm, self.replicates(arm)[0], self.styles[0], "accuracy")
+        stage = measured(arm, self.replicates(arm)[0], self.styles_of(arm)[0], "accuracy")
         return json.loads(self._file(f"{stage}:provenance.json").read_text())  # type: ignore[no-any-return]
 
     def _file(self, source: str) -> Path:

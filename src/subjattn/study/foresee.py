@@ -12,8 +12,7 @@ from subjattn.progress import clock
 from subjattn.run.folder import Folder
 from subjattn.run.plan import Plan
 from subjattn.study.config import StudyConfig
-from subjattn.study.files import check_version
-from subjattn.study.manifest import mixtures
+from subjattn.study.manifest import check_version, mixtures
 from subjattn.study.places import OVERHEAD, Place
 from subjattn.study.plan import plan_study
 from subjattn.study.planning import weight_bytes

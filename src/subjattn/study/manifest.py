@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from subjattn.errors import BadInput
 from subjattn.evidence.intervals import CONFIDENCE
-from subjattn.run.folder import Folder
+from subjattn.run.folder import RECORD, Folder
 from subjattn.run.perform import VERSIONS
-from subjattn.run.plan import Plan
+from subjattn.run.plan import SCHEMA, Plan, wrong_schema
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
 
@@ -20,10 +22,9 @@ CIRCUMSTANCES = ("versions", "python", "platform", "device", "threads")
 
 def manifest(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, Any]:
     """The content of `manifest.json`."""
-    first = next(iter(config.styles))
     arms = {}
     for arm in config.arms:
-        stage = files.measured(arm, config.replicates_of(arm)[0], first, "accuracy")
+        stage = files.measured(arm, config.replicates_of(arm)[0], config.styles_of(arm)[0], "accuracy")
         arms[arm] = json.loads((folder.path(stage) / "provenance.json").read_text())
     return {
         "study": config.model_dump(mode="json"),
@@ -65,3 +66,15 @@ def _flat(record: Mapping[str, Any]) -> dict[str, str | None]:
     versions = record.get("versions") or {}
     rest = {name: None if of is None else str(of) for name, of in record.items() if name != "versions"}
     return rest | {name: str(of) for name, of in versions.items()}
+
+
+def check_version(folder: Path) -> None:
+    """Refuse a folder that another version of subjattn wrote into; BadInput says which and what to do."""
+    if (folder / "facts" / RECORD).is_file():
+        raise BadInput(wrong_schema(repr(str(folder)), None))
+    try:
+        found = json.loads((folder / files.PLAN).read_text())["schema"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if found != SCHEMA:
+        raise BadInput(wrong_schema(repr(str(folder)), found))

@@ -13,15 +13,14 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from subjattn.errors import BadInput
 from subjattn.progress import Progress
 from subjattn.run.changes import replaced
-from subjattn.run.folder import RECORD, RESULTS, Folder, alone, replacing
-from subjattn.run.plan import SCHEMA, Plan, wrong_schema
+from subjattn.run.folder import RESULTS, Folder, alone, replacing
+from subjattn.run.plan import Plan
 from subjattn.run.schedule import execute
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
-from subjattn.study.manifest import manifest
+from subjattn.study.manifest import check_version, manifest
 from subjattn.study.places import Place, check_place, executors_of
 from subjattn.study.plan import plan_study
 from subjattn.study.registration import register, registered_in
@@ -64,7 +63,7 @@ def run_study(
         progress = stack.enter_context(Progress(console))
         plan = plan_study(config)
         stack.enter_context(alone(out))
-        _check_version(out)
+        check_version(out)
         folder = Folder(out)
         stack.callback(folder.sweep)  # once the workers have ended, killed or not
         for line in replaced(plan, folder):
@@ -79,18 +78,6 @@ def run_study(
             show(_summary(early, folder).content())
         execute(plan, folder, progress, executors)
         return write_results(config, plan, folder)
-
-
-def _check_version(folder: Path) -> None:
-    """Refuse a folder that another version of subjattn wrote into; BadInput says which and what to do."""
-    if (folder / "facts" / RECORD).is_file():
-        raise BadInput(wrong_schema(repr(str(folder)), None))
-    try:
-        found = json.loads((folder / files.PLAN).read_text())["schema"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    if found != SCHEMA:
-        raise BadInput(wrong_schema(repr(str(folder)), found))
 
 
 def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, Any]:
