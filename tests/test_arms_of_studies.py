@@ -18,6 +18,7 @@ from subjattn.models.derived import mixed, restored
 from subjattn.study.files import Run, open_run
 from subjattn.study.read import load_study, parse_study
 from subjattn.study.run import run_study
+from subjattn.study.stages.mixing import WEIGHTS
 
 
 LIST = "City: {subject}\nCountry:"
@@ -174,7 +175,7 @@ def test_the_share_of_a_mixture_is_chosen_on_validation_facts_alone(run: Run, ra
         found = json.loads((run.folder / f"arms/chosen/draw{draw}-seed0/mixing/mixing.json").read_text())
         curve = pd.DataFrame(found["curve"]).set_index("weight")
         best = curve.index[curve["validation"] == curve["validation"].max()]
-        assert found["weight"] == min(best, key=lambda weight: abs(weight - 0.5)) and len(curve) == 11
+        assert found["weight"] == min(best, key=lambda weight: abs(weight - 0.5)) and len(curve) == len(WEIGHTS)
     base = sa.load_model(raw["model"])
     tuned = sa.load_model(raw["model"], adapter=run.folder / "arms/unknown/draw0-seed0/adapter")
     own = sa.make_prompts(facts[facts["validation"]], base.tokenizer, LIST)
@@ -207,6 +208,7 @@ def test_the_report_shows_them(run: Run, raw: dict[str, Any]) -> None:
         ({"x": {"of": "known", "restore": {"share": 2}}}, "restore.share"),
         ({"x": {"of": "known", "mix": {"base_style": "list"}}}, "shows no facts: give it 'shots'"),
         ({"x": {"train": "known", "styles": ["none"]}}, "no style 'none'"),
+        ({"base": {"styles": ["list"]}, "x": {}}, "says which facts are known: it is asked in all styles"),
         ({"x": {"train": "known", "training": {"learnig_rate": 1}}}, "learnig_rate: no such field; did you mean"),
         ({"x": {"train": "known", "training": {"method": "magic"}}}, "no training method 'magic'"),
         ({"x": {"training": {"epochs": 2}}}, "say on which facts"),

@@ -29,6 +29,26 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
     return made
 
 
+def overview_table(rows: list[dict[str, Any]]) -> Table:
+    """A row an arm and style, a column a quantity: its mean and, beneath, its interval."""
+    made = table("overview: means and 95 % intervals")
+    styles = len({row["style"] for row in rows}) > 1
+    for heading in ("arm", *["style"] * styles, *rows[0]["cells"]):
+        made.add_column(
+            Text(heading.replace("_", " ").replace(":", ", ")), justify="left" if heading == "arm" else "right"
+        )
+    for row in rows:
+        shown = (Text(_with_ends(cell)) for cell in row["cells"].values())
+        made.add_row(Text(row["arm"]), *[Text(row["style"])] * styles, *shown)
+    return made
+
+
+def _with_ends(cell: dict[str, Any]) -> str:
+    if cell["estimate"] is None:
+        return "–"
+    return f"{cell['estimate']:.3f}\n[{cell['low']:.2f}, {cell['high']:.2f}]"
+
+
 def _mean_of(found: dict[str, Any], name: str) -> str:
     if found[name] is None:
         return "–"

@@ -138,7 +138,9 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
 
     summary = run_study(config, out, workers=workers, on=on)
     console = Console()
-    if summary["contrasts"] and not summary["claims"]:
+    if summary["overview"]:
+        console.print(tables.overview_table(summary["overview"]), "")
+    elif summary["contrasts"] and not summary["claims"]:
         console.print(*change_tables.conclusion(summary), sep="\n")
     else:
         for style in config.styles:

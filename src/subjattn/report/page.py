@@ -68,6 +68,7 @@ def _content(run: Run) -> dict[str, Any]:
         "changed": [row for row in summary["contrasts"] if row.get("verdict")],
         "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
+        "overview": summary.get("overview", []),
         "over_training": _over_training(run),
         "composition": _composition(run),
         "gap": factuality_gap(run).to_dict("records") if has_gap(run) else [],

@@ -119,6 +119,10 @@ class StudyConfig(Section):
     over_training: list[str] = Field(
         [], description="measures also made of the weights that training.checkpoints keeps, each arm in its first style"
     )
+    overview: list[str] = Field(
+        [],
+        description="quantities of one table with a row for each arm; `accuracy:known` is of the upper third's facts",
+    )
     contrasts: list[tuple[str, str]] = Field([], description="each the first arm minus the second")
     smallest_effects: dict[str, Annotated[PositiveFloat, AllowInfNan(False)]] = Field(
         {}, description="of quantities, in place of the measures' own: the least difference that matters"

@@ -27,6 +27,12 @@ def check_claims(study: StudyConfig) -> None:
     for quantity in study.smallest_effects:
         with _within(f"smallest_effects.{quantity}"):
             quantity_of(quantity, study.measured)
+    for number, column in enumerate(study.overview):
+        with _within(f"overview.{number}"):
+            name, colon, which = column.partition(":")
+            quantity_of(name.partition(".")[0], study.measured)
+            if colon and which not in ("known", "unknown"):
+                raise BadInput(f"column {column!r}: a quantity is of all facts, or :known, or :unknown")
     for number, claim in enumerate(study.claims):
         with _within(f"claims.{number}"):
             _check_claim(study, claim)
@@ -120,8 +126,11 @@ def check_made(study: StudyConfig) -> None:
             )
         if arm.mix and arm.mix.base_style and not study.styles[arm.mix.base_style].shots:
             raise BadInput(f"{field}.mix: style {arm.mix.base_style!r} shows no facts: give it 'shots'", field=field)
-    if not any(arm.styles is None for arm in study.arms.values() if not (arm.train or arm.of)):
-        raise BadInput(f"arm {study.untrained!r} says which facts are known: it is asked in all styles", field="arms")
+    if study.arms[study.untrained].styles is not None:
+        raise BadInput(
+            f"arm {study.untrained!r} says which facts are known: it is asked in all styles",
+            field=f"arms.{study.untrained}.styles",
+        )
 
 
 def check_training(study: StudyConfig) -> None:

@@ -25,6 +25,7 @@ from subjattn.study.across import across
 from subjattn.study.config import StudyConfig
 from subjattn.study.flips import flips
 from subjattn.study.over import over_training
+from subjattn.study.overview import overview
 from subjattn.study.registration import Registered
 from subjattn.study.terms import Terms, Tested, or_reason
 from subjattn.study.values import Values
@@ -89,6 +90,7 @@ class Summary:
             "contrasts": list(self._contrasts()),
             "diagnosis": list(_diagnosis(config, arms)),
             "flips": list(flips(config, self.inside)),
+            "overview": list(overview(config, self.folder, self.inside.values.table, self.facts)),
             "over_training": list(over_training(config, self.folder, self.facts)),
             "claims": self._claims(),
         }
