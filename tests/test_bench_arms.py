@@ -8,8 +8,11 @@ import pandas as pd
 import pytest
 
 from subjattn import bench_arms as benches
+from subjattn import bench_training
 from subjattn.bench import bench_pairs
-from subjattn.models import LoadedModel
+from subjattn.facts import draw
+from subjattn.models import LoadedModel, load_model
+from subjattn.prompts import make_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +34,17 @@ def test_arms_hold_one_copy(tiny_folders: dict[str, Path], tiny_models: dict[str
     between = benches.time_transfer(folder, pairs[:2])
     assert between["max_abs_diff"] < 1e-4 and between["rows"]["transfer"] > between["rows"]["patch_grid"] > 0
     assert set(between["ratios"]) == {"transfer", "hooks"}
+
+
+def test_training_is_timed_against_a_loop_that_trains_the_same(
+    tiny_folders: dict[str, Path], cities: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bare loop's losses are those of `fit`, step by step; planted: a loop that does less would differ."""
+    folder = str(tiny_folders["llama"])
+    monkeypatch.setattr(bench_training, "REPEATS", 1)
+    prompts = make_prompts(draw(cities, 40), load_model(folder).tokenizer, "City: {subject}\nCountry:")
+    found = bench_training.time_training(folder, prompts)
+    assert found["max_abs_diff"] < 1e-5 and found["steps"] == 8 and len(found["throughputs"]) == 1
+    assert found["throughput"] == pytest.approx(found["seconds"]["loop"] / found["seconds"]["fit"])
+    monkeypatch.setattr(bench_training, "clip_grad_norm_", lambda *_: None)
+    assert bench_training.time_training(folder, prompts)["max_abs_diff"] > 1e-4

@@ -39,6 +39,7 @@ FLOORS = (
         "bench",
         "bench_facts",
         "bench_arms",
+        "bench_training",
         "bench_tables",
         "tables",
         "change_tables",

@@ -51,6 +51,7 @@ class GridName(StrEnum):
     attention = "attention"
     arms = "arms"
     transfer = "transfer"
+    training = "training"
     spans = "spans"
     slick = "slick"
 
@@ -114,8 +115,8 @@ def bench(
     grid: Annotated[
         GridName,
         typer.Option(
-            help="Which cells; `arms` or `transfer`, base and adapters beside one model; `spans` of all facts, or "
-            "`slick`, labelling --n facts."
+            help="Which cells; `arms` or `transfer`, base and adapters beside one model; `training`, beside a bare "
+            "loop; `spans` of all facts, or `slick`, labelling --n facts."
         ),
     ],
     model: ModelOption = "smollm2-135m",
@@ -154,7 +155,7 @@ def bench(
     else:
         hf = benches.random_model(random_init, dtype, best_device())
         pairs = benches.random_pairs(hf, n, 20, seed)
-    if grid in (GridName.arms, GridName.transfer):
+    if grid in (GridName.arms, GridName.transfer, GridName.training):
         if random_init is not None:
             raise BadInput(f"--grid {grid.value} puts adapters on a model: give --model, and no --random-init")
         _bench_arms(grid, model, pairs, dtype, json_)
@@ -175,8 +176,11 @@ def bench(
 
 def _bench_arms(grid: GridName, model: str, pairs: Any, dtype: str, json_: Path | None) -> None:
     from subjattn.bench_arms import time_arms, time_transfer
+    from subjattn.bench_training import time_training
 
-    if grid is GridName.arms:
+    if grid is GridName.training:
+        found = time_training(model, [one for pair in pairs for one in pair], dtype)
+    elif grid is GridName.arms:
         found = time_arms(model, [one for pair in pairs for one in pair], dtype)
     else:
         found = time_transfer(model, pairs, dtype)
