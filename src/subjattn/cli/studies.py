@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from subjattn import change_tables, tables
-from subjattn.cli.app import app
+from subjattn.cli.app import app, note
 from subjattn.errors import BadInput
 
 
@@ -36,6 +36,10 @@ def run(
     set_: SetOption = None,
     workers: WorkersOption = None,
     on: OnOption = None,
+    random_init: Annotated[
+        bool,
+        typer.Option("--random-init", help="Random weights of the model's shape: tries the road, its time and memory."),
+    ] = False,
 ) -> None:
     """Run a study, or finish one that was stopped; finished stages are reused.
 
@@ -44,7 +48,19 @@ def run(
     from subjattn.study.read import load_study
 
     config = load_study(study, set_ or [])
-    _run(config, out or Path("runs") / config.name, workers, on)
+    target = out or Path("runs") / (f"{config.name}-random" if random_init else config.name)
+    if random_init:
+        from subjattn.models.random import random_folder
+        from subjattn.study.spent import spent
+
+        if any(arm.model for arm in config.arms.values()):
+            raise BadInput("--random-init draws the study's own model: leave out arms that bring another")
+        config = config.model_copy(update={"model": str(random_folder(config.model, config.seed))})
+        note("random weights: times and memory are the shape's, the numbers mean nothing")
+    _run(config, target, workers, on)
+    if random_init:
+        for line in spent(target):
+            typer.echo(line)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from subjattn.errors import BadInput
 from subjattn.models.adapter import with_adapter
 from subjattn.models.names import located
 from subjattn.models.provenance import provenance
+from subjattn.models.random import is_random, random_weights
 from subjattn.models.reading import reading
 
 
@@ -74,15 +76,20 @@ def load_model(
     tokenizer = load_tokenizer(name)
     with reading(f"model {name!r}"):
         model: Any
-        loading: dict[str, Any]
-        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source,
-            revision=commit,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **_quantized(dtype, device, four_bit=four_bit),
-        )
+        loading: dict[str, Any] = {"missing_keys": (), "mismatched_keys": ()}
+        if is_random(source):
+            if four_bit:
+                raise BadInput(f"model {name!r} has random weights, which are not put into 4 bits: leave four_bit out")
+            model = random_weights(Path(source), getattr(torch, dtype), device)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                source,
+                revision=commit,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **_quantized(dtype, device, four_bit=four_bit),
+            )
     _refuse_incomplete(name, model, loading)
     if adapter is not None:
         model = with_adapter(model, tokenizer, str(name), str(adapter), may_be_identical=identical)

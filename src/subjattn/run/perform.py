@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import threading
 import time
 import traceback
@@ -83,6 +84,7 @@ def perform(
                     folder.writing(stage.name, record) as out,
                     _threads(threads if stage.device else None),
                 ):
+                    _forget_peak()
                     inputs = {role: folder.path(source) for role, source in stage.inputs.items()}
                     stage.resolve()({**stage.settings, **stage.where}, inputs, out, reporter)
                     record |= {"settings": dict(stage.settings), "external": dict(stage.external)}
@@ -122,7 +124,24 @@ def _circumstances(stage: Stage) -> dict[str, Any]:
         import torch
 
         found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        found["peak_memory"] = _peak_memory()
     return found
+
+
+def _peak_memory() -> int:
+    """Bytes held at most since a stage began, on a GPU; of this process since its start, without one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 class _threads:  # noqa: N801

@@ -26,8 +26,8 @@ def _plain(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> LoadedMod
     """
     adapter: str | None = str(inputs["adapter"]) if "adapter" in inputs else settings.get("adapter")
     whole = adapter is not None and _is_whole(Path(adapter))
-    weights = Path(adapter or "") / ("model.safetensors" if whole else "adapter_model.safetensors")
-    written = weights.stat().st_mtime_ns if adapter and weights.is_file() else None
+    files = Path(adapter or ".").glob("*.safetensors") if adapter else ()
+    written = max((file.stat().st_mtime_ns for file in files), default=None)
     key = (settings["model"], *settings.get("identity", ()), adapter, written, settings["dtype"])
     if key not in _held:
         release()
