@@ -25,11 +25,8 @@ OWN_PROMPTS = "each arm reads its own reasoning here, which may repeat the subje
 
 def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
     """Write `array.nc`, `values.parquet` and `provenance.json`; or `not_defined.json`, which says why."""
-    measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
-    chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
-    if settings.get("where") == "correct" and chosen:
-        prompts, chosen = _known_alone(prompts, chosen)
-    if reason := _not_defined(measure, prompts, settings, chosen, trained="training" in inputs):
+    measure, prompts, chosen, reason = _given(settings, inputs)
+    if reason:
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
     try:
@@ -47,11 +44,8 @@ def over_training(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: 
 
     Step 0 is the model before training; measures that compare with it begin at the first step kept.
     """
-    measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
-    chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
-    if settings.get("where") == "correct" and chosen:
-        prompts, chosen = _known_alone(prompts, chosen)
-    if reason := _not_defined(measure, prompts, settings, chosen, trained="training" in inputs):
+    measure, prompts, chosen, reason = _given(settings, inputs)
+    if reason:
         (out / "not_defined.json").write_text(json.dumps({"reason": reason}))
         return
     adapter = inputs["adapter"]
@@ -68,6 +62,17 @@ def over_training(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: 
     whole = xr.concat(found, pd.Index(list(steps), name="step"), combine_attrs="drop_conflicts")
     _storable(whole).to_netcdf(out / "array.nc", engine="h5netcdf")
     pd.concat(tables, ignore_index=True).to_parquet(out / "values.parquet", index=False)
+
+
+def _given(
+    settings: Mapping[str, Any], inputs: Mapping[str, Path]
+) -> tuple[Measure, PromptSet, dict[str, Any], str | None]:
+    """What is measured, of which prompts, with which choices among them; or why it is not defined."""
+    measure, prompts = measure_of(settings["measure"]), load_prompts(inputs["prompts"])
+    chosen = json.loads(inputs["chosen"].read_text()) if "chosen" in inputs else {}
+    if settings.get("where") == "correct" and chosen:
+        prompts, chosen = _known_alone(prompts, chosen)
+    return measure, prompts, chosen, _not_defined(measure, prompts, settings, chosen, trained="training" in inputs)
 
 
 def _measured(
