@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "plan", "check", "report", "facts", "knowledge", "measure", "compare", "verify", "bench")
+COMMANDS = ("run", "plan", "check", "report", "facts", "finetune", "knowledge", "measure", "compare", "verify", "bench")
 NOTEBOOK = ROOT / "experiments" / "walkthrough.ipynb"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,7 @@ def test_finetune_writes_an_ordinary_adapter(
     out = tmp_path / "tuned"
     arguments = ["--model", model, "--facts", "cities", "--arm", "unknown", "--n", 20, "--steps", 6, "--out", out]
     assert run(monkeypatch, "finetune", *arguments, *ASKED) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
     assert not (out / KEPT).exists()
     tuned = sa.load_model(str(model), adapter=out)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out).eval()
@@ -43,12 +45,15 @@ def test_finetune_writes_an_ordinary_adapter(
     assert not set(train["subject"]) & set(test["subject"])
     card = (out / "README.md").read_text()
     losses = json.loads((out / "training.json").read_text())["losses"]
-    for said in (f"base_model: {model}", "`unknown` of cities by popularity", "LoRA of rank 4, alpha 8", "seed 0"):
-        assert said in card
+    for words in (f"base_model: {model}", "`unknown` of cities by popularity", "LoRA of rank 4, alpha 8", "seed 0"):
+        assert words in card
     assert f"| loss | {losses[0]['loss']:.3f} | " in card and f" {losses[-1]['loss']:.3f} |" in card
     assert run(monkeypatch, "finetune", *arguments, *ASKED) == 2
     assert "is not empty: name a new folder" in capsys.readouterr().err
     facts = out / "facts" / "test.parquet"
+    assert "measure it: subjattn compare" in said and shlex.split(said.split("measure it: ")[1])[-4:] == [
+        "--template", r"City: {subject}\nCountry:", "--template", "The city of {subject} is located in the country of",
+    ]  # fmt: skip
     assert run(monkeypatch, "measure", "accuracy", "--model", model, "--adapter", out, "--facts", facts) == 0
 
 

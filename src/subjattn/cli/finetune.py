@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,7 @@ def finetune(
     """Train one arm on known, unknown or any facts; an ordinary PEFT adapter or model with a model card comes out.
 
     Asked for once more after it was killed, it goes on where it was. Facts held out of training are written beside the
-    weights: `subjattn compare --adapter OUT --facts OUT/facts/test.parquet` measures on them.
+    weights; its last line is the command that measures on them.
 
     Example: `subjattn finetune --facts cities --arm unknown --n 256 --steps 16 --out unknown`
     """
@@ -133,6 +134,14 @@ def finetune(
     for name in ("train", "test", *["validation"] * bool(validation)):
         drawn[arm if name == "train" else name].to_parquet(out / "facts" / f"{name}.parquet", index=False)
     typer.echo(out)
+    templates = " ".join(f"--template {shlex.quote(_typed(text))}" for text in styles.values())
+    held_out = out / "facts" / "test.parquet"
+    typer.echo(f"measure it: subjattn compare --base {model} --adapter {out} --facts {held_out} {templates}")
+
+
+def _typed(template: str) -> str:
+    r"""A template as `--template` takes it, line breaks as `\n`."""
+    return template.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _drawn(study: dict[str, Any], specs: list[str], folder: Path, progress: Any) -> dict[str, Any]:
