@@ -154,7 +154,7 @@ def test_the_loss_begins_with_the_answers_own(
     assert [one["loss"] for one in said[name]][1:] != [one["loss"] for one in said["sft"]][1:]
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("weights", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_killed_method_ends_with_the_same_bits(
     name: str, weights: str, started: Callable[..., int], tmp_path: Path

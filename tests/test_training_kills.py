@@ -93,7 +93,7 @@ def started(tiny_folders: dict[str, Path], examples: list[Example]) -> Callable[
     return start
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def whole(
     request: pytest.FixtureRequest, started: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Training, dict[str, bytes]]:
