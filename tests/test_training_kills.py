@@ -179,7 +179,7 @@ from subjattn.finetune.record import Lessons
 from subjattn.models import load_model
 torch.set_num_threads(1)
 model, settings, examples, out = pickle.loads(Path(sys.argv[1]).read_bytes())
-fit(load_model(model), Lessons(examples), settings, Path(out))
+fit(load_model(model), Lessons(examples, validation=examples[:5]), settings, Path(out))
 """
 
 
@@ -193,7 +193,9 @@ def test_two_processes_train_on_the_data_once(
     import torch
     from safetensors.torch import load_file
 
-    settings = Training(epochs=3, learning_rate=1e-2, batch_size=7, lora_rank=4)
+    settings = Training(
+        epochs=3, learning_rate=1e-2, batch_size=7, lora_rank=4, stop="validation", patience=9, checkpoints=(2,)
+    )
     (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
@@ -208,6 +210,7 @@ def test_two_processes_train_on_the_data_once(
     said = [json.loads((tmp_path / name / "training.json").read_text())["losses"] for name in ("one", "two")]
     assert len(said[0]) == len(said[1]) == 12
     assert [one["loss"] for one in said[0]] == pytest.approx([one["loss"] for one in said[1]], rel=1e-3)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=2e-4)
+    for file in ("adapter_model.safetensors", "steps/2/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=2e-4)

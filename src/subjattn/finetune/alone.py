@@ -14,6 +14,7 @@ from subjattn.errors import BadInput
 from subjattn.facts import load_facts
 from subjattn.finetune.card import write_card
 from subjattn.finetune.examples import make_examples
+from subjattn.finetune.fit import is_first_process
 from subjattn.finetune.record import Lessons, Method, method_of
 from subjattn.finetune.settings import Training
 from subjattn.finetune.update import load_base
@@ -83,6 +84,8 @@ def fine_tune(
     target.mkdir(parents=True, exist_ok=True)
     lessons = Lessons(examples, more, judged, seed, kept, on_step)
     found.train(base, lessons, chosen, target)
+    if not is_first_process():
+        return target
     write_card(target, base, found, chosen, asked, seed, about)
     shutil.rmtree(target / KEPT, ignore_errors=True)
     return target

@@ -8,6 +8,7 @@ the process go on afterwards as if there had been none.
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,16 +62,23 @@ def fit(
         raise BadInput("there are no prompts to train on")
     if settings.stop == "validation" and not lessons.validation:
         raise BadInput("stop: validation needs validation facts, and there are none")
-    with quiet(), _random_states_kept(), _kept(lessons.kept) as kept:
+    with quiet(), _random_states_kept(), _kept(lessons.kept if is_first_process() else None) as kept:
         torch.manual_seed(lessons.seed)
         update = Update(base, settings)
         extra = None if objective is None else objective(update, lessons, kept)
         log = train(update, lessons, settings, kept, extra)
+        if not is_first_process():
+            return
         for step in settings.kept(log.n_steps):
             with update.being(update.read(kept / kept_weights(step))):
                 update.save(folder / "steps" / str(step))
         update.save(folder)
     (folder / "training.json").write_text(json.dumps(log.to_dict() | _described(lessons), indent=1))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of several, as torchrun and accelerate start them, that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def leave_as_it_is(base: LoadedModel, settings: Training, folder: Path) -> None:

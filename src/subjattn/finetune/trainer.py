@@ -39,7 +39,7 @@ def run(update: Update, lessons: Lessons, settings: Training, kept: Path, extra:
     order = batches(lessons.examples, settings.batch_size, n_steps, lessons.seed, settings.known)
     trainer = _Trainer(update, lessons, settings, order, kept, extra)
     trainer.remove_callback(PrinterCallback)
-    found = checkpoints.newest(kept)
+    found = checkpoints.newest(kept) if trainer.args.world_size == 1 else None
     update.model.train()
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     update.model.eval()
@@ -195,6 +195,5 @@ class _EachStep(TrainerCallback):
         control.should_save = trainer.is_time_to_save()
 
     def _write(self, name: str) -> None:
-        if self.trainer.is_world_process_zero():
-            with replacing(self.trainer.kept / name) as path:
-                self.trainer.update.write(path)
+        with replacing(self.trainer.kept / name) as path:
+            self.trainer.update.write(path)
