@@ -25,7 +25,10 @@ def plot_over_training(rows: Sequence[Mapping[str, Any]], units: Mapping[str, st
     measures, arms = (list(dict.fromkeys(row[name] for row in rows)) for name in ("measure", "arm"))
     steps = sorted({row["step"] for row in rows})
     figure = make_subplots(
-        rows=math.ceil(len(measures) / 2), cols=min(2, len(measures)), subplot_titles=measures, vertical_spacing=0.12
+        rows=math.ceil(len(measures) / 2),
+        cols=min(2, len(measures)),
+        subplot_titles=measures,
+        vertical_spacing=0.36 / math.ceil(len(measures) / 2),
     )
     for number, measure in enumerate(measures):
         place = {"row": number // 2 + 1, "col": number % 2 + 1}
@@ -36,7 +39,13 @@ def plot_over_training(rows: Sequence[Mapping[str, Any]], units: Mapping[str, st
             x = [_along(row["step"]) for row in own]
             edge = [row["ci_high"] for row in own] + [row["ci_low"] for row in reversed(own)]
             band = go.Scatter(
-                x=[*x, *reversed(x)], y=edge, fill="toself", fillcolor=color, opacity=0.15, line={"width": 0}
+                x=[*x, *reversed(x)],
+                y=edge,
+                mode="lines",
+                fill="toself",
+                fillcolor=color,
+                opacity=0.15,
+                line={"width": 0},
             )
             figure.add_trace(band.update(legendgroup=arm, showlegend=False, hoverinfo="skip"), **place)
             line = go.Scatter(x=x, y=[row["estimate"] for row in own], mode="lines+markers", line={"color": color})
