@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +72,8 @@ def fit(
             with update.being(update.read(kept / kept_weights(step))):
                 update.save(folder / "steps" / str(step))
         update.save(folder)
-    (folder / "training.json").write_text(json.dumps(log.to_dict() | _described(lessons), indent=1))
+    said = log.to_dict() | {"n_facts": len(lessons.examples), "seed": lessons.seed}
+    (folder / "training.json").write_text(json.dumps(said, indent=1))
 
 
 def is_first_process() -> bool:
@@ -103,10 +103,6 @@ def train(update: Update, lessons: Lessons, settings: Training, kept: Path, extr
     if settings.stop == "validation":
         update.put(update.read(kept / BEST))
     return log
-
-
-def _described(lessons: Lessons) -> dict[str, Any]:
-    return {"n_facts": len(lessons.examples), "seed": lessons.seed}
 
 
 @contextmanager

@@ -97,12 +97,14 @@ class _Builder(FactStages):
                 about = model | {"own_prompts": own} | self._beside_base(name, measure)
                 if config.facts.where == "correct" and measure.name != "accuracy":
                     about["where"] = "correct"
-                yield self._measuring(name, replicate, style, measure, about, inputs)
+                measured = self._measuring(name, replicate, style, measure, about, inputs)
+                yield measured
                 is_first = replicate is None or replicate == (0, 0)
                 if measure.name == "accuracy" and name == reference and is_first:
                     yield self._choosing(style, prompts, files.measured(name, replicate, style, "accuracy"))
                 if measure.name in config.measured_over_training(name, style):
-                    yield self._over_training(name, replicate, style, measure, about, inputs)
+                    over = files.over_training(name, replicate, style, measure.name)
+                    yield self._over_training(name, measured, over)
 
     def _made(self, name: str) -> dict[str, Any]:
         """What an arm that is made of another is."""
@@ -213,21 +215,12 @@ class _Builder(FactStages):
             files.arm_folder(name, replicate),
         )
 
-    def _over_training(
-        self,
-        name: str,
-        replicate: Replicate | None,
-        style: str,
-        measure: Measure,
-        model: Mapping[str, Any],
-        inputs: Mapping[str, str],
-    ) -> Stage:
+    def _over_training(self, name: str, measured: Stage, over: str) -> Stage:
         """A measure of the weights of every step that is kept, of the model before the first, and of the last."""
-        whole, settings = self._measuring(name, replicate, style, measure, model, inputs), self.config.training_of(name)
-        n_steps = settings.settings.n_steps(self.config.facts.n_train or USUAL_POOL // 10)
-        kept = len(settings.settings.kept(n_steps)) + 2
-        name = files.over_training(name, replicate, style, measure.name)
-        return replace(whole, name=name, work=f"{WORK}.measure:over_training", cost=whole.cost * kept)
+        settings = self.config.training_of(name).settings
+        n_steps = settings.n_steps(self.config.facts.n_train or USUAL_POOL // 10)
+        cost = measured.cost * (len(settings.kept(n_steps)) + 2)
+        return replace(measured, name=over, work=f"{WORK}.measure:over_training", cost=cost)
 
     def _measuring(
         self,
