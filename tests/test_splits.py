@@ -609,3 +609,15 @@ def test_a_fifth_of_every_third_is_set_aside(
     one = facts[facts["relation"] == "r0"]
     alone = set_aside(one, by, ("relation", "answer"), controlled, shots, seed)
     assert alone.equals(aside[one.index]), "the other relations do not move it"
+
+
+def test_validation_facts_are_in_no_arm_nor_tested_by_name() -> None:
+    """Every fact that is left is trained on, so one that validates and trains would show."""
+    rows = [(f"{relation}{i}", f"Name {i}", relation, [f"answer {i % 2}"], i) for relation in "ab" for i in range(60)]
+    facts = pd.DataFrame(rows, columns=["fact_id", "subject", "relation", "answers", "popularity"])
+    table = split(facts, ["whole"], None, 12, match=[], within=[], n_validation=9)
+    assert table["test"].sum() == 12 and table["validation"].sum() == 9
+    names = [set(table["subject"][table[part]]) for part in ("test", "validation", "train_whole")]
+    assert all(a.isdisjoint(b) for i, a in enumerate(names) for b in names[i + 1 :])
+    plain = split(facts, ["whole"], None, 12, match=[], within=[])
+    assert set(plain["fact_id"][plain["test"]]) == set(table["fact_id"][table["test"]]), "test facts stay as they were"
