@@ -128,6 +128,26 @@ def test_arms_are_equal_but_for_rank(facts: pd.DataFrame, match: tuple, within: 
 
 
 @usual
+@given(facts=tables, match=st.sampled_from(MATCHES), seed=st.integers(0, 5), times=st.integers(2, 3))
+def test_an_arm_of_many_times_the_facts_has_them_of_every_cell(
+    facts: pd.DataFrame, match: tuple, seed: int, times: int
+) -> None:
+    arms = [f"{times}x:whole", "known", f"{times}x:mixed-50%"]
+    try:
+        table = split(facts, arms, 3, 6, match=match, within=(), seed=seed)
+    except BadInput as error:
+        assert "is not between 1 and the" in str(error)
+        return
+    cells = cells_of(table, "known", match)
+    assert sum(cells.values()) == 3
+    for arm in (arms[0], arms[2]):
+        assert cells_of(table, arm, match) == Counter({cell: times * n for cell, n in cells.items()})
+    third = table.set_index("fact_id")["third"]
+    n_unknown = Counter(third[list(ids(table, f"train_{arms[2]}"))])["bottom"]
+    assert n_unknown == int(Fraction(3 * times, 2) + Fraction(1, 2))
+
+
+@usual
 @given(facts=tables, match=st.sampled_from(MATCHES), seed=st.integers(0, 5))
 def test_known_and_unknown_take_all_that_can_be_equal(facts: pd.DataFrame, match: tuple, seed: int) -> None:
     """As many as both can have of every cell, recounted; so the draw of the larger number is refused."""
@@ -338,10 +358,13 @@ def test_cities_can_be_split(cities: pd.DataFrame) -> None:
         ("bottom-12.5%", "bottom", Fraction(1, 8)),
         ("mixed-0%", "mixed", 0),
         ("whole", "whole", 1),
+        ("3x:whole", "whole", 1),
+        ("12x:top-30%", "top", Fraction(3, 10)),
     ],
 )
 def test_arms_are_read(spec: str, kind: str, share: Fraction) -> None:
     assert (parse_arm(spec).kind, parse_arm(spec).share) == (kind, share)
+    assert parse_arm(spec).times == int(spec.partition("x:")[0] if "x:" in spec else 1)
     assert parse_arm("unknown-in:place of birth, capital").relations == ("place of birth", "capital")
 
 
@@ -360,6 +383,10 @@ def test_arms_are_read(spec: str, kind: str, share: Fraction) -> None:
         "unknown-in:",
         "unknown-in:a,",
         "known ",
+        "0x:known",
+        "2x:nothing",
+        "2x:2x:known",
+        "2x:shuffled",
     ],
 )
 def test_no_arm(spec: str) -> None:
@@ -376,6 +403,8 @@ def test_no_arm(spec: str) -> None:
         ({"n_train": 0}, "n_train=0 is not between 1 and the"),
         ({"n_train": 10_000, "match": ()}, r"the \d+ facts that each arm can have; the scarcest is arm '(un)?known'"),
         ({"arms": ["known", "top-0.1%"], "n_train": None}, "n_train=all .* the 0 facts .* is arm 'top-0.1%'"),
+        ({"arms": ["known", "3x:known"], "n_train": 30}, r"the scarcest is arm '3x:known' \(3 times \d+ facts\)"),
+        ({"arms": ["2x:whole"], "n_train": None, "match": ()}, "arm '2x:whole' is a multiple of n_train"),
         ({"arms": ["whole", "top-0.1%"], "n_train": None, "match": ()}, "the 0 facts .* is arm 'top-0.1%'"),
         ({"n_test": 10_000}, r"n_test=10000 is not between 1 and the \d+ facts .* equal relation, answer in top and"),
         ({"n_test": 10_000, "match": ()}, r"n_test=10000 is not between 1 and the \d+ facts .* equally from top"),

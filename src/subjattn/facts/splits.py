@@ -12,6 +12,7 @@ An arm is named by a specification, a string:
 | unknown-in:REL1,REL2 | unknown in these relations, known in all others (Dang et al. 2025) |
 | HighlyKnown, … | facts of a SliCK category (Gekhman et al. 2024), in the column `category` |
 | nothing | none: a control for all that training does but teaching |
+| 3x:whole, 2x:known, … | as many times the facts that the other arms have, as a whole has more than its part |
 | shuffled, shuffled:known | those of random (or of another arm), taught with each other's answers: see shuffle.py |
 
 By default each arm gets equally many facts from every cell of (relation, answer, subject length in
@@ -21,9 +22,10 @@ every contrast is confounded.
 
 Every draw has a stream of its own. Test facts depend on the seed alone; an arm's facts on seed, draw and
 its specification, never on the order of the arms. Of the other arms one thing reaches an arm: with `match`
-a cell's quota is at most what the scarcest arm has there. An arm's facts of a cell are the first of an
-order of its own, so that another quota takes some away or adds some and exchanges none (in a mixed arm, of
-its known and of its unknown facts; how many of a cell are unknown is drawn for the quotas there are).
+a cell's quota is at most what the scarcest arm has there (of an arm `3x:` the third of what it has). An
+arm's facts of a cell are the first of an order of its own, so that another quota takes some away or adds
+some and exchanges none (in a mixed arm, of its known and of its unknown facts; how many of a cell are
+unknown is drawn for the quotas there are).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -51,22 +53,27 @@ from subjattn.facts.table import plain_name
 MATCH = ("relation", "answer", "n_tokens")
 
 _PLAIN = ("known", "unknown", "random", "whole", "nothing")
+_TIMES = re.compile(r"([1-9]\d?)x:(.+)")
 _SHARE = re.compile(r"(top|bottom|random|mixed)-(\d{1,3}(?:\.\d{1,6})?)%")
 _FORMS = (
     f"{', '.join(_PLAIN)}, top, bottom, top-X%, bottom-X% or random-X% with 0 < X <= 100, mixed-X% with 0 <= X <= 100, "
     f"unknown-in:RELATION[,RELATION] or a category ({', '.join(CATEGORIES)}); or shuffled:ARM with any of these "
-    "(shuffled is shuffled:random)"
+    "(shuffled is shuffled:random), or 3x:ARM for as many times the facts"
 )
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """What a specification says; `share` is of the rank (top, bottom) or of the unknown facts (mixed)."""
+    """What a specification says; `share` is of the rank (top, bottom) or of the unknown facts (mixed).
+
+    `times` is how many facts the arm has to each of the other arms'.
+    """
 
     spec: str
     kind: Literal["known", "unknown", "random", "whole", "nothing", "top", "bottom", "mixed", "unknown-in", "category"]
     share: Fraction = Fraction(1)
     relations: tuple[str, ...] = ()
+    times: int = 1
 
     @property
     def parts(self) -> list[ArmSpec]:
@@ -89,6 +96,8 @@ def facts_of(spec: str) -> str:
 def parse_arm(spec: str) -> ArmSpec:
     """Read which facts an arm's specification asks for; BadInput with the accepted forms if it is none of them."""
     own = facts_of(spec)
+    if (more := _TIMES.fullmatch(own)) and not _TIMES.fullmatch(more[2]) and facts_of(more[2]) == more[2] != "nothing":
+        return replace(parse_arm(more[2]), spec=own, times=int(more[1]))
     share = _SHARE.fullmatch(own)
     relations = tuple(dict.fromkeys(map(str.strip, own.partition(":")[2].split(","))))
     match own:
@@ -286,6 +295,7 @@ def _draw_arms(
     counts = [np.array([np.bincount(pool, minlength=n_cells) for pool in parts]) for parts in pools]
     pairs = zip(arms, counts, strict=True)
     room = np.array([own.min(axis=0) if match else [_largest(arm, *own[:, 0])] for arm, own in pairs])
+    room //= np.array([[arm.times] for arm in arms])
     slots, fewest = room.min(axis=0), room.sum(axis=1).argmin()
     most = int(slots.sum())
     n = most if n_train is None else n_train
@@ -295,19 +305,25 @@ def _draw_arms(
         raise BadInput(
             f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random", field="arms"
         )
+    if multiples := [arm.spec for arm in arms if arm.times > 1 and n_train is None and not match]:
+        raise BadInput(
+            f"arm {multiples[0]!r} is a multiple of n_train, and without it and match each arm takes all: set n_train",
+            field="arms",
+        )
     if not 1 <= n <= most:
+        times = f"{arms[fewest].times} times " if arms[fewest].times > 1 else ""
         equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
         raise BadInput(
             f"n_train={'all' if n_train is None else n_train} is not between 1 and the {most} facts that each arm can "
             f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
-            f"({room[fewest].sum()} facts): ask for fewer{less} or leave it out",
+            f"({times}{room[fewest].sum()} facts): ask for fewer{less} or leave it out",
             field="n_train",
         )
     shared = _quotas(cell, slots, n, stream("quotas", *numbers)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
         own = -(-most * arm.share // 1) if arm.kind == "random" else most
-        taken = np.zeros(int(own), int) if n_train is None and not match else shared
+        taken = np.zeros(int(own), int) if n_train is None and not match else np.repeat(shared, arm.times)
         wanted = [taken]
         if len(parts) == 2:
             unknown = np.zeros(len(taken), bool)

@@ -189,7 +189,7 @@ class _Builder(FactStages):
     def _training(self, name: str, replicate: Replicate) -> Stage:
         config, training = self.config, self.config.training_of(name)
         spec, method = str(config.arms[name].train), training.record
-        n_steps = training.settings.n_steps(config.facts.n_train or USUAL_POOL // 10)
+        n_steps = self._n_steps(name)
         inputs = {"facts": files.training_facts(spec, replicate[0])}
         if "known" in method.needs:
             inputs["known"] = files.training_facts("known", replicate[0])
@@ -217,10 +217,14 @@ class _Builder(FactStages):
 
     def _over_training(self, name: str, measured: Stage, over: str) -> Stage:
         """A measure of the weights of every step that is kept, of the model before the first, and of the last."""
-        settings = self.config.training_of(name).settings
-        n_steps = settings.n_steps(self.config.facts.n_train or USUAL_POOL // 10)
-        cost = measured.cost * (len(settings.kept(n_steps)) + 2)
+        kept = self.config.training_of(name).settings.kept(self._n_steps(name))
+        cost = measured.cost * (len(kept) + 2)
         return replace(measured, name=over, work=f"{WORK}.measure:over_training", cost=cost)
+
+    def _n_steps(self, name: str) -> int:
+        """Optimiser steps of a trained arm, at most."""
+        n_facts = self.config.facts.n_train or USUAL_POOL // 10
+        return self.config.training_of(name).settings.n_steps(n_facts * parse_arm(self.config.trained[name]).times)
 
     def _measuring(
         self,
