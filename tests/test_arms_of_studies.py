@@ -176,6 +176,15 @@ def test_the_share_of_a_mixture_is_chosen_on_validation_facts_alone(run: Run, ra
         curve = pd.DataFrame(found["curve"]).set_index("weight")
         best = curve.index[curve["validation"] == curve["validation"].max()]
         assert found["weight"] == min(best, key=lambda weight: abs(weight - 0.5)) and len(curve) == len(WEIGHTS)
+    curves = sa.mixing_curves(run)
+    assert set(curves["arm"]) == {"chosen"} and len(curves) == 2 * len(WEIGHTS)
+    assert curves.query("chosen")["weight"].tolist() == [
+        json.loads((run.folder / f"arms/chosen/draw{draw}-seed0/mixing/mixing.json").read_text())["weight"]
+        for draw in (0, 1)
+    ]
+    dots = [trace for trace in sa.plot_mixing(curves).data if trace.name == "chosen"]
+    assert list(dots[0].x) == curves.query("chosen")["weight"].tolist()
+    assert curves["validation"].between(0, 1).all() and 'id="mixing"' in (run.folder / "report.html").read_text()
     base = sa.load_model(raw["model"])
     tuned = sa.load_model(raw["model"], adapter=run.folder / "arms/unknown/draw0-seed0/adapter")
     own = sa.make_prompts(facts[facts["validation"]], base.tokenizer, LIST)

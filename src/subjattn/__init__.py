@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from subjattn.plots.heatmaps import plot_attention as plot_attention
     from subjattn.plots.heatmaps import plot_tokens as plot_tokens
     from subjattn.plots.lines import plot_knockout as plot_knockout
+    from subjattn.plots.mixing import plot_mixing as plot_mixing
     from subjattn.plots.patching import plot_patching as plot_patching
     from subjattn.plots.patching import plot_trace as plot_trace
     from subjattn.plots.probes import plot_probes as plot_probes
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from subjattn.prompts import swap_subjects as swap_subjects
     from subjattn.study.files import open_run as open_run
     from subjattn.study.gaps import factuality_gap as factuality_gap
+    from subjattn.study.mixing_curves import mixing_curves as mixing_curves
     from subjattn.study.read import load_study as load_study
     from subjattn.study.run import run_study as run_study
 
@@ -132,11 +134,13 @@ _HOMES = {
     "measure": "measures.alone",
     "mediated": "evidence.diagnosis",
     "mediation": "measures.mediation",
+    "mixing_curves": "study.mixing_curves",
     "open_run": "study.files",
     "patch_grid": "measures.patching",
     "plot": "plots.choose",
     "plot_attention": "plots.heatmaps",
     "plot_knockout": "plots.lines",
+    "plot_mixing": "plots.mixing",
     "plot_parts": "plots.transfer",
     "plot_patching": "plots.patching",
     "plot_probes": "plots.probes",

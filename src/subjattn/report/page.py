@@ -18,6 +18,7 @@ from subjattn.evidence.changes import difference
 from subjattn.evidence.returned import accuracy_gap_in_words
 from subjattn.measures.record import Measure, measure_of
 from subjattn.plots.figures import Drawn, figure_of
+from subjattn.plots.mixing import plot_mixing
 from subjattn.plots.over_training import plot_over_training
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import Style
@@ -26,6 +27,7 @@ from subjattn.study import files
 from subjattn.study.deciding import needed_in_words
 from subjattn.study.files import Run, open_run
 from subjattn.study.gaps import factuality_gap, has_gap
+from subjattn.study.mixing_curves import mixing_curves
 from subjattn.study.registration import registered_in
 
 
@@ -69,6 +71,7 @@ def _content(run: Run) -> dict[str, Any]:
         "registered": registered_in(run.folder),
         "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
         "overview": summary.get("overview", []),
+        "mixing": _mixing(run),
         "over_training": _over_training(run),
         "composition": _composition(run),
         "gap": factuality_gap(run).to_dict("records") if has_gap(run) else [],
@@ -196,6 +199,11 @@ def _columns(summary: dict[str, Any]) -> list[dict[str, str]]:
     units = {name: of["unit"] for name, of in summary["quantities"].items() if not of["across"]}
     names = [name for name in arm if name.partition(".")[0] in units and name != "accuracy"]
     return [{"name": name, "unit": units[name.partition(".")[0]]} for name in names]
+
+
+def _mixing(run: Run) -> Markup | None:
+    curves = mixing_curves(run)
+    return _html(plot_mixing(curves)) if len(curves) else None
 
 
 def _over_training(run: Run) -> Markup | None:

@@ -142,9 +142,9 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stages = Folder(folder)
-        self.plan = self._parsed(PLAN, Plan.from_json)
-        self.summary: dict[str, Any] = self._parsed(SUMMARY, json.loads)
-        self.manifest: dict[str, Any] = self._parsed(MANIFEST, json.loads)
+        self.plan = self.parsed(PLAN, Plan.from_json)
+        self.summary: dict[str, Any] = self.parsed(SUMMARY, json.loads)
+        self.manifest: dict[str, Any] = self.parsed(MANIFEST, json.loads)
         self.study: dict[str, Any] = self.manifest["study"]
 
     def __repr__(self) -> str:
@@ -347,7 +347,8 @@ class Run:
             raise BadInput(f"{str(path)!r} is missing: run the study again, which makes it anew")
         return path
 
-    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+    def parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """What a file of the folder says; BadInput where it is damaged."""
         path = self.folder / name
         try:
             return parse(path.read_text(encoding="utf-8"))
