@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from zoo import CONFIGS
 
 from subjattn.errors import AdapterMismatch, BadInput, TrainingDiverged
 from subjattn.facts import draw
@@ -318,8 +319,44 @@ def test_four_bits_without_bitsandbytes(tiny_folders: dict[str, Path], monkeypat
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
-    with pytest.raises(BadInput, match="pip install bitsandbytes"):
+    with pytest.raises(BadInput, match="needs bitsandbytes: pip install"):
         load_base(str(tiny_folders["llama"]), "float32", Training(four_bit=True))
+
+
+def test_an_adapter_over_four_bits_is_measured_as_plain_peft_computes_it(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example], tmp_path: Path
+) -> None:
+    """Against the base's matrices out of their 4 bits, with the adapter by plain peft; saved in between."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch.manual_seed(0)
+    folder = str(tmp_path / "base")
+    wide = LlamaConfig(**CONFIGS["llama"][1] | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    AutoModelForCausalLM.from_config(wide).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = TRAINING.model_copy(update={"four_bit": True})
+    base = load_base(folder, "float32", settings)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([examples[0].prompt.ids])
+    exact = plain(ids).logits
+    matrices = {name: of for name, of in base.model.named_modules() if type(of).__name__ == "Linear4bit"}
+    assert len(matrices) == 7 * wide.num_hidden_layers
+    for name, module in matrices.items():
+        own = dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[arg-type]
+        plain.get_submodule(name).weight.data = own.float()
+    fit(base, Lessons(examples, seed=0), settings, tmp_path / "adapter")
+    assert losses(tmp_path / "adapter")[-1] < losses(tmp_path / "adapter")[0] - 1
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 2 * len(matrices) and {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+    ours = load_model(folder, adapter=tmp_path / "adapter", four_bit=True)
+    tuned = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = tuned(ids).logits
+        for _ in range(2):
+            assert torch.allclose(ours.model(ids).logits, expected, atol=1e-4)
+            ours.model.state_dict()
+    assert not torch.allclose(exact, expected, atol=1e-1)
 
 
 # How long

@@ -91,6 +91,8 @@ def load_model(
                 **_quantized(dtype, device, four_bit=four_bit),
             )
     _refuse_incomplete(name, model, loading)
+    if four_bit:
+        _keep_unpacked(model)
     if adapter is not None:
         model = with_adapter(model, tokenizer, str(name), str(adapter), may_be_identical=identical)
     model = model.to(device).eval().requires_grad_(False)
@@ -106,11 +108,18 @@ def _quantized(dtype: str, device: str, *, four_bit: bool) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise BadInput("a model in 4 bits needs bitsandbytes: pip install bitsandbytes, or leave four_bit out")
+        raise BadInput("a model in 4 bits needs bitsandbytes: pip install 'subjattn[four-bit]', or leave four_bit out")
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4 bits anew for CPUs: it rounds (to bfloat16), and a `state_dict` spoils it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def best_device() -> str:
