@@ -29,6 +29,7 @@ FLOORS = (
     {"knowledge"},
     {"evidence"},
     {"plots"},
+    {"theory"},
     {"study"},
     {"report"},
     {

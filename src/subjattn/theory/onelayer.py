@@ -1,0 +1,172 @@
+"""The one-layer transformer of Ghosal et al. (2024, sec. 4), many replicates at once, with its gradients written out.
+
+One head, identity embeddings, no MLP, residual, norm or positions: of a subject `s` and a last token `p` (a relation
+in pre-training, a relation's prompt token in fine-tuning) it gives logits over all tokens
+
+    logits(s, p) = Att_s W_V e_s + Att_p W_V e_p,    (Att_s, Att_p) = softmax(W_KQ[s, p], W_KQ[p, p])
+
+Trained are W_V and W_KQ. Of both only what such sequences reach is kept: columns of W_V of tokens that are read, and
+columns of W_KQ of last tokens, rows of tokens that are read; the rest has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from subjattn.theory.world import Tokens
+
+
+Facts = Int[Tensor, "replicate n"]
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """W_V and W_KQ of every replicate; tokens are numbered by `Tokens`.
+
+    `values[b, i]` is W_V e_i. `scores[b, i, q]` is the score of key `i` for the last token `n_subjects + q`.
+    """
+
+    tokens: Tokens
+    values: Float[Tensor, "replicate read token"]
+    scores: Float[Tensor, "replicate read last"]
+
+    @classmethod
+    def zeros(cls, tokens: Tokens, n: int, dtype: torch.dtype = torch.float32) -> OneLayer:
+        last = 2 * tokens.n_relations
+        values = torch.zeros(n, tokens.n_read, tokens.n, dtype=dtype)
+        return cls(tokens, values, torch.zeros(n, tokens.n_read, last, dtype=dtype))
+
+    @classmethod
+    def normal(cls, tokens: Tokens, seeds: Sequence[int], variance: float = 0.001) -> OneLayer:
+        """Weights drawn anew for every replicate (Ghosal et al. 2024, app. C.1)."""
+        made = cls.zeros(tokens, len(seeds))
+        for number, seed in enumerate(seeds):
+            rng = torch.Generator().manual_seed(seed)
+            for weights in (made.values, made.scores):
+                weights[number].normal_(0, variance**0.5, generator=rng)
+        return made
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, replicates: Sequence[int]) -> OneLayer:
+        """A copy of some replicates, in this order; one may come several times."""
+        index = torch.tensor(list(replicates))
+        return replace(self, values=self.values[index], scores=self.scores[index])
+
+    def copy(self) -> OneLayer:
+        return replace(self, values=self.values.clone(), scores=self.scores.clone())
+
+    def attention(self, subjects: Facts, last: Facts) -> Float[Tensor, "replicate n"]:
+        """Att_s: what the last token's attention gives the subject; the rest is on the last token itself."""
+        rows, query = torch.arange(len(self)).unsqueeze(1), last - self.tokens.n_subjects
+        return torch.sigmoid(self.scores[rows, subjects, query] - self.scores[rows, last, query])
+
+    def logits(
+        self, subjects: Facts, last: Facts, attention: Float[Tensor, "replicate n"] | None = None
+    ) -> Float[Tensor, "replicate n token"]:
+        """Logits of every token; with `attention` that in place of the model's own on the subject."""
+        weight = (self.attention(subjects, last) if attention is None else attention).unsqueeze(-1)
+        return torch.lerp(self._values(last), self._values(subjects), weight)
+
+    def _values(self, tokens: Facts) -> Float[Tensor, "replicate n token"]:
+        flat = tokens + torch.arange(len(self)).unsqueeze(1) * self.tokens.n_read
+        return self.values.flatten(0, 1)[flat]
+
+
+@dataclass
+class Gradients:
+    """Of the loss summed over facts: -log softmax(logits)[answer]. By fact, as each touches few weights."""
+
+    of_subject: Float[Tensor, "replicate n token"]
+    of_last: Float[Tensor, "replicate n token"]
+    of_score: Float[Tensor, "replicate n"]
+    """Of W_KQ[s, p]; that of W_KQ[p, p] is its opposite."""
+
+
+def gradients(model: OneLayer, subjects: Facts, last: Facts, answers: Facts) -> Gradients:
+    """Gradients of the loss by fact, written out: for W_KQ those of Ghosal et al. (2024, sec. 4.3), with the constant
+
+    -dL/dW_KQ = Att_s Att_p (s_rel - p_rel) (e_s e_p' - e_p e_p').
+    """
+    on_subject = model.attention(subjects, last)
+    error = torch.softmax(model.logits(subjects, last), dim=-1)
+    error.scatter_add_(-1, answers.unsqueeze(-1), -torch.ones_like(error[..., :1]))
+    difference = (error * (model._values(subjects) - model._values(last))).sum(-1)
+    weight = on_subject.unsqueeze(-1)
+    return Gradients(weight * error, (1 - weight) * error, on_subject * (1 - on_subject) * difference)
+
+
+@dataclass
+class Optimiser:
+    """Plain SGD, or Adam with optional decoupled weight decay; on the loss summed over the facts of a step."""
+
+    name: Literal["sgd", "adam"]
+    learning_rate: float
+    weight_decay: float = 0.0
+    freeze_values: bool = False
+    _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _steps: int = 0
+
+    def step(self, model: OneLayer, subjects: Facts, last: Facts, found: Gradients) -> None:
+        """Change the model's weights in place."""
+        flat = torch.arange(len(model)).unsqueeze(1) * model.tokens.n_read
+        query, n_last = last - model.tokens.n_subjects, model.scores.shape[-1]
+        values, scores = model.values.flatten(0, 1), model.scores.view(-1)
+        places = [((flat + key) * n_last + query).flatten() for key in (subjects, last)]
+        rows = [(flat + key).flatten() for key in (subjects, last)]
+        parts = [(scores, places, [found.of_score.flatten(), -found.of_score.flatten()])]
+        if not self.freeze_values:
+            parts.append((values, rows, [found.of_subject.flatten(0, 1), found.of_last.flatten(0, 1)]))
+        self._steps += 1
+        for name, (weights, index, by) in zip(("scores", "values"), parts, strict=False):
+            if self.weight_decay:
+                weights.mul_(1 - self.learning_rate * self.weight_decay)
+            if self.name == "sgd":
+                for where, gradient in zip(index, by, strict=True):
+                    weights.index_add_(0, where, gradient, alpha=-self.learning_rate)
+                continue
+            total = torch.zeros_like(weights)
+            for where, gradient in zip(index, by, strict=True):
+                total.index_add_(0, where, gradient)
+            self._adam(name, weights, total)
+
+    def _adam(self, name: str, weights: Tensor, gradient: Tensor) -> None:
+        first, second = self._moments.setdefault(name, (torch.zeros_like(weights), torch.zeros_like(weights)))
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        large = (second / (1 - BETAS[1] ** self._steps)).sqrt_().add_(EPSILON)
+        weights.addcdiv_(first, large, value=-self.learning_rate / (1 - BETAS[0] ** self._steps))
+
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def train(
+    model: OneLayer,
+    batches: Iterable[tuple[Facts, Facts, Facts]],
+    optimiser: Optimiser,
+    look: Callable[[int, OneLayer], None] | None = None,
+) -> OneLayer:
+    """Train a copy of the model, a step for each batch of subjects, last tokens and answers.
+
+    Args:
+        model: as it is before; it stays so.
+        batches: of one size, `(replicate, n)` each.
+        optimiser: used up; take another for another training.
+        look: told before the first step (0) and after each; it may not change the model.
+    """
+    model = model.copy()
+    if look is not None:
+        look(0, model)
+    for number, (subjects, last, answers) in enumerate(batches, start=1):
+        optimiser.step(model, subjects, last, gradients(model, subjects, last, answers))
+        if look is not None:
+            look(number, model)
+    return model
