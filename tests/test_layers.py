@@ -29,9 +29,9 @@ FLOORS = (
     {"knowledge"},
     {"evidence"},
     {"plots"},
-    {"theory"},
     {"study"},
     {"report"},
+    {"theory"},
     {
         "verify",
         "verify_arms",

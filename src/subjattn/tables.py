@@ -128,12 +128,13 @@ def plan_tree(found: dict[str, Any]) -> Group:
         if stage["state"] != "finished" and stage["passes"]:
             line.append(f"  {stage['passes']:,.0f} passes", "dim")
         at.add(line)
+    stated = found["registration"]
     lines = [
         f"✓ finished {found['finished']} of {len(found['stages'])}; · to do; ? made again if what it needs comes out "
         "otherwise",
         f"left: {found['passes']:,.0f} forward passes of a prompt, about {found['time']}; {found['memory']} a worker",
         f"{found['place']}",
-        f"claims and contrasts: digest {found['registration']['digest'][:12]}, {found['registration']['status']}",
+        *([f"claims and contrasts: digest {stated['digest'][:12]}, {stated['status']}"] if stated else []),
         *(f"mixed: {line}" for line in found["mixtures"]),
     ]
     return Group(tree, *(Text(line) for line in lines))

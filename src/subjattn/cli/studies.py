@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from subjattn import change_tables, tables
+from subjattn.cli import worlds
 from subjattn.cli.app import app, note
 from subjattn.errors import BadInput
 
@@ -47,6 +48,11 @@ def run(
     """
     from subjattn.study.read import load_study
 
+    if worlds.asked_for(study):
+        if random_init:
+            raise BadInput("--random-init is for studies of a model: those of worlds train theirs from nothing")
+        worlds.run(study, set_ or [], out, workers, on)
+        return
     config = load_study(study, set_ or [])
     target = out or Path("runs") / (f"{config.name}-random" if random_init else config.name)
     if random_init:
@@ -81,8 +87,13 @@ def plan(
     from subjattn.study.foresee import foresee
     from subjattn.study.read import load_study
 
-    config = load_study(study, set_ or [])
-    found = foresee(config, out or Path("runs") / config.name, workers)
+    if worlds.asked_for(study):
+        if pilot is not None:
+            raise BadInput("--pilot is for studies that state claims: those of worlds state none")
+        found = worlds.foresee(study, set_ or [], out, workers)
+    else:
+        config = load_study(study, set_ or [])
+        found = foresee(config, out or Path("runs") / config.name, workers)
     if pilot is not None:
         from subjattn.study.deciding import foreseen
         from subjattn.study.files import open_run
@@ -130,6 +141,9 @@ def check(study: StudyArgument, set_: SetOption = None) -> None:
     from subjattn.study.checking import check_study
     from subjattn.study.read import load_study, located
 
+    if worlds.asked_for(study):
+        typer.echo(worlds.checked(study, set_ or []))
+        return
     config = load_study(study, set_ or [])
     with located(study, set_ or []):
         lines = check_study(config)
@@ -143,7 +157,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
 
     Example: `subjattn report runs/cities`
     """
-    from subjattn.report.page import write
+    if worlds.asked_for(folder / "study.yaml"):
+        from subjattn.theory.page import write
+    else:
+        from subjattn.report.page import write
 
     typer.echo(write(folder))
 

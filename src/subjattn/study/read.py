@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,7 @@ MOVED = {
 }
 """Fields of studies of 0.3, and where they have gone."""
 _Field = tuple[int | str, ...]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def load_study(path: str | Path, settings: Sequence[str] = ()) -> StudyConfig:
@@ -34,7 +35,7 @@ def load_study(path: str | Path, settings: Sequence[str] = ()) -> StudyConfig:
     Raises:
         BadInput: no such file, no YAML, or fields with a wrong name or value; the message names each with its line.
     """
-    raw, lines = _read(path, settings)
+    raw, lines = read_raw(path, settings)
     return parse_study(raw, lines)
 
 
@@ -46,15 +47,19 @@ def located(path: str | Path, settings: Sequence[str] = ()) -> Iterator[None]:
     except BadInput as error:
         if error.field is None:
             raise
-        _, lines = _read(path, settings)
+        _, lines = read_raw(path, settings)
         raise BadInput(f"{lines.at(error.field.split('.'))}: {error}", field=error.field) from None
 
 
 def parse_study(raw: dict[str, Any], where: str | Lines) -> StudyConfig:
     """A study from plain data; BadInput with a line for each wrong field."""
-    lines = where if isinstance(where, Lines) else Lines(where)
+    return parse_as(StudyConfig, raw, where if isinstance(where, Lines) else Lines(where))
+
+
+def parse_as(kind: type[Kind], raw: dict[str, Any], lines: Lines) -> Kind:
+    """A study of some kind from plain data; BadInput with a line for each wrong field."""
     try:
-        return StudyConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         wrong = _required(dict(_wrong(error)))
         order = sorted(wrong, key=lambda field: (lines.numbers.get(field, 0), [str(part) for part in field]))
@@ -62,7 +67,7 @@ def parse_study(raw: dict[str, Any], where: str | Lines) -> StudyConfig:
         raise (BadInput(messages[0]) if len(messages) == 1 else WrongFields(messages)) from None
 
 
-def _read(path: str | Path, settings: Sequence[str]) -> tuple[dict[str, Any], Lines]:
+def read_raw(path: str | Path, settings: Sequence[str]) -> tuple[dict[str, Any], Lines]:
     """The plain data of a study, settings applied, and where each field stands."""
     path = Path(path)
     if not path.is_file():

@@ -77,7 +77,7 @@ class OneLayer:
 
     def _values(self, tokens: Facts) -> Float[Tensor, "replicate n token"]:
         flat = tokens + torch.arange(len(self)).unsqueeze(1) * self.tokens.n_read
-        return self.values.flatten(0, 1)[flat]
+        return self.values.flatten(0, 1).index_select(0, flat.flatten()).view(*tokens.shape, -1)
 
 
 @dataclass
@@ -96,11 +96,13 @@ def gradients(model: OneLayer, subjects: Facts, last: Facts, answers: Facts) -> 
     -dL/dW_KQ = Att_s Att_p (s_rel - p_rel) (e_s e_p' - e_p e_p').
     """
     on_subject = model.attention(subjects, last)
-    error = torch.softmax(model.logits(subjects, last), dim=-1)
-    error.scatter_add_(-1, answers.unsqueeze(-1), -torch.ones_like(error[..., :1]))
-    difference = (error * (model._values(subjects) - model._values(last))).sum(-1)
-    weight = on_subject.unsqueeze(-1)
-    return Gradients(weight * error, (1 - weight) * error, on_subject * (1 - on_subject) * difference)
+    of_last = model._values(last)
+    difference, weight = model._values(subjects).sub_(of_last), on_subject.unsqueeze(-1)
+    error = torch.softmax(torch.addcmul(of_last, difference, weight), dim=-1)
+    error.scatter_add_(-1, answers.unsqueeze(-1), -torch.ones_like(weight))
+    of_score = on_subject * (1 - on_subject) * torch.linalg.vecdot(error, difference)
+    of_subject = error * weight
+    return Gradients(of_subject, error.sub_(of_subject), of_score)
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Optimiser:
                 weights.mul_(1 - self.learning_rate * self.weight_decay)
             if self.name == "sgd":
                 for where, gradient in zip(index, by, strict=True):
-                    weights.index_add_(0, where, gradient, alpha=-self.learning_rate)
+                    weights.index_add_(0, where, gradient.mul(-self.learning_rate))
                 continue
             total = torch.zeros_like(weights)
             for where, gradient in zip(index, by, strict=True):

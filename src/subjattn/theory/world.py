@@ -71,9 +71,11 @@ class World:
         return np.asarray(self.tokens.answer(np.arange(self.answers.shape[1]), self.answers))
 
     def meet(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Facts as pre-training meets them, independent draws: `(n, 2)` of subject and relation."""
-        subjects = rng.choice(len(self.answers), n, p=self.chances)
-        return np.stack([subjects, rng.integers(0, self.answers.shape[1], n)], axis=1)
+        """Facts as pre-training meets them, independent draws: `(n, 2)` of subject and relation; more begin alike."""
+        where, n_relations = rng.random((n, 2)), self.answers.shape[1]
+        subjects = np.searchsorted(np.cumsum(self.chances), where[:, 0], side="right")
+        relations = (where[:, 1] * n_relations).astype(int)
+        return np.stack([np.minimum(subjects, len(self.answers) - 1), relations], axis=1)
 
 
 def make_world(
