@@ -33,10 +33,11 @@ def overview_table(rows: list[dict[str, Any]]) -> Table:
     """A row an arm and style, a column a quantity: its mean and, beneath, its interval."""
     made = table("overview: means and 95 % intervals")
     styles = len({row["style"] for row in rows}) > 1
-    for heading in ("arm", *["style"] * styles, *rows[0]["cells"]):
-        made.add_column(
-            Text(heading.replace("_", " ").replace(":", ", ")), justify="left" if heading == "arm" else "right"
-        )
+    made.add_column("arm", no_wrap=True, min_width=max(len(row["arm"]) for row in rows))
+    if styles:
+        made.add_column("style", no_wrap=True, min_width=max(len(row["style"]) for row in rows))
+    for heading in rows[0]["cells"]:
+        made.add_column(Text(heading.replace("_", " ").replace(":", "\n")), justify="right")
     for row in rows:
         shown = (Text(_with_ends(cell)) for cell in row["cells"].values())
         made.add_row(Text(row["arm"]), *[Text(row["style"])] * styles, *shown)

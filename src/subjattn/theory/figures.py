@@ -14,7 +14,7 @@ from subjattn.theory.results import PATTERNS, means
 
 
 COLORS = dict(zip(ARMS, qualitative.D3, strict=False))
-PATTERN_COLORS = ("#1b7837", "#7fbf7b", "#d9f0d3", "#92c5de", "#f7f7f7", "#fddbc7", "#e7d4e8", "#af8dc3", "#762a83")
+PATTERN_COLORS = ("#5aae61", "#a6dba0", "#d9f0d3", "#92c5de", "#f7f7f7", "#fddbc7", "#e7d4e8", "#c2a5cf", "#9970ab")
 
 
 def plot_map(gaps: pd.DataFrame) -> go.Figure:
