@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from subjattn import bench_arms as benches
-from subjattn import bench_training
+from subjattn import bench_training, bench_worlds
 from subjattn.bench import bench_pairs
 from subjattn.facts import draw
 from subjattn.models import LoadedModel, load_model
@@ -48,3 +49,20 @@ def test_training_is_timed_against_a_loop_that_trains_the_same(
     assert found["throughput"] == pytest.approx(found["seconds"]["loop"] / found["seconds"]["fit"])
     monkeypatch.setattr(bench_training, "clip_grad_norm_", lambda *_: None)
     assert bench_training.time_training(folder, prompts)["max_abs_diff"] > 1e-4
+
+
+def test_replicates_of_worlds_are_the_same_together_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_worlds, "REPEATS", 1)
+    monkeypatch.setattr(bench_worlds, "STEPS", 3)
+    monkeypatch.setattr(bench_worlds, "SIZES", bench_worlds.SIZES[:2])
+    rows = bench_worlds.time_worlds()
+    assert [row["tokens"] for row in rows] == [22, 22, 44, 44] and all(row["ratio"] > 0 for row in rows)
+    assert all(row["max_abs_diff"] < 1e-6 for row in rows)
+    own = bench_worlds.train
+    rates = iter(range(1, 10_000))
+    monkeypatch.setattr(
+        bench_worlds,
+        "train",
+        lambda model, *rest: own(model.copy(), rest[0], replace(rest[1], learning_rate=next(rates) / 10)),
+    )
+    assert all(row["max_abs_diff"] > 1e-3 for row in bench_worlds.time_worlds()), "other weights are seen"

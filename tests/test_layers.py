@@ -41,6 +41,7 @@ FLOORS = (
         "bench_facts",
         "bench_arms",
         "bench_training",
+        "bench_worlds",
         "bench_tables",
         "tables",
         "change_tables",

@@ -54,6 +54,7 @@ class GridName(StrEnum):
     training = "training"
     spans = "spans"
     slick = "slick"
+    worlds = "worlds"
 
 
 @app.command()
@@ -116,7 +117,7 @@ def bench(
         GridName,
         typer.Option(
             help="Which cells; `arms` or `transfer`, base and adapters beside one model; `training`, beside a bare "
-            "loop; `spans` of all facts, or `slick`, labelling --n facts."
+            "loop; `spans` of all facts, or `slick`, labelling --n facts; `worlds`, replicates of one-layer models."
         ),
     ],
     model: ModelOption = "smollm2-135m",
@@ -144,6 +145,15 @@ def bench(
     from subjattn.models import best_device, load_model
 
     check_output(json_)
+    if grid is GridName.worlds:
+        from subjattn.bench_worlds import time_worlds
+
+        rows = time_worlds()
+        for row in rows:
+            shown = (f"{name} {of:.3g}" if isinstance(of, float) else f"{name} {of}" for name, of in row.items())
+            typer.echo("  ".join(shown))
+        write_json(json_, {"grid": grid.value, "rows": rows})
+        return
     if grid in (GridName.spans, GridName.slick):
         _bench_facts(grid, model, facts, n, seed, dtype, json_)
         return

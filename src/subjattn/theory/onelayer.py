@@ -113,8 +113,8 @@ class Optimiser:
     learning_rate: float
     weight_decay: float = 0.0
     freeze_values: bool = False
-    _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _steps: int = 0
+    _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _steps: int = field(default=0, init=False)
 
     def step(self, model: OneLayer, subjects: Facts, last: Facts, found: Gradients) -> None:
         """Change the model's weights in place."""
@@ -161,14 +161,30 @@ def train(
     Args:
         model: as it is before; it stays so.
         batches: of one size, `(replicate, n)` each.
-        optimiser: used up; take another for another training.
+        optimiser: what it says; it has no state of its own afterwards.
         look: told before the first step (0) and after each; it may not change the model.
     """
-    model = model.copy()
+    model, parts = model.copy(), list[tuple[slice, OneLayer, Optimiser]]()
     if look is not None:
         look(0, model)
-    for number, (subjects, last, answers) in enumerate(batches, start=1):
-        optimiser.step(model, subjects, last, gradients(model, subjects, last, answers))
+    for number, facts in enumerate(batches, start=1):
+        parts = parts or [
+            (own, replace(model, values=model.values[own], scores=model.scores[own]), replace(optimiser))
+            for own in _chunks(len(model), facts[0].shape[1] * model.tokens.n)
+        ]
+        for own, part, its in parts:
+            subjects, last, answers = (of[own] for of in facts)
+            its.step(part, subjects, last, gradients(part, subjects, last, answers))
         if look is not None:
             look(number, model)
     return model
+
+
+def _chunks(n: int, logits: int) -> list[slice]:
+    """Replicates whose logits of a batch fit a core's cache together; more at a time are slower than one by one."""
+    size = max(1, CACHE // logits)
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+
+CACHE = 100_000
+"""Logits."""
