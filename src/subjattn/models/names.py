@@ -1,4 +1,4 @@
-"""What a name of a model or adapter stands for: the packaged model, a local folder, or a hub id at a commit."""
+"""What a model's or adapter's name stands for: packaged, an invented world's, a folder, or a hub id at a commit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from subjattn.digest import content_digest
 from subjattn.errors import BadInput
 from subjattn.facts.hub import commit_of, parted
 from subjattn.models.packaged import PACKAGES, packaged_model
+from subjattn.worlds import folder_of, is_world, world_of
 
 
 def resolve_model(name: str) -> str:
     """A folder or hub id (with `@revision` where given); BadInput where the name can be neither."""
     if name in PACKAGES:
         return str(packaged_model(name))
+    if is_world(name):
+        return str(folder_of(world_of(name)))
     path = Path(name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
@@ -28,8 +31,8 @@ def resolve_model(name: str) -> str:
         raise BadInput(f"no such folder: {name!r}")
     if "/" not in repository:
         raise BadInput(
-            f"unknown model {name!r}{_nearest(name)}: use {', '.join(PACKAGES)}, a hub id such as 'org/name', or an "
-            "existing folder"
+            f"unknown model {name!r}{_nearest(name)}: use {', '.join(PACKAGES)}, world:NAME, a hub id such as "
+            "'org/name', or an existing folder"
         )
     return name
 
@@ -98,14 +101,16 @@ def resolve_adapter(adapter: str) -> str:
 def identity(name: str) -> str:
     """What a model or adapter is, for stage keys and records, the same on every machine.
 
-    The packaged weights' digest, a digest of what a local folder holds, or `org/name@commit`; any other name is
-    given back as it is.
+    The packaged weights' digest, a world's name with a digest of its weights, a digest of what a local folder holds,
+    or `org/name@commit`; any other name is given back as it is.
 
     Raises:
         BadInput: a hub id whose commit can be found out neither from the hub nor in the local cache.
     """
     if name in PACKAGES:
         return packaged_model(name).name
+    if is_world(name):
+        return f"{name} ({content_digest(resolve_model(name))})"
     if Path(name).exists():
         return content_digest(name)
     repository, revision = parted(name)

@@ -15,6 +15,7 @@ from subjattn.models.adapter import adapter_base, adapter_keys
 from subjattn.models.names import identity, located
 from subjattn.models.packaged import PACKAGES
 from subjattn.models.reading import reading
+from subjattn.worlds import is_world
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def origin(name: str) -> tuple[str, str | None, str]:
     """Full name, quantisation of the stored weights (None where there is none) and source of a model."""
     if name in PACKAGES:
         return PACKAGES[name].origin()
+    if is_world(name):
+        return name, None, "trained from nothing on an invented world"
     from transformers import AutoConfig
 
     place, commit = located(name)

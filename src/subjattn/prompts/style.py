@@ -15,6 +15,7 @@ from subjattn.errors import BadInput
 from subjattn.facts.own import is_own
 from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
+from subjattn.worlds.sentences import WORDINGS
 
 
 REASONING = "Let's think step by step."
@@ -208,7 +209,8 @@ def shown_to(fact: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], s
 
 
 def _built_in(name: str, fact: Mapping[str, Any]) -> str:
-    styles = TEMPLATES.get(fact.get("relation", ""), {})
+    relation = fact.get("relation", "")
+    styles = TEMPLATES.get(relation) or WORDINGS.get(relation, {})
     if name not in styles:
         own = fact.get("question")
         if name == "question" and own is not None and fact["subject"] is not None:

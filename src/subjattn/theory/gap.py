@@ -16,7 +16,7 @@ import xarray as xr
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from subjattn.theory.onelayer import Facts, OneLayer, Optimiser, train
-from subjattn.theory.world import Prior, World, make_world
+from subjattn.worlds.abstract import Prior, World, make_world
 
 
 ARMS = ("top", "bottom", "random", "whole")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subjattn.theory.world import Tokens
+from subjattn.worlds.abstract import Tokens
 
 
 Facts = Int[Tensor, "replicate n"]

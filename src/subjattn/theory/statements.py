@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subjattn.theory.onelayer import Facts, OneLayer, Optimiser, train
-from subjattn.theory.world import Tokens, World, make_world
+from subjattn.worlds.abstract import Tokens, World, make_world
 
 
 DTYPE = torch.float64
