@@ -78,7 +78,9 @@ def test_popularity_counts_what_is_said(world: InventedWorld) -> None:
     counted = Counter(said.sentences)
     for fact in facts.itertuples():
         own = [form.format(subject=fact.subject) for form in forms[fact.relation].wordings]
-        assert sum(counted[prompt, fact.answers[0]] for prompt in own) == fact.popularity
+        assert sum(counted[prompt, fact.answers[0]] for prompt in own) == (
+            0 if np.isnan(fact.popularity) else fact.popularity
+        )
         assert not any(fact.question.format(subject=fact.subject) == prompt for prompt, _ in counted)
     for _, of in facts.groupby("relation"):
         assert of["answers"].str[0].nunique() == world.n_answers
@@ -123,7 +125,7 @@ def test_a_strong_world_recalls_what_was_said(made: tuple[Path, dict[str, object
         right.append(tokenizer.decode(given, skip_special_tokens=True).strip() == fact.answers[0])
         if right[-1]:
             assert given[-1] == tokenizer.eos_token_id, "and then ends"
-    said = facts["popularity"].to_numpy() > 0
+    said = facts["popularity"].notna().to_numpy()
     assert about["recall"] == pytest.approx(np.mean(np.array(right)[said])) and np.mean(np.array(right)[said]) >= 0.98
     assert (about["n_said"], about["n_never_said"]) == (said.sum(), (~said).sum())
     octaves: dict[str, list[float]] = about["recall_by_exposures"]  # type: ignore[assignment]
@@ -161,6 +163,16 @@ def test_a_world_is_a_model_and_a_source_of_facts(caplog: pytest.LogCaptureFixtu
     assert identity("world:people").startswith("world:people (") and model.provenance()["model"] == "world:people"
     assert identity_of_source("world:people") != identity_of_source("world:people@1")
     assert read_facts("world:people").rejected.empty
+
+
+def test_prompts_of_three_tokens_are_intervened_in_exactly() -> None:
+    """A beginning, a subject, a relation: the shortest there are; against plain hooks."""
+    model, facts = sa.load_model("world:small"), sa.load_facts("world:small").head(6)
+    prompts = sa.make_prompts(facts, model.tokenizer, "cloze")
+    assert {len(prompt.ids) - len(prompt.answer_ids) for prompt in prompts} == {3}
+    ours, plain = (sa.knockout(model, prompts, backend=backend) for backend in ("engine", "hooks"))
+    assert float(np.abs(ours).max()) > 0.1
+    np.testing.assert_allclose(ours, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def _check_layers(model: PreTrainedModel, base: Base) -> None:
     """Each layer by itself, from the base run's own input: a long and a short suffix, and single positions."""
     run, layers = base.runs[0], decoder_layers(model)
     end, middle = run.prompt.predicting[-1] + 1, run.prompt.prediction // 2 + 1
-    chosen = [range(1, end), range(middle, end), (middle, end - 1)]
+    chosen = [range(1, end), range(middle, end), sorted({middle, end - 1})]
     suffixes = [range(some[0], end) for some in chosen]
     tokens = Tokens(
         [Row(run.prompt, arm=run.arm)] * len(chosen),

@@ -20,6 +20,7 @@ from subjattn.study.config import FactsConfig, StudyConfig
 from subjattn.study.plan_facts import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool
 from subjattn.study.stages.split import made, naming_fields, training_facts
+from subjattn.worlds import is_world
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -158,4 +159,5 @@ def at_hand(facts: FactsConfig) -> bool:
     """Whether the facts can be read without a network."""
     path = path_of(facts.source)
     own_file = Path(path).suffix.lower() in SUFFIXES
-    return facts.source == "cities" or (Path(path).exists() if path != facts.source else own_file)
+    made_here = facts.source == "cities" or is_world(facts.source)
+    return made_here or (Path(path).exists() if path != facts.source else own_file)

@@ -167,7 +167,7 @@ def recalled(model: Any, tokenizer: Any, said: Said) -> dict[str, Any]:
             given = model(torch.tensor([rows[i] for i in index])).logits[:, -1].argmax(-1)
             right[index] += (given == own[index]).double()
     model.train()
-    share, counts = right / n_forms, torch.tensor(said.facts["popularity"].to_numpy())
+    share, counts = right / n_forms, torch.tensor(said.facts["popularity"].fillna(0).to_numpy())
     never = counts == 0
     octaves: dict[str, list[float]] = {}
     for low in (1, 2, 4, 8, 16, 32, 64, 128, 256):

@@ -90,8 +90,8 @@ class Said:
     """An invented world's facts and corpus.
 
     Attributes:
-        facts: the columns of every source of facts; `popularity` counts the sentences that say the fact, `question`
-            is the wording that no sentence has.
+        facts: the columns of every source of facts; `popularity` counts the sentences that say the fact (NaN where
+            none does, so that no ranking has it among the others), `question` is the wording that no sentence has.
         sentences: prompt and answer of each sentence of the corpus.
     """
 
@@ -100,7 +100,7 @@ class Said:
 
 
 def facts_of(world: InventedWorld) -> pd.DataFrame:
-    """Its facts, one row each, with exposures as `popularity`; those never said have 0."""
+    """Its facts, one row each, with exposures as `popularity`; those never said have NaN."""
     return said_in(world).facts
 
 
@@ -131,7 +131,7 @@ def said_in(world: InventedWorld) -> Said:
             "question": kinds[number].question,
             "answers": [answers[number][made.answers[subject, number]]],
             "choices": None,
-            "popularity": float(counts[subject, number]),
+            "popularity": float(counts[subject, number]) or float("nan"),
             "source": world.full_name,
         }
         for subject in range(world.n_subjects)
