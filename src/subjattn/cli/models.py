@@ -25,6 +25,7 @@ def models(
     """
     from subjattn.models import PACKAGES
     from subjattn.registry import named
+    from subjattn.worlds.record import PREFIX, WORLDS
 
     if accept is not None:
         chosen = named(PACKAGES, accept, "packaged model")
@@ -51,4 +52,5 @@ def models(
     console.print(shown)
     for line in wanted:
         console.print(Text(line), soft_wrap=True)
+    typer.echo(f"trained here from nothing, once: {', '.join(PREFIX + name for name in WORLDS)}")
     typer.echo("any other: a hub id such as org/name, or a folder saved by save_pretrained()")

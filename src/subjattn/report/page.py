@@ -40,14 +40,7 @@ def write(folder: Path) -> Path:
     Raises:
         BadInput: the folder holds no finished run.
     """
-    run = open_run(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("subjattn", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    run, environment = open_run(folder), templates()
     environment.filters |= {"signed": _signed, "short": _short, "shares": _shares, "needed": needed_in_words}
     environment.filters |= {"difference": difference, "part": _part, "accuracy_gap": accuracy_gap_in_words}
     page = environment.get_template("page.html.jinja").render(_content(run))
@@ -55,6 +48,17 @@ def write(folder: Path) -> Path:
     with replacing(target) as path:
         path.write_text(page, encoding="utf-8")
     return target
+
+
+def templates() -> jinja2.Environment:
+    """What pages are made with."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("subjattn", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def _content(run: Run) -> dict[str, Any]:
         "diagnosis": summary.get("diagnosis", []),
         "changed": [row for row in summary["contrasts"] if row.get("verdict")],
         "registered": registered_in(run.folder),
-        "claims_figure": _html(plot_claims(summary["claims"])) if _judged(summary) else None,
+        "claims_figure": html_of(plot_claims(summary["claims"])) if _judged(summary) else None,
         "overview": summary.get("overview", []),
         "mixing": _mixing(run),
         "over_training": _over_training(run),
@@ -157,7 +161,7 @@ def _figures(run: Run, measured: list[Measure], style: str, difference: list[str
             continue
         if drawn is not None:
             note = " ".join(part for part in (figure.note, _drawn_from(run, measure, style)) if part)
-            yield {"title": figure.title, "note": note, "html": _html(drawn)}
+            yield {"title": figure.title, "note": note, "html": html_of(drawn)}
 
 
 def _drawn_from(run: Run, measure: Measure, style: str) -> str:
@@ -188,7 +192,7 @@ def _judged(summary: dict[str, Any]) -> bool:
     return any(found["estimate"] is not None for claim in summary["claims"] for found in claim["styles"].values())
 
 
-def _html(figure: go.Figure) -> Markup:
+def html_of(figure: go.Figure) -> Markup:
     """A figure's own HTML; Plotly escapes what would end its script."""
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
 
@@ -203,7 +207,7 @@ def _columns(summary: dict[str, Any]) -> list[dict[str, str]]:
 
 def _mixing(run: Run) -> Markup | None:
     curves = mixing_curves(run)
-    return _html(plot_mixing(curves)) if len(curves) else None
+    return html_of(plot_mixing(curves)) if len(curves) else None
 
 
 def _over_training(run: Run) -> Markup | None:
@@ -214,7 +218,7 @@ def _over_training(run: Run) -> Markup | None:
     first = {measure.quantities[0].name for measure in measured}
     shown = [row for row in rows if row["measure"] in claimed or row["measure"].partition(".")[0] in first]
     units = {name: about["unit"] for name, about in run.summary["quantities"].items()}
-    return _html(plot_over_training(shown, units)) if shown else None
+    return html_of(plot_over_training(shown, units)) if shown else None
 
 
 def _composition(run: Run) -> dict[str, Any]:

@@ -35,15 +35,30 @@ def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[
     Raises:
         BadInput: as `run_study` does before it computes anything.
     """
-    check_version(out)
     plan, folder = plan_study(config), Folder(out)
+    status = registration_status(config, out)
+    return expected(config.name, plan, out, workers, _seconds_per_pass(config, plan, folder), STARTING, status)
+
+
+def expected(
+    name: str,
+    plan: Plan,
+    out: Path,
+    workers: int | None,
+    seconds_per_pass: float,
+    starting: float,
+    registration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Any plan as plain data, with what is left of it; `starting` is in seconds."""
+    check_version(out)
+    folder = Folder(out)
     states, place = folder.states(plan), Place.of(plan, folder, workers)
     left = [stage for stage in plan if states[stage.name] != "finished"]
     passes = sum(stage.cost for stage in left)
-    seconds = passes * _seconds_per_pass(config, plan, folder) / min(place.workers or 1, max(1, len(left)))
-    seconds += STARTING if passes else 0.0
+    seconds = passes * seconds_per_pass / min(place.workers or 1, max(1, len(left)))
+    seconds += starting if passes else 0.0
     return {
-        "study": config.name,
+        "study": name,
         "out": str(out),
         "threads": plan.threads,
         "stages": [{**asdict(stage), "passes": stage.cost, "state": states[stage.name]} for stage in plan],
@@ -54,7 +69,7 @@ def foresee(config: StudyConfig, out: Path, workers: int | None = None) -> dict[
         "memory": f"{(max((stage.memory for stage in left), default=0.0) + OVERHEAD) / 1e9:.1f} GB",
         "place": str(place),
         "mixtures": mixtures(plan, folder),
-        "registration": registration_status(config, out),
+        "registration": registration,
     }
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
-import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from subjattn.report.page import html_of, templates
 from subjattn.run.folder import replacing
 from subjattn.theory import figures
 from subjattn.theory.run import REPORT, open_theory
@@ -20,24 +19,17 @@ from subjattn.theory.run import REPORT, open_theory
 def write(folder: Path) -> Path:
     """Write `report.html` of a finished run from the files in its folder."""
     config, summary, tables = open_theory(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("subjattn", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     content = {
         "summary": summary,
         "worlds": {name: world.model_dump() for name, world in config.worlds.items()},
         "ways": {name: way.model_dump() for name, way in config.finetuning.items()},
-        "map": _html(figures.plot_map(tables["gaps"])) if "gaps" in tables else None,
+        "map": html_of(figures.plot_map(tables["gaps"])) if "gaps" in tables else None,
         "parts": list(_parts(tables)),
         "plotly": Markup(get_plotlyjs()),
     }
     target = folder / REPORT
     with replacing(target) as path:
-        path.write_text(environment.get_template("theory.html.jinja").render(content), encoding="utf-8")
+        path.write_text(templates().get_template("theory.html.jinja").render(content), encoding="utf-8")
     return target
 
 
@@ -52,7 +44,7 @@ def _parts(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
                 (f"Gaps by pre-training (fig. 2c), α {zipf:g}", figures.plot_gaps(of, "pretraining"))
                 for zipf, of in own.groupby("zipf")
             ]
-        yield {"title": f"World “{world}”", "figures": [(title, _html(figure)) for title, figure in drawn]}
+        yield {"title": f"World “{world}”", "figures": [(title, html_of(figure)) for title, figure in drawn]}
         middle = min(own["zipf"].unique(), key=lambda of: abs(of - 1))
         chosen = tables["values"].query("world == @world and zipf == @middle")
         for way, values in chosen.groupby("finetuning", sort=False):
@@ -65,14 +57,10 @@ def _parts(tables: dict[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
                 ("What is answered", figures.plot_errors(at)),
             ]
             title = f"World “{world}”, α {middle:g}, {way}, {longest} steps of pre-training"
-            yield {"title": title, "figures": [(name, _html(figure)) for name, figure in drawn]}
+            yield {"title": title, "figures": [(name, html_of(figure)) for name, figure in drawn]}
     if "along" in tables:
         for (name, zipf), curve in tables["along"].groupby(["world", "zipf"], sort=False):
             yield {
                 "title": f"Long training from scratch in “{name}”, α {zipf:g} (fig. 6)",
-                "figures": [("Accuracy and attention on (subject, relation)", _html(figures.plot_along(curve)))],
+                "figures": [("Accuracy and attention on (subject, relation)", html_of(figures.plot_along(curve)))],
             }
-
-
-def _html(figure: go.Figure) -> Markup:
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))

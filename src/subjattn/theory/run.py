@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import yaml
 from rich.console import Console
 
 from subjattn.errors import BadInput
-from subjattn.progress import Progress, clock
+from subjattn.progress import Progress
 from subjattn.run.changes import replaced
 from subjattn.run.folder import Folder, alone, replacing
 from subjattn.run.plan import Plan
 from subjattn.run.schedule import execute
+from subjattn.study.foresee import expected
 from subjattn.study.manifest import check_version, mixtures
 from subjattn.study.places import Place, check_place, executors_of
 from subjattn.theory import plan as names
@@ -133,26 +133,7 @@ def open_theory(out: str | Path) -> tuple[TheoryConfig, dict[str, Any], dict[str
 
 def foresee_theory(config: TheoryConfig, out: Path, workers: int | None = None) -> dict[str, Any]:
     """A study's plan as plain data, as `foresee` gives it for other studies. Nothing is written."""
-    check_version(out)
-    plan, folder = plan_theory(config), Folder(out)
-    states, place = folder.states(plan), Place.of(plan, folder, workers)
-    left = [stage for stage in plan if states[stage.name] != "finished"]
-    passes = sum(stage.cost for stage in left)
-    seconds = passes * _seconds_per_pass() / (place.workers or 1) + 4.0
-    return {
-        "study": config.name,
-        "out": str(out),
-        "threads": plan.threads,
-        "stages": [{**asdict(stage), "passes": stage.cost, "state": states[stage.name]} for stage in plan],
-        "finished": sum(state == "finished" for state in states.values()),
-        "passes": passes,
-        "seconds": seconds,
-        "time": clock(seconds),
-        "memory": "1 GB",
-        "place": str(place),
-        "mixtures": mixtures(plan, folder),
-        "registration": None,
-    }
+    return expected(config.name, plan_theory(config), out, workers, _seconds_per_pass(), starting=4.0)
 
 
 def _seconds_per_pass() -> float:
