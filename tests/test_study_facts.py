@@ -303,7 +303,11 @@ def test_mmlu_has_accuracy_and_loss_and_nothing_of_a_subject(
     assert summary["arms"]["base"]["accuracy"] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("study_file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "study_file",
+    sorted(path for path in EXPERIMENTS.glob("*.yaml") if not path.stem.startswith("theory_")),
+    ids=lambda path: path.stem,
+)
 @pytest.mark.parametrize("model", ["meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.3", "smollm2-135m"])
 def test_every_experiment_is_valid_without_its_model(study_file: Path, model: str) -> None:
     config = load_study(study_file, [f"model={model}"])

@@ -20,6 +20,8 @@ from subjattn.errors import BadInput
 from subjattn.facts import identity_of_source, read_facts
 from subjattn.measures.answers import predict
 from subjattn.models.names import identity, resolve_model
+from subjattn.study.read import parse_study
+from subjattn.study.run import run_study
 from subjattn.worlds import build as building
 from subjattn.worlds import record
 from subjattn.worlds.build import MARK, build, folder_of
@@ -163,6 +165,34 @@ def test_a_world_is_a_model_and_a_source_of_facts(caplog: pytest.LogCaptureFixtu
     assert identity("world:people").startswith("world:people (") and model.provenance()["model"] == "world:people"
     assert identity_of_source("world:people") != identity_of_source("world:people@1")
     assert read_facts("world:people").rejected.empty
+
+
+def test_a_study_runs_in_a_world(tmp_path: Path) -> None:
+    """Model and facts by the world's name; what was said most and least is trained on, and all of it is measured."""
+    raw = {
+        "name": "small",
+        "model": "world:small",
+        "facts": {
+            "source": "world:small",
+            "n_train": 6,
+            "n_test": 6,
+            "split": {"by": "popularity", "within": ["relation"], "match": []},
+        },
+        "styles": {"question": "question", "cloze": "cloze"},
+        "arms": {"base": {}, "top": {"train": "top"}, "bottom": {"train": "bottom"}},
+        "training": {"styles": ["question"], "weights": "full", "steps": 20, "learning_rate": 3e-3, "batch_size": 6},
+        "measures": {"accuracy": None, "attention_to_subject": {"controls": False}, "knockout": None},
+        "contrasts": [["bottom", "top"]],
+    }
+    summary = run_study(parse_study(raw, "small"), tmp_path / "run", workers=1)
+    run = sa.open_run(tmp_path / "run")
+    said = sa.load_facts("world:small").set_index("fact_id")["popularity"]
+    assert run.facts["popularity"].notna().all() and set(run.facts["fact_id"]) <= set(said.dropna().index)
+    assert run.taught("top")["popularity"].mean() > run.taught("bottom")["popularity"].mean()
+    arms = {name: of["styles"] for name, of in summary["arms"].items()}
+    assert arms["base"]["cloze"]["accuracy"] >= 0.9 > arms["base"]["question"]["accuracy"]
+    assert arms["top"]["question"]["knockout_drop_total"] > 0.1
+    assert run.manifest["arms"]["base"]["model"] == "world:small"
 
 
 def test_prompts_of_three_tokens_are_intervened_in_exactly() -> None:
