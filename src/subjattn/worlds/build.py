@@ -45,6 +45,8 @@ def folder_of(world: InventedWorld) -> Path:
 
 def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
     """Train a world's model into a folder, and say what it recalls: the content of `world.json`."""
+    from transformers.utils import logging as hf_logging
+
     said = said_in(world)
     tokenizer = make_tokenizer(world, said)
     with torch.random.fork_rng(devices=[]):
@@ -52,7 +54,11 @@ def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
         model = _model(world, len(tokenizer))
         steps, found = _train(model, tokenizer, world, said)
     folder.mkdir(parents=True)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     model.save_pretrained(folder)
+    if bars:
+        hf_logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     about = {"world": world.full_name, "version": VERSION, "digest": world.digest, "steps": steps, **found}
     (folder / MARK).write_text(json.dumps(about, indent=1))
