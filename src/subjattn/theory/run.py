@@ -138,8 +138,14 @@ def foresee_theory(config: TheoryConfig, out: Path, workers: int | None = None) 
 
 def _seconds_per_pass() -> float:
     """Of a fact's part in a step of training, in a world of the usual size on this machine."""
-    settings, seeds = Pretraining(steps=[100]), [0, 1, 2, 3]
-    pretrain(WorldSettings(), 1.0, Pretraining(steps=[2]), seeds)  # warms up
-    started = time.perf_counter()
-    pretrain(WorldSettings(), 1.0, settings, seeds)
-    return (time.perf_counter() - started) / (settings.steps[-1] * settings.batch * len(seeds))
+    import torch
+
+    settings, seeds, before = Pretraining(steps=[100]), [0, 1, 2, 3], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in stages
+    try:
+        pretrain(WorldSettings(), 1.0, Pretraining(steps=[2]), seeds)  # warms up
+        started = time.perf_counter()
+        pretrain(WorldSettings(), 1.0, settings, seeds)
+        return (time.perf_counter() - started) / (settings.steps[-1] * settings.batch * len(seeds))
+    finally:
+        torch.set_num_threads(before)

@@ -49,10 +49,15 @@ def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
 
     said = said_in(world)
     tokenizer = make_tokenizer(world, said)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(world.seed)
-        model = _model(world, len(tokenizer))
-        steps, found = _train(model, tokenizer, world, said)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums differ with their number, and a world is the same everywhere
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(world.seed)
+            model = _model(world, len(tokenizer))
+            steps, found = _train(model, tokenizer, world, said)
+    finally:
+        torch.set_num_threads(threads)
     folder.mkdir(parents=True)
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
