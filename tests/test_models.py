@@ -101,7 +101,7 @@ def test_pickled_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nosuch", "unknown model 'nosuch': use smollm2-135m, gemma3-270m, a hub id"),
+        ("nosuch", "unknown model 'nosuch': use smollm2-135m, gemma3-270m, world:NAME, a hub id"),
         ("/no/such/folder", "no such folder: '/no/such/folder'"),
         ("./nosuch", "no such folder"),
     ],
@@ -198,8 +198,8 @@ def test_a_short_name_gets_its_hub_id(name: str, hint: str) -> None:
     with pytest.raises(BadInput) as caught:
         resolve_model(name)
     assert str(caught.value) == (
-        f"unknown model {name!r}{hint}: use smollm2-135m, gemma3-270m, a hub id such as 'org/name', or an existing "
-        "folder"
+        f"unknown model {name!r}{hint}: use smollm2-135m, gemma3-270m, world:NAME, a hub id such as 'org/name', or an "
+        "existing folder"
     )
 
 

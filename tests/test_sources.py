@@ -348,7 +348,7 @@ def test_a_source_is_what_its_files_hold(tmp_path: Path) -> None:
     [
         ("popqa:/no/such", "no such file or folder: '/no/such'"),
         ("entityquestions", "is on no hub in its published layout: get it from github.com/princeton-nlp"),
-        ("nope", "unknown facts 'nope': use one of cities, popqa, entityquestions"),
+        ("nope", "unknown facts 'nope': use one of cities, world:NAME, popqa, entityquestions"),
     ],
 )
 def test_sources_that_are_not_there(name: str, message: str) -> None:
