@@ -186,5 +186,5 @@ def _chunks(n: int, logits: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, n, size)]
 
 
-CACHE = 100_000
+CACHE = 160_000
 """Logits."""
