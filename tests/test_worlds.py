@@ -24,7 +24,7 @@ from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
 from subjattn.worlds import build as building
 from subjattn.worlds import record
-from subjattn.worlds.build import MARK, build, folder_of
+from subjattn.worlds.build import MARK, build, folder_of, recalled
 from subjattn.worlds.record import WORLDS, InventedWorld, Shape, world_of
 from subjattn.worlds.sentences import RELATIONS, said_in
 
@@ -132,6 +132,10 @@ def test_a_strong_world_recalls_what_was_said(made: tuple[Path, dict[str, object
     assert (about["n_said"], about["n_never_said"]) == (said.sum(), (~said).sum())
     octaves: dict[str, list[float]] = about["recall_by_exposures"]  # type: ignore[assignment]
     assert sum(n for _, n in octaves.values()) == said.sum()
+    often = said_in(SMALL)
+    often.facts["popularity"] *= 1000
+    found = recalled(model, tokenizer, often)
+    assert sum(n for _, n in found["recall_by_exposures"].values()) == said.sum(), "however often it is said"
     ids = tokenizer(f"{facts['question'][0]}".format(subject=facts["subject"][0])).input_ids
     assert tokenizer.unk_token_id not in ids, "words that nobody said have tokens too"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ def folder_of(world: InventedWorld) -> Path:
             raise BadInput(f"{str(folder)!r} holds another world or version: delete it, and it is made anew")
         return folder
     log.warning("%s is made now, once: a small model trained from nothing", world.full_name)
-    shutil.rmtree(folder, ignore_errors=True)
-    build(world, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as place:
+        build(world, Path(place) / "world")
+        if not (folder / MARK).is_file():  # another process may have been first, with the same bits
+            shutil.rmtree(folder, ignore_errors=True)
+            (Path(place) / "world").rename(folder)
     return folder
 
 
@@ -181,7 +186,8 @@ def recalled(model: Any, tokenizer: Any, said: Said) -> dict[str, Any]:
     share, counts = right / n_forms, torch.tensor(said.facts["popularity"].fillna(0).to_numpy())
     never = counts == 0
     octaves: dict[str, list[float]] = {}
-    for low in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+    for octave in range(int(counts.max()).bit_length()):
+        low = 2**octave
         inside = (counts >= low) & (counts < 2 * low)
         if inside.any():
             octaves[f"{low}-{2 * low - 1}"] = [float(share[inside].mean()), int(inside.sum())]
