@@ -86,13 +86,13 @@ def test_of_two_neighbours_one_is_tested() -> None:
 
 def test_answers_are_told_apart(models: dict[int, OneLayer]) -> None:
     answers = np.stack([WORLD.make(1.0, seed).answer_tokens for seed in SEEDS])
-    found = ask(models[60], answers, prompts=False)
     kinds = set()
-    for number, seed in enumerate(SEEDS):
+    for number, seed, prompts in [(i, of, asked) for asked in (False, True) for i, of in enumerate(SEEDS)]:
+        found = ask(models[60], answers, prompts=prompts)
         world = WORLD.make(1.0, seed)
         for subject in range(21):
             for relation in range(3):
-                last = int(world.tokens.relation(relation))
+                last = int(world.tokens.prompt(relation) if prompts else world.tokens.relation(relation))
                 facts = torch.tensor([[subject]] * 3), torch.tensor([[last]] * 3)
                 given = int(models[60].logits(*facts)[number, 0].argmax())
                 others = [int(of) for r, of in enumerate(world.answer_tokens[subject]) if r != relation]
@@ -104,7 +104,7 @@ def test_answers_are_told_apart(models: dict[int, OneLayer]) -> None:
                     float(models[60].attention(*facts)[number, 0])
                 )
                 kinds.add(kind)
-    assert {"right", "relation"} <= kinds
+    assert {"right", "subject", "relation"} <= kinds
 
 
 def test_tables_are_those_of_loops(found: xr.Dataset) -> None:

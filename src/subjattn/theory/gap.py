@@ -137,9 +137,10 @@ def finetune(
     tested = np.stack([_dealt(world.n_subjects, seed) for seed in seeds])
     start = _ready(model, settings.prompt)
     arms = [
-        chosen
+        own[arm]
         for number, seed in enumerate(seeds)
-        for chosen in _arms(~tested[number][:, None] & (known[number] | (not settings.known)), seed).values()
+        for own in [_arms(~tested[number][:, None] & (known[number] | (not settings.known)), seed)]
+        for arm in ARMS
     ]
     many = start.take(np.repeat(np.arange(len(seeds)), len(ARMS)).tolist())
     own_answers = np.repeat(answers, len(ARMS), axis=0)
