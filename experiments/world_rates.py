@@ -1,9 +1,9 @@
 """How often a whole study is wrong, and how often it finds what is there: hundreds of them in a world.
 
-`python experiments/world_rates.py --workers 2` runs `world_placebo.yaml` under one seed after another, with two arms drawn
-alike, and then with effects planted; a study's claims are one line of `runs/world_rates.jsonl`, so that a stopped run goes
-on. When all are there it writes the tables of docs/validation.md, and ends with an error where a claim is surely
-called more often than 5 % without an effect. About 10 s a study.
+`python experiments/world_rates.py --workers 2` runs `world_placebo.yaml` under one seed after another, with two arms
+drawn alike, and then with effects planted; a study's claims are one line of `runs/world_rates.jsonl`, so that a stopped
+run goes on. When all are there it writes the table of docs/validation.md, and ends with an error where a claim is
+surely called more often than 5 % without an effect. About 10 s a study.
 """
 
 from __future__ import annotations

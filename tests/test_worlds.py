@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import subjattn as sa
 from subjattn.errors import BadInput
 from subjattn.facts import identity_of_source, read_facts
+from subjattn.knowledge.labels import join_labels
 from subjattn.measures.answers import predict
 from subjattn.models.names import identity, resolve_model
 from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
 from subjattn.worlds import build as building
 from subjattn.worlds import record
-from subjattn.worlds.build import MARK, build, folder_of, recalled
+from subjattn.worlds.build import MARK, build, folder_of, known, recalled
 from subjattn.worlds.record import WORLDS, InventedWorld, Shape, world_of
 from subjattn.worlds.sentences import RELATIONS, said_in
 
@@ -134,7 +135,7 @@ def test_a_strong_world_recalls_what_was_said(made: tuple[Path, dict[str, object
     assert sum(n for _, n in octaves.values()) == said.sum()
     often = said_in(SMALL)
     often.facts["popularity"] *= 1000
-    found = recalled(model, tokenizer, often)
+    found = recalled(known(model, tokenizer, often))
     assert sum(n for _, n in found["recall_by_exposures"].values()) == said.sum(), "however often it is said"
     ids = tokenizer(f"{facts['question'][0]}".format(subject=facts["subject"][0])).input_ids
     assert tokenizer.unk_token_id not in ids, "words that nobody said have tokens too"
@@ -169,6 +170,41 @@ def test_a_world_is_a_model_and_a_source_of_facts(caplog: pytest.LogCaptureFixtu
     assert identity("world:people").startswith("world:people (") and model.provenance()["model"] == "world:people"
     assert identity_of_source("world:people") != identity_of_source("world:people@1")
     assert read_facts("world:people").rejected.empty
+
+
+def test_a_world_says_what_its_model_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As labels of facts, like those of `subjattn knowledge`: wording by wording by the model's own answers."""
+    weak = replace(PEOPLE, name="weak", steps=100, recall=None)
+    monkeypatch.setattr(record, "WORLDS", {"weak": weak, "small": SMALL})
+    model, facts = sa.load_model("world:weak"), sa.load_facts("world:weak")
+    labelled = join_labels(facts, "world:weak", "world:weak")
+    right = np.zeros(len(facts))
+    for number in range(4):
+        for relation, of in facts.groupby("relation"):
+            form = RELATIONS["biographies"][str(relation)].wordings[number]
+            right[of.index] += predict(model, sa.make_prompts(of, model.tokenizer, form), "answer_start")["correct"]
+    np.testing.assert_allclose(labelled["p_greedy"], right / 4)
+    counts = labelled["category"].value_counts()
+    assert counts["HighlyKnown"] == (right == 4).sum() > 0 and counts["Unknown"] == (right == 0).sum() > 0
+    assert counts["MaybeKnown"] == len(facts) - counts["HighlyKnown"] - counts["Unknown"]
+    assert labelled["confidence"].between(0, 1).all()
+    with pytest.raises(BadInput, match="labels none of these facts|labels another fact"):
+        join_labels(facts, "world:small", "world:weak")
+    prompts = sa.make_prompts(facts, model.tokenizer, "cloze")
+    kept = sa.where(prompts, "HighlyKnown", model=model, knowledge="world:weak")
+    assert len(kept) == counts["HighlyKnown"] and predict(model, kept, "answer_start")["correct"].all()
+    raw = {
+        "name": "weak",
+        "model": "world:weak",
+        "facts": {"source": "world:weak", "knowledge": "world:weak", "where": "known", "n_train": 4, "n_test": 4}
+        | {"split": {"within": ["relation"], "match": []}},
+        "styles": {"cloze": "cloze"},
+        "arms": {"base": {}, "top": {"train": "top"}},
+        "training": {"weights": "full", "steps": 2},
+        "measures": {"accuracy": None},
+    }
+    run_study(parse_study(raw, "weak"), tmp_path / "run", workers=1)
+    assert set(sa.open_run(tmp_path / "run").facts["category"]) <= {"HighlyKnown", "MaybeKnown"}
 
 
 def test_a_study_runs_in_a_world(tmp_path: Path) -> None:
@@ -241,8 +277,8 @@ def test_what_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(BadInput, match="holds another world or version: delete it"):
         folder_of(SMALL)
     (folder / MARK).write_text(json.dumps(content))
-    monkeypatch.setattr(building, "VERSION", 2)
-    monkeypatch.setattr(record, "VERSION", 2)
+    monkeypatch.setattr(building, "VERSION", 99)
+    monkeypatch.setattr(record, "VERSION", 99)
     assert folder_of(SMALL) != folder, "another version is another folder"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score  # type: ignore[import-untyped]
 
 from subjattn.errors import BadInput
-from subjattn.facts.files import read_parquet
-from subjattn.models import identity
+from subjattn.models import identity, read_labels
 
 
 DEFINITIONS = {
@@ -51,7 +49,7 @@ def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame
 
     Args:
         facts: a table of facts.
-        path: the file that `subjattn knowledge` wrote.
+        path: the file that `subjattn knowledge` wrote; or `world:NAME`, which says what its model recalls.
         model_name: whose knowledge is wanted, by hub id, folder or `smollm2-135m`.
 
     Returns:
@@ -62,9 +60,9 @@ def join_labels(facts: pd.DataFrame, path: str, model_name: str) -> pd.DataFrame
         BadInput: no such file, another file, or labels of an adapted model, of another model or another state of it,
             or of other facts than these.
     """
-    if not Path(path).is_file():
+    labels = read_labels(path)
+    if labels is None:
         raise BadInput(f"facts.knowledge: no such file: {path!r}")
-    labels = read_parquet(Path(path))
     needed = ["fact_id", "subject", "relation", "answers", "model", "model_identity", "adapter", *LABELS]
     if missing := [name for name in needed if name not in labels]:
         raise BadInput(

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts.files import read_parquet
 from subjattn.facts.select import CATEGORIES
 from subjattn.measures.answers import predict
-from subjattn.models import LoadedModel, identity
+from subjattn.models import LoadedModel, identity, read_labels
 from subjattn.prompts import PromptSet
 
 
@@ -47,8 +46,8 @@ def where(
             Unknown; or a category, such as `HighlyKnown`.
         model: whom to ask (`correct`), or whose labels are expected (those of its base model will do).
         scorer: when an answer is right; None: `letters` where there are choices, else `answer_start`.
-        knowledge: the `knowledge.parquet` that `subjattn knowledge` wrote, for all but `correct`. A label counts
-            where fact id and subject are the prompt's; facts without a label are left out and counted.
+        knowledge: the `knowledge.parquet` that `subjattn knowledge` wrote, or `world:NAME`, for all but `correct`. A
+            label counts where fact id and subject are the prompt's; facts without a label are left out and counted.
 
     Raises:
         BadInput: no such condition, no model or labels, labels of another model or of other facts, or no fact left.
@@ -64,7 +63,7 @@ def where(
         found = predict(model, prompts, rule)
         keep, what = dict(zip(found["fact_id"], found["correct"], strict=True)), f"answered rightly ({rule})"
     else:
-        labels = _labels(prompts, Path(str(knowledge)), model)
+        labels = _labels(prompts, str(knowledge), model)
         keep = {fact: fits(label, condition) for fact, label in labels.items()}
         missing = len(prompts) - len(labels)
         what = f"{condition} by {knowledge}" + (f", {missing} have no label" if missing else "")
@@ -88,11 +87,11 @@ def check_where(condition: str | None, knowledge: str | Path | None = None) -> N
         raise BadInput(f"where {condition!r} needs the labels of a model: give knowledge, from `subjattn knowledge`")
 
 
-def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, str]:
+def _labels(prompts: PromptSet, path: str, model: Model | None) -> dict[str, str]:
     """Categories by fact id, of the prompts that the file labels."""
-    if not path.is_file():
-        raise BadInput(f"no such file of labels: {str(path)!r}: `subjattn knowledge` writes one")
-    table = read_parquet(path)
+    table = read_labels(path)
+    if table is None:
+        raise BadInput(f"no such file of labels: {path!r}: `subjattn knowledge` writes one")
     if missing := [name for name in _NEEDED if name not in table]:
         raise BadInput(f"{path}: has no column {missing[0]!r}: give the knowledge.parquet of `subjattn knowledge`")
     if table["fact_id"].duplicated().any():
@@ -121,7 +120,7 @@ def _labels(prompts: PromptSet, path: Path, model: Model | None) -> dict[str, st
     return labels
 
 
-def _check_whose(table: pd.DataFrame, path: Path, model: LoadedModel) -> None:
+def _check_whose(table: pd.DataFrame, path: str, model: LoadedModel) -> None:
     """Refuse labels of another model, or of another adapter on it; its base model's are welcome."""
     own = {identity(model.name)}
     for first in (row for _, row in table.drop_duplicates(["model_identity", "adapter_identity"]).iterrows()):

@@ -7,6 +7,7 @@ recorded at one commit.
 """
 
 from subjattn.models.adapter import check_adapter
+from subjattn.models.labels import read_labels
 from subjattn.models.load import LoadedModel, best_device, load_model, load_tokenizer, model_shape
 from subjattn.models.names import fingerprint, identity, resolve_adapter, resolve_model
 from subjattn.models.packaged import PACKAGED, PACKAGES, packaged_model
@@ -28,6 +29,7 @@ __all__ = [
     "model_shape",
     "packaged_model",
     "quiet",
+    "read_labels",
     "resolve_adapter",
     "resolve_model",
 ]

@@ -42,7 +42,7 @@ def check_study(config: StudyConfig) -> list[str]:
     ]
     for name, path in (("knowledge", asked.knowledge), ("popularity", asked.popularity and asked.popularity.path)):
         if path:
-            lines.append(f"facts.{name}: {path}{'' if Path(path).is_file() else ' (not there yet)'}")
+            lines.append(f"facts.{name}: {path}{'' if _is_there(path) else ' (not there yet)'}")
     for name, arm in config.arms.items():
         _check_there(name, arm)
         model = f" of {arm.model}" if arm.model else ""
@@ -100,7 +100,7 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
         on_hub = asked.source == known and SOURCES[known].hub
         return " (on the hub, not looked at)" if on_hub else " (not there yet)", None
     present = {
-        "knowledge": asked.knowledge and not Path(asked.knowledge).is_file(),
+        "knowledge": asked.knowledge and not _is_there(asked.knowledge),
         "popularity": asked.popularity and not Path(asked.popularity.path).is_file(),
     }
     usable = asked.model_copy(update=dict.fromkeys([name for name, missing in present.items() if missing]))
@@ -121,6 +121,10 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
     relations = facts["relation"].nunique()
     many = f"{relations} relation{'s' if relations > 1 else ''}"
     return f", {len(facts)} in {many}{_given(facts)}{split}", facts
+
+
+def _is_there(table: str) -> bool:
+    return is_world(table) or Path(table).is_file()
 
 
 def _given(facts: pd.DataFrame) -> str:

@@ -73,7 +73,9 @@ class FactsConfig(Section):
     relations: list[str] = Field([], description="only these relations")
     leave_out_given: bool = Field(False, description="leave out facts whose name holds the answer")
     popularity: PopularityConfig | None = None
-    knowledge: str | None = Field(None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id")
+    knowledge: str | None = Field(
+        None, description="knowledge.parquet of `subjattn knowledge`, joined by fact_id; or world:NAME"
+    )
     where: Literal[CONDITIONS] | None = Field(  # type: ignore[valid-type]
         None,
         description="only facts that are known: by the labels (known, HighlyKnown, …); or `correct`, by the first arm "

@@ -15,6 +15,7 @@ from subjattn.study import files
 from subjattn.study.config import StudyConfig
 from subjattn.study.planning import USUAL_POOL, WORK, Planner
 from subjattn.study.stages.before import CHECKED
+from subjattn.worlds import is_world
 
 
 SHARDS = 8
@@ -78,7 +79,7 @@ class FactStages(Planner):
             found["trained_on"] = identity_of_source(asked.trained_on)
         for role, file in (("knowledge", asked.knowledge), ("popularity", popularity)):
             if file:
-                found[role] = fingerprint(file)
+                found[role] = identity_of_source(file) if is_world(file) else fingerprint(file)
         return found
 
     def shared_prompts(self, style: str) -> Stage:

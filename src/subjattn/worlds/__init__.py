@@ -3,6 +3,7 @@
 `world:NAME` (or `world:NAME@SEED`, a world drawn anew) is a model and a source of facts like any other.
 """
 
+from subjattn.worlds.build import KNOWLEDGE as KNOWLEDGE
 from subjattn.worlds.build import folder_of as folder_of
 from subjattn.worlds.record import WORLDS as WORLDS
 from subjattn.worlds.record import InventedWorld as InventedWorld

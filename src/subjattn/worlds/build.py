@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional
 
@@ -21,6 +23,8 @@ from subjattn.worlds.sentences import RELATIONS, Said, said_in
 log = logging.getLogger(__name__)
 MARK = "world.json"
 """Stands in a finished folder: what the world is and what its model recalls. Written last."""
+KNOWLEDGE = "knowledge.parquet"
+"""In the folder too: what the model knows of every fact, as `subjattn knowledge` writes it of others."""
 CHECK = 100
 """Steps between looks at what is recalled."""
 _SPECIAL = ("<unk>", "<s>", "</s>")
@@ -60,7 +64,7 @@ def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(world.seed)
             model = _model(world, len(tokenizer))
-            steps, found = _train(model, tokenizer, world, said)
+            steps, labels = _train(model, tokenizer, world, said)
     finally:
         torch.set_num_threads(threads)
     folder.mkdir(parents=True)
@@ -70,7 +74,8 @@ def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
     if bars:
         hf_logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
-    about = {"world": world.full_name, "version": VERSION, "digest": world.digest, "steps": steps, **found}
+    labels.to_parquet(folder / KNOWLEDGE, index=False)
+    about = {"world": world.full_name, "version": VERSION, "digest": world.digest, "steps": steps, **recalled(labels)}
     (folder / MARK).write_text(json.dumps(about, indent=1))
     return about
 
@@ -119,7 +124,7 @@ def _model(world: InventedWorld, n_tokens: int) -> Any:
     )
 
 
-def _train(model: Any, tokenizer: Any, world: InventedWorld, said: Said) -> tuple[int, dict[str, Any]]:
+def _train(model: Any, tokenizer: Any, world: InventedWorld, said: Said) -> tuple[int, pd.DataFrame]:
     """Epochs over the corpus, the loss on all tokens; until the recall asked for, or for the steps set."""
     ids, lengths = _encoded(tokenizer, said)
     order = torch.Generator().manual_seed(world.seed)
@@ -141,16 +146,17 @@ def _train(model: Any, tokenizer: Any, world: InventedWorld, said: Said) -> tupl
         optimiser.step()
         schedule.step()
         if step % CHECK == 0 and world.recall is not None and step < world.steps:
-            found = recalled(model, tokenizer, said)
-            if found["recall"] >= world.recall:
-                return step, found
-    found = recalled(model, tokenizer, said)
-    if world.recall is not None and found["recall"] < world.recall:
+            labels = known(model, tokenizer, said)
+            if recalled(labels)["recall"] >= world.recall:
+                return step, labels
+    labels = known(model, tokenizer, said)
+    recall = recalled(labels)["recall"]
+    if world.recall is not None and recall < world.recall:
         raise BadInput(
-            f"{world.full_name}: after {world.steps} steps {found['recall']:.3f} of the facts said are recalled, and "
+            f"{world.full_name}: after {world.steps} steps {recall:.3f} of the facts said are recalled, and "
             f"{world.recall} is asked for: more steps, fewer facts or a larger model"
         )
-    return world.steps, found
+    return world.steps, labels
 
 
 def _encoded(tokenizer: Any, said: Said) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,25 +171,44 @@ def _encoded(tokenizer: Any, said: Said) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def recalled(model: Any, tokenizer: Any, said: Said) -> dict[str, Any]:
-    """Shares of facts whose answer is the likeliest, over the corpus' wordings: `recall` of those said at least once,
-    `recall_never_said` of the others (None where there are none), `recall_by_exposures` in octaves.
+def known(model: Any, tokenizer: Any, said: Said) -> pd.DataFrame:
+    """The facts with what the model knows of them, asked in each of the corpus' wordings of their relation.
+
+    Returns:
+        The facts with the labels of `knowledge.parquet`: `p_greedy` is the share of wordings in which the answer is the
+        likeliest token, `confidence` the mean probability of whatever is, `category` HighlyKnown where it is always the
+        answer, Unknown where never, MaybeKnown between. Nothing is sampled, so nothing is WeaklyKnown.
     """
     wordings = {name: of.wordings for kind in RELATIONS.values() for name, of in kind.items()}
     n_forms = max(len(wordings[relation]) for relation in set(said.facts["relation"]))
+    own = torch.tensor([tokenizer(of[0], add_special_tokens=False).input_ids[0] for of in said.facts["answers"]])
     model.eval()
-    right = torch.zeros(len(said.facts), dtype=torch.float64)
+    right, sure = torch.zeros(2, len(own), dtype=torch.float64)
     for number in range(n_forms):
         forms = [wordings[relation][number] for relation in said.facts["relation"]]
         texts = [form.format(subject=subject) for form, subject in zip(forms, said.facts["subject"], strict=True)]
         rows = tokenizer(texts).input_ids
-        own = torch.tensor([tokenizer(of[0], add_special_tokens=False).input_ids[0] for of in said.facts["answers"]])
         for length in sorted({len(row) for row in rows}):
             index = [i for i, row in enumerate(rows) if len(row) == length]
-            given = model(torch.tensor([rows[i] for i in index])).logits[:, -1].argmax(-1)
-            right[index] += (given == own[index]).double()
+            likely = model(torch.tensor([rows[i] for i in index])).logits[:, -1].softmax(-1).max(-1)
+            right[index] += (likely.indices == own[index]).double()
+            sure[index] += likely.values.double()
     model.train()
-    share, counts = right / n_forms, torch.tensor(said.facts["popularity"].fillna(0).to_numpy())
+    share = (right / n_forms).numpy()
+    unasked = {"p_sampled": np.nan, "answer_logprob": np.nan, "answer_logprob_template": None}
+    return said.facts.assign(
+        category=np.select([share == 1, share == 0], ["HighlyKnown", "Unknown"], "MaybeKnown"),
+        p_greedy=share,
+        confidence=(sure / n_forms).numpy(),
+        **unasked,
+    )
+
+
+def recalled(labels: pd.DataFrame) -> dict[str, Any]:
+    """Shares of facts whose answer is the likeliest, over the corpus' wordings: `recall` of those said at least once,
+    `recall_never_said` of the others (None where there are none), `recall_by_exposures` in octaves.
+    """
+    share, counts = labels["p_greedy"].to_numpy(), labels["popularity"].fillna(0).to_numpy().astype(int)
     never = counts == 0
     octaves: dict[str, list[float]] = {}
     for octave in range(int(counts.max()).bit_length()):

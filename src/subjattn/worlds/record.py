@@ -12,7 +12,7 @@ from subjattn.errors import BadInput
 
 
 PREFIX = "world:"
-VERSION = 1
+VERSION = 2
 """Of all worlds; raised when the same name comes to mean other sentences or another training."""
 
 
