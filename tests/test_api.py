@@ -32,6 +32,7 @@ def test_public_names_are_pinned() -> None:
         "fine_tune",
         "fit_temperature",
         "frequency_shock",
+        "graph_account",
         "head_contributions",
         "hidden_knowledge",
         "interval",

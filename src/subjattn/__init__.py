@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from subjattn.prompts import swap_subjects as swap_subjects
     from subjattn.study.files import open_run as open_run
     from subjattn.study.gaps import factuality_gap as factuality_gap
+    from subjattn.study.graph_account import graph_account as graph_account
     from subjattn.study.mixing_curves import mixing_curves as mixing_curves
     from subjattn.study.read import load_study as load_study
     from subjattn.study.run import run_study as run_study
@@ -120,6 +121,7 @@ _HOMES = {
     "fine_tune": "finetune.alone",
     "fit_temperature": "measures.temperature",
     "frequency_shock": "measures.frequency_shock",
+    "graph_account": "study.graph_account",
     "head_contributions": "measures.head_contributions",
     "hidden_knowledge": "measures.hidden_knowledge",
     "interval": "evidence.intervals",

@@ -177,6 +177,11 @@ class Run:
         """The facts in use: what they are, and whether they are tested, shown, or trained on."""
         return self._parquet(self._file(FACTS))
 
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The facts that demonstrations are drawn from."""
+        return self._parquet(self._file(SHOWN))
+
     def styles_of(self, arm: str) -> list[str]:
         """The styles that an arm was asked in."""
         asked = self.study["arms"][arm].get("styles") or self.styles
