@@ -141,10 +141,10 @@ def slopes(counts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["world", "design", "arm", "seed", "slope", "accuracy", "weight"])
 
 
-def with_interval(values: pd.Series) -> str:
-    """Mean over worlds, with its 95 % t interval."""
+def with_interval(values: pd.Series, most: float = np.inf) -> str:
+    """Mean over worlds, with its 95 % t interval, cut off where no value can be."""
     low, high = interval(values.to_numpy())
-    return f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{values.mean():+.2f} [{low:+.2f}, {min(high, most):+.2f}]"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def table(counts: pd.DataFrame) -> list[str]:
     for (world, design, arm), of in slopes(counts).groupby(["world", "design", "arm"], sort=False):
         slope = with_interval(of["slope"]) if of["slope"].notna().all() else "not defined"
         weight = f"{of['weight'].mean():.2f}" if "mixed" in arm else ""
-        accuracy = with_interval(of["accuracy"]).replace("+", "")
+        accuracy = with_interval(of["accuracy"], most=1.0).replace("+", "")
         lines.append(f"| {world}, {ASKED[world]} | {design} | {arm} | {accuracy} | {slope} | {weight} |")
     return lines
 
