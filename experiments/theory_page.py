@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def statements(summary: dict[str, Any]) -> str:
         figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in of["figures"].items())
         fared = "holds" if of["holds"] else "**fails**"
         rows.append([of["statement"], fared, f"{of['violations']:,} of {of['n']:,}", figures])
-    return _table(["statement", "", "violated", "figures"], rows)
+    return table(["statement", "", "violated", "figures"], rows)
 
 
 def percentiles(tables: dict[str, pd.DataFrame]) -> str:
@@ -49,7 +49,7 @@ def percentiles(tables: dict[str, pd.DataFrame]) -> str:
             at = found.set_index("share")
             cells = [_accuracy(at.loc[share]) for share in PAPER_2A[arm]]
             rows.append([way, arm, *cells])
-    return _table(["fine-tuning", "arm", *(f"top {share:.0%}" for share in PAPER_2A["top"])], rows)
+    return table(["fine-tuning", "arm", *(f"top {share:.0%}" for share in PAPER_2A["top"])], rows)
 
 
 def by_popularity(tables: dict[str, pd.DataFrame]) -> str:
@@ -58,7 +58,7 @@ def by_popularity(tables: dict[str, pd.DataFrame]) -> str:
     for (world, way), own in last.groupby(["world", "finetuning"], sort=False):
         at = own.set_index("zipf")
         rows.append([way, world, *(_gap(at.loc[zipf]) for zipf in PAPER_2B)])
-    return _table(["fine-tuning", "world", *(f"α {zipf:g}" for zipf in PAPER_2B)], rows)
+    return table(["fine-tuning", "world", *(f"α {zipf:g}" for zipf in PAPER_2B)], rows)
 
 
 def by_pretraining(tables: dict[str, pd.DataFrame]) -> str:
@@ -70,7 +70,7 @@ def by_pretraining(tables: dict[str, pd.DataFrame]) -> str:
         rows.append(
             [way, f"{zipf:g}", *(f"{_gap(at.loc[step])}, recall {at.loc[step, 'recall']:.2f}" for step in steps)]
         )
-    return _table(["fine-tuning", "α", *(f"{step} steps" for step in steps)], rows)
+    return table(["fine-tuning", "α", *(f"{step} steps" for step in steps)], rows)
 
 
 def patterns(tables: dict[str, pd.DataFrame]) -> str:
@@ -81,7 +81,7 @@ def patterns(tables: dict[str, pd.DataFrame]) -> str:
         for name in PATTERNS.values()
         if name in counts.index
     ]
-    return _table(["training on unpopular facts, against popular ones", *worlds], rows)
+    return table(["training on unpopular facts, against popular ones", *worlds], rows)
 
 
 def paper_cells(tables: dict[str, pd.DataFrame]) -> str:
@@ -94,7 +94,7 @@ def paper_cells(tables: dict[str, pd.DataFrame]) -> str:
         about = [of.world, of.finetuning, f"{of.zipf:g}", f"{of.pretraining:,}", f"{of.recall:.2f}"]
         rows.append([*about, f"{of.n_facts:.0f}", gaps, more])
     head = ["world", "fine-tuning", "α", "pre-training", "recall", "facts an arm", "accuracy gap", "attention gap"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def errors(tables: dict[str, pd.DataFrame]) -> str:
@@ -106,7 +106,7 @@ def errors(tables: dict[str, pd.DataFrame]) -> str:
             at = own[own["step"] == own["step"].max()].mean(numeric_only=True)
             rows.append([way, arm, *(f"{at[name]:.2f}" for name in ("accuracy", "subject", "relation", "attention"))])
     head = ["fine-tuning", "arm", "right", "the subject's other answer", "the relation's other answer", "attention"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def long(tables: dict[str, pd.DataFrame]) -> str:
@@ -116,7 +116,7 @@ def long(tables: dict[str, pd.DataFrame]) -> str:
         at = own.groupby("step")[["accuracy", "attention"]].mean()
         cells = [f"{at.loc[s, 'accuracy']:.2f} / {at.loc[s, 'attention']:.2f}" if s in at.index else "" for s in steps]
         rows.append([world, training, *cells])
-    return _table(["world", "training", *map("{:,}".format, steps)], rows)
+    return table(["world", "training", *map("{:,}".format, steps)], rows)
 
 
 def _last(gaps: pd.DataFrame) -> pd.DataFrame:
@@ -131,10 +131,21 @@ def _accuracy(row: pd.Series) -> str:
     return f"{row['mean']:.2f} [{max(0, row['low']):.2f}, {min(1, row['high']):.2f}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return re.sub(r"(?<![\w.])[-+]0\.00(?!\d)", "0.00", text)
+
+
+def put(parts: Mapping[str, str]) -> None:
+    """Write tables between their marks."""
+    text = DOC.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        marked = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.DOTALL)
+        text, n = marked.subn(lambda _, name=name, part=part: f"<!-- {name} -->\n{part}\n<!-- end -->", text)
+        if n != 1:
+            raise SystemExit(f"{DOC} has {n} places for {name!r}")
+    DOC.write_text(text, encoding="utf-8")
 
 
 def main(gap: Path, along: Path) -> None:
@@ -150,13 +161,7 @@ def main(gap: Path, along: Path) -> None:
         "errors": errors(tables),
         "fig. 6": long(further),
     }
-    text = DOC.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        marked = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.DOTALL)
-        text, n = marked.subn(lambda _, name=name, part=part: f"<!-- {name} -->\n{part}\n<!-- end -->", text)
-        if n != 1:
-            raise SystemExit(f"{DOC} has {n} places for {name!r}")
-    DOC.write_text(text, encoding="utf-8")
+    put(parts)
     chosen = "world == 'several' and zipf == 1.5 and finetuning == 'copied-sgd' and pretraining == 2000"
     figures = {
         "map": plot_map(tables["gaps"]),

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from calibrate import write
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 from scipy import stats
+from theory_page import DOC, put, table
 
 import subjattn as sa
 from subjattn.measures.poisson import poisson_slope
@@ -37,7 +37,6 @@ PER_ANSWER, JUDGED = 3, 2
 """Training facts an answer where all are alike, and validation facts of each."""
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 BINS = (-12, -2, -1, -0.3, 0.3, 1, 2, 12)
-PAGE = Path(__file__).parent.parent / "docs" / "theory.md"
 DESIGNS = ("as said", "alike", "turned round")
 TRAINING = {"weights": "full", "learning_rate": 1e-3, "batch_size": 32, "steps": 60}
 TEXT = {"text_length": 5, "text_batch": 64, "texts": 20_000}
@@ -152,17 +151,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def table(counts: pd.DataFrame) -> list[str]:
-    lines = [
-        "| world, asked in | tuning's frequencies | | accuracy | shock slope | weight of the tuned |",
-        "|---|---|---|---|---|---|",
-    ]
+def by_model(counts: pd.DataFrame) -> str:
+    rows = []
     for (world, design, arm), of in slopes(counts).groupby(["world", "design", "arm"], sort=False):
         slope = with_interval(of["slope"]) if of["slope"].notna().all() else "not defined"
         weight = f"{of['weight'].mean():.2f}" if "mixed" in arm else ""
         accuracy = with_interval(of["accuracy"], most=1.0).replace("+", "")
-        lines.append(f"| {world}, {ASKED[world]} | {design} | {arm} | {accuracy} | {slope} | {weight} |")
-    return lines
+        rows.append([f"{world}, {ASKED[world]}", design, arm, accuracy, slope, weight])
+    return table(["world, asked in", "tuning's frequencies", "", "accuracy", "shock slope", "share of the tuned"], rows)
 
 
 def plot(counts: pd.DataFrame) -> go.Figure:
@@ -224,8 +220,8 @@ def main() -> None:
         asked_for.out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_csv(asked_for.out, index=False)
     counts = pd.read_csv(asked_for.out)
-    write("frequency shock", table(counts), PAGE)
-    plot(counts).write_image(PAGE.with_name("theory-shock.png"), scale=1.5)
+    put({"frequency shock": by_model(counts)})
+    plot(counts).write_image(DOC.with_name("theory-shock.png"), scale=1.5)
 
 
 if __name__ == "__main__":
