@@ -59,7 +59,7 @@ def build(world: InventedWorld, folder: Path) -> dict[str, Any]:
     said = said_in(world)
     tokenizer = make_tokenizer(world, said)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums differ with their number, and a world is the same everywhere
+    torch.set_num_threads(1)  # sums differ with their number, as they do between kinds of processors
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(world.seed)
