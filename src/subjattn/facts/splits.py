@@ -296,29 +296,8 @@ def _draw_arms(
     pairs = zip(arms, counts, strict=True)
     room = np.array([own.min(axis=0) if match else [_largest(arm, *own[:, 0])] for arm, own in pairs])
     room //= np.array([[arm.times] for arm in arms])
-    slots, fewest = room.min(axis=0), room.sum(axis=1).argmin()
-    most = int(slots.sum())
-    n = most if n_train is None else n_train
-    if shares := [
-        arm.spec for arm in arms if arm.kind == "random" and arm.share < 1 and (n_train is not None or match)
-    ]:
-        raise BadInput(
-            f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random", field="arms"
-        )
-    if multiples := [arm.spec for arm in arms if arm.times > 1 and n_train is None and not match]:
-        raise BadInput(
-            f"arm {multiples[0]!r} is a multiple of n_train, and without it and match each arm takes all: set n_train",
-            field="arms",
-        )
-    if not 1 <= n <= most:
-        times = f"{arms[fewest].times} times " if arms[fewest].times > 1 else ""
-        equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
-        raise BadInput(
-            f"n_train={'all' if n_train is None else n_train} is not between 1 and the {most} facts that each arm can "
-            f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
-            f"({times}{room[fewest].sum()} facts): ask for fewer{less} or leave it out",
-            field="n_train",
-        )
+    slots = room.min(axis=0)
+    n = _size(arms, room, n_train, match)
     shared = _quotas(cell, slots, n, stream("quotas", *numbers)) if match else np.zeros(n, int)
     chosen = {}
     for arm, parts, most in zip(arms, pools, room.sum(axis=1), strict=True):
@@ -334,6 +313,33 @@ def _draw_arms(
         drawn = [_draw(pool, cells, own) for pool, cells, own in zip(parts, wanted, streams, strict=True)]
         chosen[arm.spec] = np.concatenate(drawn)
     return chosen
+
+
+def _size(arms: Sequence[ArmSpec], room: np.ndarray, n_train: int | None, match: Sequence[str]) -> int:
+    """Facts of an arm, where each has `room` `(arm, cell)`; BadInput where none, or not so many, can be had."""
+    most, fewest = int(room.min(axis=0).sum()), room.sum(axis=1).argmin()
+    if shares := [
+        arm.spec for arm in arms if arm.kind == "random" and arm.share < 1 and (n_train is not None or match)
+    ]:
+        raise BadInput(
+            f"arm {shares[0]!r} is a share of all facts, which n_train or match takes away: use random", field="arms"
+        )
+    if multiples := [arm.spec for arm in arms if arm.times > 1 and n_train is None and not match]:
+        raise BadInput(
+            f"arm {multiples[0]!r} is a multiple of n_train, and without it and match each arm takes all: set n_train",
+            field="arms",
+        )
+    n = most if n_train is None else n_train
+    if not 1 <= n <= most:
+        times = f"{arms[fewest].times} times " if arms[fewest].times > 1 else ""
+        equal, less = (f" with equal {', '.join(match)}", ", match on less") if match else ("", "")
+        raise BadInput(
+            f"n_train={'all' if n_train is None else n_train} is not between 1 and the {most} facts that each arm can "
+            f"have{equal}; the scarcest is arm {arms[fewest].spec!r} "
+            f"({times}{room[fewest].sum()} facts): ask for fewer{less} or leave it out",
+            field="n_train",
+        )
+    return n
 
 
 def _pool(arm: ArmSpec, table: pd.DataFrame) -> pd.Series:

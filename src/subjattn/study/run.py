@@ -13,14 +13,13 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from subjattn.progress import Progress
-from subjattn.run.changes import replaced
-from subjattn.run.folder import RESULTS, Folder, alone, replacing
+from subjattn.run.folder import RESULTS, Folder, replacing
 from subjattn.run.plan import Plan
 from subjattn.run.schedule import execute
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
-from subjattn.study.manifest import check_version, manifest
+from subjattn.study.manifest import manifest
+from subjattn.study.opened import opened
 from subjattn.study.places import Place, check_place, executors_of
 from subjattn.study.plan import plan_study
 from subjattn.study.registration import register, registered_in
@@ -58,16 +57,8 @@ def run_study(
         SubjattnError: something about the study cannot be right; finished stages stay.
     """
     out = Path(out)
-    with ExitStack() as stack:
-        check_place(workers, on)
-        progress = stack.enter_context(Progress(console))
-        plan = plan_study(config)
-        stack.enter_context(alone(out))
-        check_version(out)
-        folder = Folder(out)
-        stack.callback(folder.sweep)  # once the workers have ended, killed or not
-        for line in replaced(plan, folder):
-            progress.note(line)
+    check_place(workers, on)
+    with opened(out, lambda: plan_study(config), console) as (plan, folder, progress), ExitStack() as stack:
         register(config, folder)
         execute(plan.before_models, folder, progress)
         if not executors:

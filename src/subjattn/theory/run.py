@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import yaml
 from rich.console import Console
 
 from subjattn.errors import BadInput
-from subjattn.progress import Progress
-from subjattn.run.changes import replaced
-from subjattn.run.folder import Folder, alone, replacing
+from subjattn.run.folder import Folder, replacing
 from subjattn.run.plan import Plan
 from subjattn.run.schedule import execute
 from subjattn.study.foresee import expected
-from subjattn.study.manifest import check_version, mixtures
+from subjattn.study.manifest import mixtures
+from subjattn.study.opened import opened
 from subjattn.study.places import Place, check_place, executors_of
 from subjattn.theory import plan as names
 from subjattn.theory.config import TheoryConfig
@@ -57,19 +55,11 @@ def run_theory(
     from subjattn.theory.page import write
 
     out = Path(out)
-    with ExitStack() as stack:
-        check_place(workers, on)
-        progress = stack.enter_context(Progress(console))
-        plan = plan_theory(config)
-        stack.enter_context(alone(out))
-        check_version(out)
-        folder = Folder(out)
-        stack.callback(folder.sweep)
-        for line in replaced(plan, folder):
-            progress.note(line)
+    check_place(workers, on)
+    with opened(out, lambda: plan_theory(config), console) as (plan, folder, progress):
         execute(plan.before_models, folder, progress)
-        executors = stack.enter_context(executors_of(Place.of(plan, folder, workers, on), progress))
-        execute(plan, folder, progress, executors)
+        with executors_of(Place.of(plan, folder, workers, on), progress) as executors:
+            execute(plan, folder, progress, executors)
         folder.retire()
         tables = tables_of(config, folder)
         for name, table in tables.items():
