@@ -33,6 +33,11 @@ theory: .venv/installed-test
 	$(WORLD) --set name=world_biographies --set model=world:biographies --set facts.source=world:biographies
 	$(WORLD) --set name=world_biographies_weak --set model=world:biographies-weak --set facts.source=world:biographies-weak \
 		$(WEAK)=world:biographies-weak
+	for world in zipf-weak@1 zipf-weak@2 zipf-weak@3 zipf-weak@4 \
+		biographies-weak@1 biographies-weak@2 biographies-weak@3 biographies-weak@4; do \
+		$(WORLD) --set name=world_$$(echo $$world | tr -- -@ __) --set model=world:$$world --set facts.source=world:$$world \
+			$(WEAK)=world:$$world || exit 1; \
+	done
 	$(GRAPH)
 	$(GRAPH) --set name=gong_graph_zipf_weak --set model=world:zipf-weak --set facts.source=world:zipf-weak $(IN_WORLD)
 	$(GRAPH) --set name=gong_graph_biographies_weak --set model=world:biographies-weak --set facts.source=world:biographies-weak \

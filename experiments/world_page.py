@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from theory_page import put, table
+from world_shock import interval
 
 import subjattn as sa
 from subjattn.study.files import Run
@@ -18,6 +20,8 @@ from subjattn.study.files import Run
 
 RUNS = Path("runs")
 WORLDS = ("zipf", "zipf-weak", "biographies", "biographies-weak")
+MORE = (1, 2, 3, 4)
+"""Numbers of further worlds of the weak kinds."""
 STYLE = "question"
 QUANTITIES = {
     "accuracy": "accuracy",
@@ -65,24 +69,39 @@ def differences(runs: dict[str, Run]) -> str:
     """Bottom minus top, of every measure; bold where the interval leaves out 0."""
     rows = []
     for quantity, words in QUANTITIES.items():
-        cells = []
-        for run in runs.values():
-            found = [
-                row
-                for row in run.summary["contrasts"]
-                if (row["measure"], row["arm_a"], row["arm_b"], row["style"]) == (quantity, "bottom", "top", STYLE)
-            ]
-            cells.append(difference(found[0]) if found else "not defined")
-        rows.append([words, *cells])
+        found = [contrast(run, quantity) for run in runs.values()]
+        rows.append([words, *(shown(row["estimate"], row["ci_low"], row["ci_high"]) for row in found)])
     return table(["training on facts said least, against most", *(f"`world:{world}`" for world in runs)], rows)
 
 
-def difference(row: dict[str, Any]) -> str:
-    low, high = row["ci_low"], row["ci_high"]
-    if row["estimate"] is None or low is None:
+def across_worlds(runs: dict[str, list[Run]]) -> str:
+    """Bottom minus top again, of worlds drawn anew: the mean of the worlds' differences, its t interval over worlds."""
+    rows = []
+    for quantity, words in QUANTITIES.items():
+        cells = []
+        for own in runs.values():
+            each = [contrast(run, quantity)["estimate"] for run in own]
+            known = np.array([one for one in each if one is not None], float)
+            ends = interval(known) if len(known) > 2 else (None, None)
+            cells.append(shown(known.mean() if len(known) else None, *ends))
+        rows.append([words, *cells])
+    singles = [", ".join(f"{contrast(run, 'accuracy')['estimate']:+.3f}" for run in own) for own in runs.values()]
+    rows.insert(1, ["— world by world", *singles])
+    return table(["", *(f"`world:{world}`, {len(own)} worlds" for world, own in runs.items())], rows)
+
+
+def contrast(run: Run, quantity: str) -> dict[str, Any]:
+    for row in run.summary["contrasts"]:
+        if (row["measure"], row["arm_a"], row["arm_b"], row["style"]) == (quantity, "bottom", "top", STYLE):
+            return dict(row)
+    return dict.fromkeys(("estimate", "ci_low", "ci_high"))
+
+
+def shown(estimate: float | None, low: float | None, high: float | None) -> str:
+    if estimate is None or low is None or high is None:
         return "not defined"
-    digits = 3 if max(abs(row["estimate"]), abs(low), abs(high)) < 1 else 2
-    text = f"{row['estimate']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    digits = 3 if max(abs(estimate), abs(low), abs(high)) < 1 else 2
+    text = f"{estimate:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
@@ -120,12 +139,18 @@ def correlations(of: pd.DataFrame) -> str:
 
 def main() -> None:
     runs = {world: run_of(f"world_{world}") for world in WORLDS}
+    several = {
+        world: [runs[world], *(run_of(f"world_{world}_{number}") for number in MORE)]
+        for world in WORLDS
+        if "weak" in world
+    }
     account, answers = graph({title: run_of(name) for name, title in GRAPHS.items()})
     put(
         {
             "world arms": arms(runs),
             "world differences": differences(runs),
             "world claims": claims(runs),
+            "several worlds": across_worlds(several),
             "graph account": account,
             "graph answers": answers,
         }
