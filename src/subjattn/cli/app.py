@@ -74,7 +74,8 @@ WhereOption = Annotated[
     ),
 ]
 KnowledgeOption = Annotated[
-    Path | None, typer.Option("--knowledge", help="Labels for `--where`: knowledge.parquet of `subjattn knowledge`.")
+    Path | None,
+    typer.Option("--knowledge", help="Labels for `--where`: knowledge.parquet of `subjattn knowledge`, or world:NAME."),
 ]
 NumbersOption = Annotated[Path | None, typer.Option("--json", help="Write all numbers, per fact too, to this file.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
