@@ -36,8 +36,13 @@ CELLS = [
 ARMS = ("top", "bottom")
 N_TEST, MOST = (120, 60, 30), 160
 """Test facts, the first number for which there are known ones; and training facts of an arm at most."""
-TRAINING = {"weights": "full", "learning_rate": 1e-3, "batch_size": 32, "steps": 60}
-COLUMNS = ["kind", "zipf", "steps", "seed", "recall", "n", "arm", "accuracy", "attention"]
+WAYS: dict[str, dict[str, Any]] = {
+    "all weights": {"weights": "full", "learning_rate": 1e-3, "batch_size": 32, "steps": 60},
+    "blocks": {"lora_rank": 64, "lora_alpha": 64, "learning_rate": 4e-3, "batch_size": 32, "steps": 200},
+}
+"""Of fine-tuning; `blocks` trains matrices of attention and MLPs, and no embedding, so that the prompt's own word stays
+as nobody ever trained it."""
+COLUMNS = ["kind", "zipf", "steps", "seed", "recall", "n", "way", "arm", "accuracy", "attention"]
 
 
 def of_world(world: InventedWorld, seed: int, place: Path) -> list[dict[str, Any]]:
@@ -51,20 +56,22 @@ def of_world(world: InventedWorld, seed: int, place: Path) -> list[dict[str, Any
             facts = split(known, ARMS, None, n_test, match=["relation"], seed=seed)
             break
     if facts is None:
-        return [cell | {"n": 0, "arm": "", "accuracy": None, "attention": None}]
+        return [cell | {"n": 0, "way": way, "arm": "", "accuracy": None, "attention": None} for way in WAYS]
     test, rows = facts[facts["test"]], []
-    for arm in ARMS:
+    for (way, how), arm in product(WAYS.items(), ARMS):
         taught = facts[facts[f"train_{arm}"]]
         if len(taught) > MOST:
             taught = taught.sample(MOST, random_state=seed)
-        out = sa.fine_tune(str(place / "base"), taught, place / arm, style="question", seed=seed, **TRAINING)
-        model = sa.load_model(str(out))
+        base = str(place / "base")
+        out = str(sa.fine_tune(base, taught, place / way / arm, style="question", seed=seed, **how))
+        model = sa.load_model(out) if how.get("weights") == "full" else sa.load_model(base, adapter=out)
         prompts = sa.make_prompts(test, model.tokenizer, "question")
         found = sa.predict(model, prompts)
         rows.append(
             cell
             | {
                 "n": len(taught),
+                "way": way,
                 "arm": arm,
                 "accuracy": found["correct"].mean(),
                 "attention": float(sa.subject_attention(model, prompts).mean()),
@@ -76,17 +83,17 @@ def of_world(world: InventedWorld, seed: int, place: Path) -> list[dict[str, Any
 def gaps(values: pd.DataFrame) -> str:
     """Top minus bottom, means over worlds with t intervals."""
     rows = []
-    for (kind, zipf, steps), of in values.groupby(["kind", "zipf", "steps"], sort=False):
+    for (way, kind, zipf, steps), of in values.groupby(["way", "kind", "zipf", "steps"], sort=False):
         arms = of[of["arm"] != ""].pivot_table(index="seed", columns="arm", values=["accuracy", "attention"])
         cells = ["too few known facts"] * 2
         if len(arms) > 1:
             cells = [shown(arms[name]["top"] - arms[name]["bottom"]) for name in ("accuracy", "attention")]
         each = of.drop_duplicates("seed")
         right = [f"{arms['accuracy'][arm].mean():.2f}" if len(arms) else "" for arm in ARMS]
-        about = [kind, f"{zipf:g}", str(steps), f"{each['recall'].mean():.2f}", f"{each['n'].mean():.0f}"]
-        rows.append([*about, *right, *cells, str(len(arms))])
-    head = ["world", "α", "steps", "recall", "facts an arm", *ARMS, "accuracy gap", "attention gap", "worlds"]
-    return table(head, rows)
+        cell = [way, kind, f"{zipf:g}", str(steps), f"{each['recall'].mean():.2f}", f"{each['n'].mean():.0f}"]
+        rows.append([*cell, *right, *cells, str(len(arms))])
+    about = ["trained", "world", "α", "steps", "recall", "facts an arm"]
+    return table([*about, *ARMS, "accuracy gap", "attention gap", "worlds"], rows)
 
 
 def shown(gap: pd.Series) -> str:
@@ -115,7 +122,7 @@ def main() -> None:
     values = pd.read_csv(asked.out).fillna({"arm": ""})
     order = {cell: number for number, cell in enumerate(CELLS)}
     keys = [order[cell] for cell in zip(values["kind"], values["zipf"], values["steps"], strict=True)]
-    put({"world curves": gaps(values.assign(_order=keys).sort_values(["_order", "seed"]))})
+    put({"world curves": gaps(values.assign(_order=keys).sort_values(["way", "_order", "seed"]))})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +154,13 @@ def test_a_world_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(world_curves.sa, "fine_tune", noting)
     monkeypatch.setattr(world_curves, "N_TEST", (500, 18))
     rows = world_curves.of_world(world, 0, tmp_path)
-    assert [row["arm"] for row in rows] == ["top", "bottom"] and rows[0]["n"] == rows[1]["n"] == len(seen["top"])
+    assert [(row["way"], row["arm"]) for row in rows] == [*product(world_curves.WAYS, ["top", "bottom"])]
+    assert {row["n"] for row in rows} == {len(seen["top"]), len(seen["bottom"])} == {len(seen["top"])}
     assert seen["top"]["popularity"].mean() > seen["bottom"]["popularity"].mean()
     assert (pd.concat(seen.values())["category"] == "HighlyKnown").all()
     assert all(0 <= row["accuracy"] <= 1 and 0 < row["attention"] < 1 for row in rows)
     none = world_curves.of_world(replace(world, steps=1), 0, tmp_path / "none")
-    assert none[0]["n"] == 0 and len(none) == 1
+    assert [row["n"] for row in none] == [0, 0]
     values = pd.DataFrame([row | {"seed": seed} for seed in (1, 2) for row in [*rows, *none]])
     text = world_curves.gaps(values)
     assert "too few known facts" in text and f"{rows[0]['accuracy']:.2f}" in text
