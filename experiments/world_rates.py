@@ -22,6 +22,7 @@ import pandas as pd
 from rich.console import Console
 from scipy.stats import binomtest
 
+from subjattn.errors import StagesFailed
 from subjattn.study.read import load_study
 from subjattn.study.run import run_study
 
@@ -39,10 +40,13 @@ CONDITIONS: Mapping[str, tuple[int, int, list[str]]] = {
 
 
 def study(condition: str, seed: int) -> list[dict[str, Any]]:
-    """Run one study and say what became of its claims."""
+    """Run one study and say what became of its claims, or why there is none."""
     config = load_study(HERE / "world_placebo.yaml", [f"seed={seed}", *CONDITIONS[condition][2]])
-    with tempfile.TemporaryDirectory() as folder:
-        found = run_study(config, Path(folder) / "run", Console(file=io.StringIO()), workers=1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_study(config, Path(folder) / "run", Console(file=io.StringIO()), workers=1)
+    except StagesFailed as error:  # such as few facts of a relation, all of one answer: nothing to shuffle
+        return [{"condition": condition, "seed": seed, "refused": str(error)}]
     return [
         {"condition": condition, "seed": seed, "claim": claim["id"]}
         | {name: claim[name] for name in ("verdict", "estimate", "ci_low", "ci_high", "smallest_effect", "family")}
@@ -117,6 +121,9 @@ def main() -> None:
     rows = rows_of(asked.out)
     rows["condition"] = pd.Categorical(rows["condition"], list(CONDITIONS))
     rows = rows.sort_values(["condition", "seed"], kind="stable").astype({"condition": str})
+    if "refused" in rows:
+        print(rows["refused"].dropna().to_string(), file=sys.stderr)
+        rows = rows[rows["refused"].isna()]
     lines = table(rows)
     print("\n".join(lines))
     if not asked.studies:

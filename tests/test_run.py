@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subjattn.digest import digest_of
-from subjattn.errors import BadInput, StagesFailed
+from subjattn.errors import BadInput, StagesFailed, SubjattnError, WrongFields
 from subjattn.run.events import Silent
 from subjattn.run.folder import Folder, alone, replacing
 from subjattn.run.plan import SCHEMA, Plan, Stage
@@ -127,6 +128,21 @@ def test_a_failure_stops_only_what_needs_it(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.unfinished"))
     mended = Plan([CHAIN[0], stage("bad", "a"), stage("after", "bad"), stage("other", "a", number=7)])
     assert made(mended, tmp_path) == ["bad", "after"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (StagesFailed("a: no; 1 more waits", {"a": "no"}), {"reasons": {"a": "no"}}),
+        (WrongFields(["a: no", "b: no"]), {"messages": ("a: no", "b: no")}),
+        (BadInput("no", field="facts.where"), {"field": "facts.where"}),
+    ],
+)
+def test_errors_cross_processes_whole(error: SubjattnError, kept: dict[str, object]) -> None:
+    """One that cannot be read back breaks the pool that it came from, and its message is lost."""
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error) and str(found) == str(error)
+    assert {name: getattr(found, name) for name in kept} == kept
 
 
 def test_a_mistake_of_ours_keeps_its_trace(tmp_path: Path) -> None:

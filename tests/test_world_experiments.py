@@ -14,6 +14,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 import subjattn as sa
+from subjattn.errors import StagesFailed
 from subjattn.worlds import WORLDS
 from subjattn.worlds.record import Shape
 
@@ -58,6 +59,16 @@ def test_rates_have_exact_intervals() -> None:
     assert second.count("| 0.0 [") == 5
     cells = planted.split(" | ")
     assert cells[3] == "+1.000" and cells[5].startswith("100.0 [") and cells[-1].startswith("50.0 ["), "0.9 < 1"
+
+
+def test_a_study_that_cannot_be_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StagesFailed("facts/split: nothing to shuffle", {})
+
+    monkeypatch.setattr(world_rates, "run_study", refuse)
+    assert world_rates.study("shuffled answers", 7) == [
+        {"condition": "shuffled answers", "seed": 7, "refused": "facts/split: nothing to shuffle"}
+    ]
 
 
 @pytest.mark.slow

@@ -71,3 +71,6 @@ class StagesFailed(SubjattnError, RuntimeError):
     def __init__(self, message: str, reasons: dict[str, str]) -> None:
         super().__init__(message)
         self.reasons = reasons
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str]]]:
+        return type(self), (str(self), self.reasons)
