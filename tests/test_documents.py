@@ -65,6 +65,7 @@ def test_walkthrough_is_executed() -> None:
     assert not re.search(r"/(work|root|home|tmp|Users)/", text), "a path of the machine that it was run on"
 
 
+@pytest.mark.slow
 def test_walkthrough_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     """Its code on a small random model, as the notebook has it otherwise."""
     (tmp_path / "experiments").mkdir()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_intervals import array, crossed
@@ -108,6 +108,7 @@ def test_a_family_wants_five_replicates() -> None:
     assert "3 replicates, where a family of claims wants 5" in judge([(claim(), found)] * 2, [False] * 2)[0].reason
 
 
+@settings(max_examples=25)  # statsmodels takes a twentieth of a second for each
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_holm_agrees_with_statsmodels(ps: list[float]) -> None:
     from statsmodels.stats.multitest import multipletests

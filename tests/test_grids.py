@@ -232,6 +232,7 @@ def test_value_weighted_attention(llama: LoadedModel, prompts: PromptSet) -> Non
             assert float(found[0, layer, head]) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_memory_and_changes_nothing(smollm2: LoadedModel, cities: pd.DataFrame) -> None:
     """Under a tenth of what the grid takes of itself; the peak counted storage by storage, the numbers to rounding."""
     made = make_prompts(draw(cities, 120, seed=2), smollm2.tokenizer, TEMPLATES["country"]["list"])

@@ -94,6 +94,7 @@ def study(people: Path, model: Path, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+@pytest.mark.slow
 def test_styles_and_splits_as_factors(people: Path, chatty: Path, tmp_path: Path) -> None:
     """Few shots of known and unknown facts, a chain of thought, a chat, a prefix; a relation far from the others."""
     plain = "Q: {question}\nA:"
