@@ -324,15 +324,15 @@ TABLES: dict[str, Callable[[int], Iterator[str]]] = {
 }
 
 
-def write(name: str, lines: list[str], page: Path = DOC) -> None:
-    """Put a table between its marks in a page."""
-    text = page.read_text(encoding="utf-8")
+def write(name: str, lines: list[str]) -> None:
+    """Put a table between its marks."""
+    text = DOC.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start not in text:
-        sys.exit(f"{page} has no mark {start}")
+        sys.exit(f"{DOC} has no mark {start}")
     table = "\n".join(lines)
     text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.S)
-    page.write_text(text, encoding="utf-8")
+    DOC.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

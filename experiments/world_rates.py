@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import validation_page as page
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -28,7 +29,6 @@ from subjattn.study.run import run_study
 
 
 HERE = Path(__file__).parent
-DOC = HERE.parent / "docs" / "validation.md"
 NOMINAL = 0.05
 
 CONDITIONS: Mapping[str, tuple[int, int, list[str]]] = {
@@ -127,9 +127,7 @@ def main() -> None:
     lines = table(rows)
     print("\n".join(lines))
     if not asked.studies:
-        from calibrate import write
-
-        write("world rates", lines, DOC)
+        page.write(**{"world rates": lines})
     if often := wrong(rows):
         sys.exit(f"called too often without an effect: {', '.join(often)}")
 
