@@ -88,7 +88,7 @@ class Summary:
             "arms": arms,
             "across": list(across(config, self.inside, arms)),
             "contrasts": list(self._contrasts()),
-            "diagnosis": list(_diagnosis(config, arms)),
+            "diagnosis": list(_diagnosis(config, self.inside, arms)),
             "flips": list(flips(config, self.inside)),
             "overview": list(overview(config, self.folder, self.inside.values.table, self.facts)),
             "over_training": list(over_training(config, self.folder, self.facts)),
@@ -118,7 +118,7 @@ class Summary:
             own = {} if dataset is None or quantity.over else quantity.per_fact(dataset).attrs
             found[quantity.name] = {
                 "unit": str(own.get("unit", quantity.unit)),
-                "definition": str(own.get("definition", quantity.definition)),
+                "definition": str(own.get("definition") or quantity.definition),
                 "paper": measure.paper,
                 "across": "base" in measure.needs,
             }
@@ -266,12 +266,14 @@ class Summary:
         ]
 
 
-def _diagnosis(config: StudyConfig, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _diagnosis(config: StudyConfig, terms: Terms, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What lost the answers of each tuned arm, by style; a row for each account."""
     for arm, style in product(filter(config.is_tuned, config.arms), config.styles):
         if style not in config.styles_of(arm):
             continue
-        intervals = arms[arm]["styles"][style]["intervals"]
+        intervals = dict(arms[arm]["styles"][style]["intervals"])
+        if (lost := terms.values.of(arm, style, "answers_lost")) is not None:
+            intervals["n_lost"] = (float(lost.sum("fact").mean()),) * 2
         yield from ({"arm": arm, "style": style} | row for row in diagnose(intervals))
 
 
