@@ -30,6 +30,8 @@ from subjattn.evidence.intervals import (
 
 Verdict = Literal["supported", "contradicted", "no effect that matters", "undecided"]
 Arms = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+OneLine = Annotated[str, Field(min_length=1, pattern=r"^[^\p{C}\u2028\u2029]*[^\p{C}\s][^\p{C}\u2028\u2029]*$")]
+"""A text that shows, without line breaks and control characters."""
 Where = dict[str, str | int | list[str | int]]
 
 
@@ -73,7 +75,7 @@ class Select(_Part):
 class Claim(_Part):
     """A statement about a quantity: of one arm against a number, between two arms, or as a difference of such."""
 
-    id: Annotated[str, Field(min_length=1)]
+    id: OneLine
     statement: Annotated[str, Field(min_length=1)]
     measure: Annotated[str, Field(min_length=1, description="a quantity of a measure of the study")]
     arms: Annotated[Arms, Field(description="one; or two, the first minus the second")]
