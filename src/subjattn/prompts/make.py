@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.prompts.chat import in_chat
 from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
 from subjattn.prompts.prompt import Prompt, PromptSet
 from subjattn.prompts.show import notice_relations
+from subjattn.prompts.spacing import answered
 from subjattn.prompts.spans import Encoded, check_tokenizer, encode, shares_edge, token_span
 from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_of, shown_to
 
@@ -20,19 +23,19 @@ from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT_DATE = "26 Jul 2024"
-"""What chat templates that name a date are given, the default of Llama 3.1: prompts must not change overnight."""
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
-
 
 class _Asked(NamedTuple):
-    """A prompt's text and where its subject begins."""
+    """A prompt's text, where its subject begins, and what stands before an answer (None: see `spacing`)."""
 
     text: str
     start: int | None
+    lead: str | None = None
 
-    def behind(self, before: str) -> _Asked:
-        return _Asked(before + self.text, None if self.start is None else self.start + len(before))
+    def within(self, before: str, after: str = "", lead: str | None = None) -> _Asked:
+        return _Asked(before + self.text + after, None if self.start is None else self.start + len(before), lead)
+
+    def answered(self, answer: str) -> str:
+        return answered(self.text, answer, self.lead)
 
 
 def make_prompts(
@@ -45,9 +48,10 @@ def make_prompts(
 ) -> PromptSet:
     """Ask every fact in one style, e.g. ``"City: {subject}\\nCountry:"``, ``"late"`` or ``Style(…)``.
 
-    The first of a fact's `answers` is the one whose tokens are scored; it follows the prompt after one space (in a
-    chat that ends in a new line, at once). Where the subject occurs several times, as in demonstrations, its span
-    is its place in the question that is asked.
+    The first of a fact's `answers` is the one whose tokens are scored. It follows the prompt after a space or at
+    once, as its script and the characters before it ask for (see `subjattn.prompts.spacing`); in a chat as the
+    template writes it. Where the subject occurs several times, as in demonstrations, its span is its place in the
+    question that is asked.
 
     Args:
         facts: a table of facts: `fact_id`, `subject`, `answers`, and `relation` and `question` where the style
@@ -73,9 +77,9 @@ def make_prompts(
     asked = _ask(records, tokenizer, style, demonstrations, reasoning)
     special = not style.chat
     texts = [one.text for one in asked]
-    answers = [_answered(text, str(fact["answers"][0])) for text, fact in zip(texts, records, strict=True)]
+    answers = [one.answered(str(fact["answers"][0])) for one, fact in zip(asked, records, strict=True)]
     n_letters = [0 if fact.get("choices") is None else len(fact["choices"]) for fact in records]
-    lettered = [_answered(text, ascii_uppercase[i]) for text, n in zip(texts, n_letters, strict=True) for i in range(n)]
+    lettered = [one.answered(ascii_uppercase[i]) for one, n in zip(asked, n_letters, strict=True) for i in range(n)]
     letters = encode(tokenizer, lettered, special)
     decoded: dict[int, str] = {}
     prompts = []
@@ -114,7 +118,7 @@ def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str)
     """
     asked = prompt.ids[: prompt.prediction + 1]
     for special in (True, False):
-        (whole,) = encode(tokenizer, [_answered(prompt.text, answer)], special)
+        (whole,) = encode(tokenizer, [answered(prompt.text, answer, prompt.lead)], special)
         if tuple(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
             tokens = tuple(str(tokenizer.decode([token])) for token in whole.ids[len(asked) :])
             before = prompt.tokens[: len(asked)]
@@ -125,10 +129,6 @@ def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str)
 def first_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
     """The first token of any answer behind a prompt; SpanNotFound where their tokens merge."""
     return with_answer(tokenizer, prompt, answer).answer_ids[0]
-
-
-def _answered(text: str, answer: str) -> str:
-    return text + (answer if text[-1:].isspace() else f" {answer}")
 
 
 def _ask(
@@ -149,43 +149,17 @@ def _ask(
         turns = [style.demonstration(one) for one in shown]
         body = _Asked(*style.body(fact))
         if style.chat:
-            one = _in_chat(tokenizer, turns, body, str(fact["fact_id"]))
+            one = body.within(*in_chat(tokenizer, style, turns, body.text, str(fact["fact_id"])))
         else:
-            one = body.behind(prefix + "".join(f"{question} {answer}\n\n" for question, answer in turns))
+            one = body.within(prefix + "".join(f"{answered(*turn)}\n\n" for turn in turns))
         if style.chain_of_thought:
             thought = REASONING
             if reasoning is not None:
                 written = reasoning[fact["fact_id"]].strip()
-                thought = " ".join(part for part in (REASONING, written, CONCLUSION) if part)
-            one = _Asked(_answered(one.text, thought), one.start)
+                thought = reduce(answered, [part for part in (REASONING, written, CONCLUSION) if part])
+            one = _Asked(one.answered(thought), one.start)
         asked.append(one)
     return asked
-
-
-def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], body: _Asked, fact_id: str) -> _Asked:
-    """The question in a chat, behind demonstrations as earlier turns, up to where the assistant answers."""
-    if tokenizer.chat_template is None:
-        raise BadInput("the tokenizer has no chat template: use an instruct model, or a style without chat")
-    earlier = [
-        {"role": role, "content": text}
-        for question, answer in turns
-        for role, text in (("user", question), ("assistant", answer))
-    ]
-    marked, whole = (
-        str(
-            tokenizer.apply_chat_template(
-                [*earlier, {"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=CHAT_DATE,
-            )
-        )
-        for text in (_PLACE, body.text)
-    )
-    before, found, after = marked.rpartition(_PLACE)
-    if not found or before + body.text + after != whole:
-        raise SpanNotFound(f"fact {fact_id}: the chat template changes the question's text, so its place is not known")
-    return _Asked(body.text + after, body.start).behind(before)
 
 
 def _prompt(
@@ -206,11 +180,11 @@ def _prompt(
         if span is None:
             raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {subject!r}")
         edge = shares_edge(text, prompt.offsets, span, asked.start, stop)
-    for answer, answered in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
-        if answered[:length] != prompt.ids or len(answered) == length:
+    for answer, whole in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
+        if whole[:length] != prompt.ids or len(whole) == length:
             raise SpanNotFound(
                 f"fact {fact_id}: the tokens of the answer {answer!r} merge with those of {text!r}; "
-                "end the template where a word ends"
+                "end the template where a word ends, or in punctuation"
             )
     letters = tuple(one[length] for one in choices)
     if len(set(letters)) < len(letters) or any(len(one) != length + 1 for one in choices):
@@ -228,4 +202,5 @@ def _prompt(
         prediction=length - 1,
         shared_edge=edge,
         choice_ids=letters,
+        lead=asked.lead,
     )

@@ -5,22 +5,26 @@ from __future__ import annotations
 import string
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, model_validator
 
 from subjattn.errors import BadInput
 from subjattn.facts.own import is_own
 from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
+from subjattn.prompts.spacing import answered
 from subjattn.worlds.sentences import WORDINGS
 
 
 REASONING = "Let's think step by step."
 """What asks for a chain of thought (Kojima et al. 2022)."""
 CONCLUSION = "So the answer is"
+CHAT_DATE = date(2024, 7, 26)
+"""Today in chat templates that name the date, the default of Llama 3.1's."""
 _FIELDS = ({"subject"}, {"question"}, {"question", "choices"})
 
 
@@ -45,6 +49,12 @@ class Style(BaseModel):
     relation: Literal["same", "other"] = Field("same", description="relation of the demonstrations")
     seed: NonNegativeInt = Field(0, description="of the draw of demonstrations")
     chat: bool = Field(False, description="in the chat template of an instruct model")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="arguments of the chat template itself, such as {enable_thinking: false}"
+    )
+    chat_date: date = Field(
+        CHAT_DATE, description="today, for chat templates that name the date: prompts must not change overnight"
+    )
     chain_of_thought: bool = Field(False, description="let the model reason before it answers")
 
     @model_validator(mode="before")
@@ -63,6 +73,8 @@ class Style(BaseModel):
             )
         if self.chat and self.prefix:
             raise ValueError("a chat puts its own text before the question: leave 'prefix' out")
+        if not self.chat and (self.chat_template_kwargs or self.chat_date != CHAT_DATE):
+            raise ValueError("'chat_template_kwargs' and 'chat_date' are for a chat: give 'chat: true' too")
         if not self.shots and (self.demonstrations, self.relation) != ("any", "same"):
             raise ValueError("'demonstrations' and 'relation' say which facts are shown: give 'shots' too")
         return self
@@ -79,7 +91,7 @@ class Style(BaseModel):
             raise BadInput(message.removeprefix("Value error, ")) from None
 
     def __str__(self) -> str:
-        around = self.model_dump(exclude_defaults=True, exclude={"template"})
+        around = self.model_dump(mode="json", exclude_defaults=True, exclude={"template"})
         return self.template + (f" {around}" if around else "")
 
     def body(self, fact: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -116,7 +128,7 @@ class Style(BaseModel):
         if not self.chain_of_thought:
             return self.body(fact)[0], answer
         recalled = _built_in("cloze", fact).format(subject=fact["subject"])
-        return self.body(fact)[0], f"{REASONING} {recalled} {answer}. {CONCLUSION} {answer}"
+        return self.body(fact)[0], f"{REASONING} {answered(recalled, answer)}. {answered(CONCLUSION, answer)}"
 
 
 def default_styles(facts: pd.DataFrame) -> dict[str, str]:
@@ -166,7 +178,9 @@ def check_template(template: str) -> str:
             "other field"
         )
     if template != template.rstrip():
-        raise BadInput(f"template {template!r} ends in white space: leave it out, the answer brings its own space")
+        raise BadInput(
+            f"template {template!r} ends in white space: leave it out, the answer brings its own space where it has one"
+        )
     return template
 
 
