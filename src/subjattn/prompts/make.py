@@ -16,7 +16,7 @@ from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
 from subjattn.prompts.prompt import Prompt, PromptSet
 from subjattn.prompts.show import notice_relations
 from subjattn.prompts.spacing import answered
-from subjattn.prompts.spans import Encoded, check_tokenizer, encode, shares_edge, token_span
+from subjattn.prompts.spans import Encoded, check_tokenizer, encode, find_span, shares_edge
 from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_of, shown_to
 
 
@@ -89,7 +89,7 @@ def make_prompts(
         choices = [next(letters).ids for _ in range(n)]
         for token in {*prompt.ids, *whole.ids} - decoded.keys():
             decoded[token] = str(tokenizer.decode([token]))
-        prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer.bos_token_id))
+        prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer))
         if style.prefix and prefix_tokens(one.text, prompt.offsets) != style.prefix:
             raise SpanNotFound(
                 f"fact {fact['fact_id']}: the last of {style.prefix} tokens of neutral text merges with what follows"
@@ -102,11 +102,16 @@ def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, sty
     plain = Style.of(style).model_copy(update={"shots": 0, "prefix": 0, "chat": False, "chain_of_thought": False})
     asked = _ask(facts.to_dict("records"), tokenizer, plain, None, None)  # type: ignore[arg-type]
     lengths = []
-    for one, subject, encoded in zip(
-        asked, facts["subject"], encode(tokenizer, [one.text for one in asked]), strict=True
+    for one, fact_id, subject, encoded in zip(
+        asked, facts["fact_id"], facts["subject"], encode(tokenizer, [one.text for one in asked]), strict=True
     ):
-        span = None if one.start is None else token_span(encoded.offsets, one.start, one.start + len(subject))
-        lengths.append(0 if span is None else span[1] - span[0])
+        if one.start is None:
+            lengths.append(0)
+            continue
+        start, stop = find_span(
+            tokenizer, one.text, encoded.offsets, one.start, one.start + len(subject), fact_id
+        )
+        lengths.append(stop - start)
     return lengths
 
 
@@ -169,16 +174,14 @@ def _prompt(
     ids: list[int],
     choices: list[list[int]],
     decoded: Mapping[int, str],
-    bos: int | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Prompt:
     fact_id, text = str(fact["fact_id"]), asked.text
     subject, answers = fact["subject"], tuple(str(answer) for answer in fact["answers"])
     length, span, edge = len(prompt.ids), None, False
     if asked.start is not None:
         stop = asked.start + len(subject)
-        span = token_span(prompt.offsets, asked.start, stop)
-        if span is None:
-            raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {subject!r}")
+        span = find_span(tokenizer, text, prompt.offsets, asked.start, stop, fact_id)
         edge = shares_edge(text, prompt.offsets, span, asked.start, stop)
     for answer, whole in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
         if whole[:length] != prompt.ids or len(whole) == length:
@@ -189,6 +192,7 @@ def _prompt(
     letters = tuple(one[length] for one in choices)
     if len(set(letters)) < len(letters) or any(len(one) != length + 1 for one in choices):
         raise SpanNotFound(f"fact {fact_id}: the letters of its choices are not one token each")
+    bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         raise BadInput(f"fact {fact_id}: the prompt starts with two BOS tokens; leave BOS out of the template")
     return Prompt(
