@@ -15,7 +15,15 @@ from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
-from subjattn.prompts import ROLES, check_template, make_prompts, subject_lengths, subject_spans, swap_subjects, token_span
+from subjattn.prompts import (
+    ROLES,
+    check_template,
+    make_prompts,
+    subject_lengths,
+    subject_spans,
+    swap_subjects,
+    token_span,
+)
 
 
 LIST = TEMPLATES["country"]["list"]

@@ -108,9 +108,7 @@ def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, sty
         if one.start is None:
             lengths.append(0)
             continue
-        start, stop = find_span(
-            tokenizer, one.text, encoded.offsets, one.start, one.start + len(subject), fact_id
-        )
+        start, stop = find_span(tokenizer, one.text, encoded.offsets, one.start, one.start + len(subject), fact_id)
         lengths.append(stop - start)
     return lengths
 

@@ -19,12 +19,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from subjattn.facts.names import is_dense, is_unspaced
 
-_DENSE = r"CJK|IDEOGRAPHIC|BOPOMOFO|HIRAGANA|KATAKANA|KATAKANA-HIRAGANA|HALFWIDTH KATAKANA|YI|NUSHU|TANGUT|KHITAN"
-_LOOSE = r"THAI|LAO|KHMER|MYANMAR|TIBETAN|TAI|NEW TAI|JAVANESE|BALINESE"
-_DENSE_NAME, _UNSPACED_NAME = re.compile(rf"(?:{_DENSE})\b"), re.compile(rf"(?:{_DENSE}|{_LOOSE})\b")
-"""Scripts that are written without spaces between words, by the names of their characters; `_LOOSE` ones part
-phrases and foreign words by spaces."""
+
 _QUOTES = ('"“”„‟״', "'‘’‚‛׳", "«»", "‹›", "*", "`")
 _ALWAYS_OPEN = "¿¡<ـ"
 _INFIX = frozenset("-‐‑‒–—―−־/\\⁄∕|=+~_&·‧>→←⇒⇨➔➜")
@@ -59,15 +56,10 @@ def space_between(text: str, answer: str) -> str:
         return ""
     last = next((char for char in reversed(seen) if unicodedata.category(char) not in ("Mn", "Me")), " ")
     first = next((char for char in answer if unicodedata.category(char) != "Cf"), " ")
-    if _is_wide(last) or _DENSE_NAME.match(unicodedata.name(last, "")):
+    if _is_wide(last) or is_dense(last):
         return ""
     letter = next((char for char in reversed(seen) if unicodedata.category(char)[0] == "L"), " ")
     return "" if is_unspaced(letter) and (is_unspaced(first) or _is_wide(first)) else " "
-
-
-def is_unspaced(char: str) -> bool:
-    """Whether a character is of a script written without spaces between words."""
-    return _UNSPACED_NAME.match(unicodedata.name(char, "")) is not None
 
 
 def _is_wide(char: str) -> bool:

@@ -7,12 +7,14 @@ SentencePiece and added prefix spaces alike. Decoding and joining tokens does no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts.names import broken
 from subjattn.prompts.style import check_template, template_fields, text_before
 
 
@@ -24,6 +26,7 @@ BATCH = 4096
 
 
 NOWHERE = (-1, -1)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Encoded(NamedTuple):
@@ -97,7 +100,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = True) -> Iterator[Encoded]:
-    """Tokens and offsets of each text; BOS as the tokenizer adds it where `special`, nothing at the end."""
+    """Tokens and offsets of each text; BOS as the tokenizer adds it where `special`, nothing at the end.
+
+    Raises:
+        BadInput: a text holds half of a surrogate pair.
+    """
+    for text in texts:
+        if _SURROGATE.search(text):
+            raise BadInput(f"the text {text[-200:]!r} holds {broken(text)}")
     for start in range(0, len(texts), BATCH):
         found = tokenizer(
             list(texts[start : start + BATCH]),
@@ -113,8 +123,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bo
             while special and end and mask[end - 1]:
                 end -= 1
             places = [
-                NOWHERE if added and place[0] == place[1] else place
-                for place, added in zip(offsets, mask, strict=True)
+                NOWHERE if added and place[0] == place[1] else place for place, added in zip(offsets, mask, strict=True)
             ]
             yield Encoded(ids[:end], places[:end])
 

@@ -13,8 +13,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, model_validator
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import broken, plain_name
 from subjattn.facts.own import is_own
-from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
 from subjattn.prompts.spacing import answered
 from subjattn.worlds.sentences import WORDINGS
@@ -166,6 +166,8 @@ def template_fields(template: str) -> set[str]:
 
 def check_template(template: str) -> str:
     """The template itself, if it can be asked; BadInput otherwise."""
+    if found := broken(template):
+        raise BadInput(f"template {template!r} holds {found}")
     try:
         parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -178,9 +180,7 @@ def check_template(template: str) -> str:
             "other field"
         )
     if template != template.rstrip():
-        raise BadInput(
-            f"template {template!r} ends in white space: leave it out, the answer brings its own space where it has one"
-        )
+        raise BadInput(f"template {template!r} ends in white space: leave it out, the answer brings its own space")
     return template
 
 
@@ -201,7 +201,8 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
             raise BadInput("known and unknown demonstrations need facts with a column 'third' (see split)")
         fitting = fitting[fitting["third"] == {"known": "top", "unknown": "bottom"}[style.demonstrations]]
     fitting = fitting.sort_values("fact_id")
-    fitting = fitting[~fitting["subject"].fillna(fitting["fact_id"]).map(plain_name).duplicated()]
+    asked = pd.Series([_asked_about(fact) for fact in fitting.to_dict("records")], fitting.index)  # type: ignore[arg-type]
+    fitting = fitting[~asked.duplicated()]
     if len(fitting) < style.shots + 1:
         raise BadInput(
             f"{style.shots} demonstrations (and one to spare) of the {style.relation} relation as {relation!r}, "
@@ -214,12 +215,17 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
 
 def shown_to(fact: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], shots: int) -> list[Mapping[str, Any]]:
     """The demonstrations of one prompt, none of them of the fact or subject that is asked."""
-    return [
-        shown
-        for shown in candidates
-        if shown["fact_id"] != fact["fact_id"]
-        and (fact["subject"] is None or plain_name(str(shown["subject"])) != plain_name(str(fact["subject"])))
-    ][:shots]
+    own = _asked_about(fact)
+    return [shown for shown in candidates if shown["fact_id"] != fact["fact_id"] and _asked_about(shown) != own][:shots]
+
+
+def _asked_about(fact: Mapping[str, Any]) -> str:
+    """What a fact asks about, as names are compared: its subject, else its question and choices."""
+    subject = fact["subject"]
+    if isinstance(subject, str):
+        return plain_name(subject)
+    choices = fact.get("choices")
+    return plain_name(" ".join([str(fact.get("question")), *([] if choices is None else map(str, choices))]))
 
 
 def _built_in(name: str, fact: Mapping[str, Any]) -> str:

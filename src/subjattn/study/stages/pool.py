@@ -14,7 +14,7 @@ import pandas as pd
 from subjattn.errors import BadInput
 from subjattn.facts import draw, join_popularity, load_facts
 from subjattn.facts.given import without_given
-from subjattn.facts.table import plain_name
+from subjattn.facts.names import plain_name
 from subjattn.knowledge.labels import join_labels
 from subjattn.measures.where import fits
 from subjattn.models import load_tokenizer
