@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from test_names import FORMS, INVISIBLE, NAMES
 from subjattn.errors import BadInput
 from subjattn.facts import join_popularity, load_facts, read_facts
 from subjattn.facts.splits import split
-from subjattn.prompts import Style, make_prompts
-from subjattn.study.stages.pool import without_subjects
+from subjattn.prompts import Style, make_prompts, subject_lengths
+from subjattn.study.config import FactsConfig
+from subjattn.study.stages.pool import source_of, without_subjects
 
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -338,3 +340,77 @@ def test_relations_are_one_in_every_form() -> None:
 def test_arrays_stay_lists() -> None:
     frame = pd.DataFrame({"subject": ["X"], "answer": [np.array(["['a']", "b|c"])]})
     assert load_facts(frame)["answers"].tolist() == [["['a']", "b|c"]]
+
+
+@pytest.mark.parametrize("kind", ["frame", "csv", "jsonl", "parquet"])
+def test_other_columns_of_a_table_stay(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    frame = pd.DataFrame(
+        {
+            "name": ["Kenya", "Peru", "kenya", "Chad"],
+            "answer": ["Nairobi", "Lima", "Nairobi", "N'Djamena"],
+            "river": ["Tana", "Amazon", "x", ""],
+            "third": ["a", "b", "c", "d"],
+            "choices": ["a", "b", "c", "d"],
+        },
+        index=[3, 5, 7, 9],
+    )
+    source: pd.DataFrame | Path = frame
+    if kind != "frame":
+        source = tmp_path / f"f.{kind}"
+        if kind == "csv":
+            frame.to_csv(source, index=False)
+        elif kind == "jsonl":
+            frame.to_json(source, orient="records", lines=True)
+        else:
+            frame.to_parquet(source)
+    with caplog.at_level(logging.WARNING):
+        facts = load_facts(source, columns={"subject": "name"})
+    assert facts["river"].tolist()[:2] == ["Tana", "Amazon"] and facts["river"].isna().tolist() == [False, False, True]
+    assert "third" not in facts and facts["choices"].isna().all() and "name" not in facts
+    said = [record.getMessage() for record in caplog.records]
+    assert any("the columns third, choices are left out" in one for one in said)
+    drawn = load_facts(source, n=2, columns={"subject": "name"})
+    rivers = dict(zip(facts["subject"], facts["river"].fillna(""), strict=True))
+    assert drawn["river"].fillna("").tolist() == [rivers[name] for name in drawn["subject"]]
+
+
+FACTS = pd.DataFrame({"fact_id": ["f"], "subject": ["Kenya"], "answers": [["Nairobi"]], "relation": ["capital"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["France"], "facts are a list and no table of facts: give what load_facts returns"),
+        ({"subject": ["France"]}, "facts are a dict and no table"),
+        ("cities", "facts are a str and no table"),
+        (None, "facts are a NoneType and no table"),
+        (pd.Series(["France"]), "facts are a Series and no table"),
+        (pd.DataFrame({"subject": ["France"], "answer": ["Paris"]}), "has no column 'fact_id', it has subject, answer"),
+        (FACTS.drop(columns="answers"), "has no column 'answers'"),
+        (FACTS.assign(answers=["Nairobi"]), "the column 'answers' of the table of facts holds text and no lists"),
+    ],
+)
+def test_what_is_no_table_of_facts(tokenizer: object, given: object, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        make_prompts(given, tokenizer, "{subject} is")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=message):
+        subject_lengths(given, tokenizer, "{subject} is")  # type: ignore[arg-type]
+    style = Style(template="{subject} is", shots=1)
+    with pytest.raises(BadInput, match=message if given is not None else "give the facts they are drawn from"):
+        make_prompts(FACTS, tokenizer, style, demonstrations=given)  # type: ignore[arg-type]
+
+
+def test_no_source_of_facts() -> None:
+    with pytest.raises(BadInput, match="facts are a list: give a name, a file or a DataFrame"):
+        load_facts(["France"])  # type: ignore[arg-type]
+
+
+def test_columns_are_named_in_the_callers_own_language(tmp_path: Path) -> None:
+    path = written(tmp_path, "Subject,answer\nFrance,Paris\n")
+    with pytest.raises(BadInput) as caught:
+        load_facts(path)
+    python = f"{path}:1: no column 'subject' among Subject, answer: name the columns, columns={{'subject': 'Subject'}}"
+    assert str(caught.value) == str(pickle.loads(pickle.dumps(caught.value))) == python
+    with pytest.raises(BadInput, match="name the columns, facts.columns: {subject: Subject}") as in_study:
+        source_of(FactsConfig(source=str(path)))
+    assert in_study.value.field == "facts.columns"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import logging
 import re
 import tokenize
 from collections.abc import Mapping
@@ -17,10 +18,39 @@ import pandas as pd
 from subjattn.errors import BadInput
 from subjattn.facts.files import FRAME, SUFFIXES, Table, read_table
 from subjattn.facts.names import broken
-from subjattn.facts.table import Read, Reader, Rejected, json_of, placed
+from subjattn.facts.table import COLUMNS, Read, Reader, Rejected, json_of, placed
 
 
+log = logging.getLogger(__name__)
+
+OURS = ("answer", "third", "test", "validation", "demonstration", "out_of_distribution", "n_tokens", "_rank", "_size")
+"""Columns that a split adds to facts."""
 FIELDS = ("fact_id", "subject", "relation", "question", "answer", "popularity")
+
+
+class UnnamedColumns(BadInput):
+    """A table whose columns have other names; the message says how to name them in Python.
+
+    Attributes:
+        what: what is missing.
+        guesses: the table's name for each field that is missing.
+    """
+
+    def __init__(self, what: str, guesses: Mapping[str, str]) -> None:
+        super().__init__(f"{what}: name the columns, columns={dict(guesses)}")
+        self.what, self.guesses = what, dict(guesses)
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str]]]:
+        return type(self), (self.what, self.guesses)
+
+    def in_shell(self) -> str:
+        """The message for the command line."""
+        return f"{self.what}: name the columns, --columns {','.join(map('='.join, self.guesses.items()))}"
+
+    def in_study(self) -> str:
+        """The message for a study's file."""
+        named = ", ".join(map(": ".join, self.guesses.items()))
+        return f"{self.what}: name the columns, facts.columns: {{{named}}}"
 
 
 def read(source: Path | pd.DataFrame, columns: Mapping[str, str] | None = None) -> tuple[Read, dict[str, tuple]]:
@@ -31,7 +61,8 @@ def read(source: Path | pd.DataFrame, columns: Mapping[str, str] | None = None) 
         columns: the table's name for any of FIELDS, such as ``{"subject": "name"}``.
 
     Returns:
-        The facts, and by fact id the source, the place of its row, and that place in words.
+        The facts, the table's other columns beside them, and by fact id the source, the place of its row, and that
+        place in words.
 
     Raises:
         BadInput: the file cannot be read, a column is missing, or a row cannot be a fact: the table is the user's
@@ -66,12 +97,25 @@ def read(source: Path | pd.DataFrame, columns: Mapping[str, str] | None = None) 
         if reader.rejected:
             raise BadInput(f"{table.at(place)}: {reader.rejected[0][2]}")
         places[fact_id] = (table.source, place, table.named(place))
-    return reader.read(), places
+    facts, rejected = reader.read()
+    return Read(_with_others(facts, table, names), rejected), places
 
 
 def is_own(facts: pd.DataFrame) -> bool:
     """Whether facts are from a user's own table, so that its columns are what the user wants asked."""
     return all(source == FRAME or Path(source).suffix.lower() in SUFFIXES for source in facts["source"].unique())
+
+
+def _with_others(facts: pd.DataFrame, table: Table, names: Mapping[str, str]) -> pd.DataFrame:
+    """Facts beside the table's other columns; those that have a name of ours are left out, and it is said."""
+    others = [name for name in table.cells if name not in names.values()]
+    ours = [str(name) for name in others if name in (*OURS, *COLUMNS) or str(name).startswith("train_")]
+    if ours:
+        said = "note: %s: the columns %s are left out, for subjattn has its own of these names"
+        log.warning(said, table.source, ", ".join(ours))
+    cells = table.cells[[name for name in others if str(name) not in ours]]
+    cells = cells.map(lambda cell: None if isinstance(cell, str) and not cell else cell)
+    return pd.concat([facts, cells.set_axis(facts.index)], axis=1)
 
 
 def _columns(table: Table, columns: dict[str, str]) -> dict[str, str]:
@@ -90,10 +134,7 @@ def _columns(table: Table, columns: dict[str, str]) -> dict[str, str]:
     if missing:
         alike = {name.strip().casefold(): name for name in there}
         guesses = {field: alike.get(names[field].casefold(), "COLUMN") for field in missing}
-        by = f"columns={guesses}" if table.source == FRAME else "--columns " + ",".join(map("=".join, guesses.items()))
-        raise BadInput(
-            f"{table.header}: no column {names[missing[0]]!r} among {', '.join(there)[:200]}: name the columns, {by}"
-        )
+        raise UnnamedColumns(f"{table.header}: no column {names[missing[0]]!r} among {', '.join(there)[:200]}", guesses)
     return names
 
 

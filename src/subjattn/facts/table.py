@@ -44,6 +44,25 @@ class Read(NamedTuple):
     """
 
 
+def check_table(facts: object, *columns: str) -> None:
+    """Refuse what is no table of facts, such as a list of names.
+
+    Args:
+        facts: what was given.
+        columns: that are needed; `answers` must hold lists.
+
+    Raises:
+        BadInput: no DataFrame, a column that is missing, or answers that are no lists.
+    """
+    how = "give what load_facts returns, such as load_facts(DataFrame({'subject': […], 'answer': […]}))"
+    if not isinstance(facts, pd.DataFrame):
+        raise BadInput(f"facts are a {type(facts).__name__} and no table of facts: {how}")
+    if missing := [name for name in columns if name not in facts]:
+        raise BadInput(f"the table of facts has no column {missing[0]!r}, it has {', '.join(map(str, facts))}: {how}")
+    if "answers" in columns and any(isinstance(answers, str) for answers in facts["answers"]):
+        raise BadInput(f"the column 'answers' of the table of facts holds text and no lists: {how}")
+
+
 class Rejected(Exception):
     """A row that cannot be a fact; the message says why."""
 

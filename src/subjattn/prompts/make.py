@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts.table import check_table
 from subjattn.prompts.chat import in_chat
 from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
 from subjattn.prompts.prompt import Prompt, PromptSet
@@ -22,6 +23,9 @@ from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NEEDED = ("fact_id", "subject", "answers")
+"""Columns that every table of facts has which is asked."""
 
 
 class _Asked(NamedTuple):
@@ -66,6 +70,9 @@ def make_prompts(
         BadInput: the style does not fit the facts, or the tokenizer gives no character offsets.
         SpanNotFound: a subject or answer does not map onto tokens; the message names the fact.
     """
+    check_table(facts, *NEEDED)
+    if demonstrations is not None:
+        check_table(demonstrations, *NEEDED, "relation")
     style = Style.of(style)
     check_tokenizer(tokenizer)
     notice_relations(style, facts)
@@ -99,6 +106,7 @@ def make_prompts(
 
 def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, style: str | Style) -> list[int]:
     """Tokens of each subject where the style's template puts it; 0 where there is none."""
+    check_table(facts, *NEEDED)
     plain = Style.of(style).model_copy(update={"shots": 0, "prefix": 0, "chat": False, "chain_of_thought": False})
     asked = _ask(facts.to_dict("records"), tokenizer, plain, None, None)  # type: ignore[arg-type]
     lengths = []

@@ -15,6 +15,7 @@ import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts.names import broken
+from subjattn.facts.table import check_table
 from subjattn.prompts.style import check_template, template_fields, text_before
 
 
@@ -140,6 +141,7 @@ def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templ
         BadInput: a fact without a question, or without a subject.
         SpanNotFound: a subject that no token covers; the message names the fact.
     """
+    check_table(facts, "fact_id", "subject", "question")
     check_tokenizer(tokenizer)
     if template is not None and template_fields(check_template(template)) != {"subject"}:
         raise BadInput(

@@ -154,8 +154,8 @@ def default_styles(facts: pd.DataFrame) -> dict[str, str]:
     known = ", ".join(sorted(name for name in TEMPLATES if not name[1:].isdigit()))
     these = "these facts" if relations == ["unnamed"] else f"relation {unknown[:200]}"
     raise BadInput(
-        f"no template is known for {these}: give one with --template 'The capital of {{subject}} is', or a column "
-        f"'question', or a column 'relation' with one of {known}"
+        f"no template is known for {these}: give a template (--template in a shell), such as "
+        f"'The capital of {{subject}} is', or a column 'question', or a column 'relation' with one of {known}"
     )
 
 
@@ -201,7 +201,8 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
             raise BadInput("known and unknown demonstrations need facts with a column 'third' (see split)")
         fitting = fitting[fitting["third"] == {"known": "top", "unknown": "bottom"}[style.demonstrations]]
     fitting = fitting.sort_values("fact_id")
-    asked = pd.Series([_asked_about(fact) for fact in fitting.to_dict("records")], fitting.index)  # type: ignore[arg-type]
+    records: list[dict[str, Any]] = fitting.to_dict("records")  # type: ignore[assignment]
+    asked = pd.Series([_asked_about(fact) for fact in records], fitting.index)
     fitting = fitting[~asked.duplicated()]
     if len(fitting) < style.shots + 1:
         raise BadInput(

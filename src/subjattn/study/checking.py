@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, load_facts, path_of
+from subjattn.facts import SOURCES, path_of
 from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
@@ -18,7 +18,7 @@ from subjattn.prompts import Style, example, notice_first, notice_relations, on_
 from subjattn.study.arms import Arm
 from subjattn.study.config import FactsConfig, StudyConfig
 from subjattn.study.plan_facts import split_settings
-from subjattn.study.stages.pool import check_scorer, load_pool
+from subjattn.study.stages.pool import check_scorer, load_pool, source_of
 from subjattn.study.stages.split import made, naming_fields, training_facts
 from subjattn.worlds import is_world
 
@@ -96,7 +96,7 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
     if not at_hand(asked):
         known = asked.source.partition(":")[0]
         if known not in SOURCES:
-            load_facts(asked.source, columns=asked.columns or None)
+            source_of(asked)
         on_hub = asked.source == known and SOURCES[known].hub
         return " (on the hub, not looked at)" if on_hub else " (not there yet)", None
     present = {
