@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import CITIES, SMALL
 from test_styles import FACTS, MMLU, POOL, fact
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -19,6 +21,9 @@ from subjattn.measures.answers import predict
 from subjattn.prompts import PromptSet, Style, make_prompts
 from subjattn.prompts.chat import _warn_once
 from subjattn.prompts.make import with_answer
+from subjattn.study.checking import check_study
+from subjattn.study.plan import plan_study
+from subjattn.study.read import load_study
 from subjattn.study.stages.tables import load_prompts, save_prompts
 
 
@@ -244,3 +249,27 @@ def test_a_date_is_a_date() -> None:
     assert Style(template="late", chat=True, chat_date=date(2025, 1, 2)).model_dump(mode="json")["chat_date"]
     with pytest.raises(BadInput, match="valid date"):
         Style.of({"template": "late", "chat": True, "chat_date": "yesterday"})  # type: ignore[arg-type]
+
+
+def test_a_study_tries_its_chats_before_it_runs(
+    tiny_folders: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_folders["llama"], tmp_path / "model")
+    with_template(tokenizer, THINKING).save_pretrained(tmp_path / "model")
+    study = load_study(CITIES, [*SMALL, f"model={tmp_path / 'model'}", "styles.chat={template: question, chat: true}"])
+    with caplog.at_level(logging.WARNING):
+        assert "the study is valid" in check_study(study)[-1]
+    assert any("begins to reason" in record.getMessage() for record in caplog.records)
+    wrong = load_study(
+        CITIES, [*SMALL, f"model={tiny_folders['llama']}", "styles.chat={template: question, chat: true}"]
+    )
+    with pytest.raises(BadInput, match="style 'chat': the tokenizer has no chat template") as caught:
+        check_study(wrong)
+    assert caught.value.field == "styles.chat"
+    dated = load_study(
+        CITIES,
+        [*SMALL, f"model={tmp_path / 'model'}", "styles.chat={template: question, chat: true, chat_date: 2025-01-02}"],
+    )
+    settings = {stage.name: stage.settings for stage in plan_study(dated)}
+    (kept,) = {str(own["style"]["chat_date"]) for own in settings.values() if own.get("style", {}).get("chat")}
+    assert kept == "2025-01-02", "the date is part of what a stage is made from"

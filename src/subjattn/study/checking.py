@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import SOURCES, path_of
 from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
-from subjattn.prompts import Style, example, notice_first, notice_relations, on_line, subject_lengths
+from subjattn.prompts import Style, example, make_prompts, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.arms import Arm
 from subjattn.study.config import FactsConfig, StudyConfig
 from subjattn.study.plan_facts import split_settings
@@ -111,6 +111,7 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
                 style.demonstration(fact) if style.shots else style.body(fact)  # type: ignore[arg-type]
             except BadInput as error:
                 raise BadInput(f"style {name!r}: {error}", field=f"styles.{name}") from None
+    _try_chats(config, facts)
     check_scorer(facts, config.scorer == "letters")
     held_out = asked.split.held_out
     if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
@@ -121,6 +122,21 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
     relations = facts["relation"].nunique()
     many = f"{relations} relation{'s' if relations > 1 else ''}"
     return f", {len(facts)} in {many}{_given(facts)}{split}", facts
+
+
+def _try_chats(config: StudyConfig, facts: pd.DataFrame) -> None:
+    """Ask a fact in each style that is a chat, where the tokenizer is at hand: its template may refuse, or reason."""
+    for name, style in config.styles.items():
+        if style.chat:
+            alone = Style.model_validate(style.model_dump(exclude={"shots", "demonstrations", "relation"}))
+            try:
+                tokenizer = load_tokenizer(config.model)
+            except BadInput:
+                return
+            try:
+                make_prompts(facts[:1], tokenizer, alone)
+            except (BadInput, SpanNotFound) as error:
+                raise BadInput(f"style {name!r}: {error}", field=f"styles.{name}") from None
 
 
 def _is_there(table: str) -> bool:
