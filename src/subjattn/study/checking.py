@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +25,11 @@ from subjattn.study.stages.split import made, naming_fields, training_facts
 from subjattn.worlds import is_world
 
 
+log = logging.getLogger(__name__)
+
+RANKED = re.compile(r"unknown|known|mixed|top|bottom")
+
+
 def check_study(config: StudyConfig) -> list[str]:
     """What the study will do, a line each.
 
@@ -35,6 +42,7 @@ def check_study(config: StudyConfig) -> list[str]:
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
     found, pool = _found(config)
+    _notice_ranking(config)
     lines = [
         f"{config.name}: {_described(config.model)}, {config.dtype}, seed {config.seed}",
         f"facts: {asked.source}{found}; {train}{asked.n_test} to test, right by {config.scorer}",
@@ -58,6 +66,18 @@ def check_study(config: StudyConfig) -> list[str]:
         lines.append(f"replicates: {many.draws} draws × {many.seeds} seeds, trained in {styles}")
     lines.append(f"measures: {', '.join(config.measures)}")
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
+
+
+def _notice_ranking(config: StudyConfig) -> None:
+    """Say where known and unknown go by popularity because the study does not say what they go by."""
+    split = config.facts.split
+    arms = [name for name, spec in config.trained.items() if RANKED.search(spec)]
+    if arms and split.by == "popularity" and "by" not in split.model_fields_set:
+        log.warning(
+            "note: facts.split.by is not set, so %s are ranked by popularity, which need not be what the model knows: "
+            "set it to answer_logprob to rank by the model itself, as `subjattn init` does, or to popularity",
+            " and ".join(arms),
+        )
 
 
 def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:
