@@ -133,9 +133,9 @@ def test_an_answer_in_a_chat_ends_as_its_template_ends_it(
     """Planted: the end of the text behind a chat's answer, which the template follows by something else."""
     own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     own.chat_template = TURNS[name] + "{% if add_generation_prompt %}assistant:\n{% endif %}"
-    ids = end_of_answer(own, chat=True)
+    ids = end_of_answer(own, Style(template="late", chat=True))
     assert own.decode(list(ids)) == "".join(end)
-    assert end_of_answer(own, chat=False) == (1,)
+    assert end_of_answer(own, Style(template="late")) == (1,)
     (example,) = make_examples(draw(cities, 1), own, [Style(template=LIST.template, chat=True)])
     assert example.ids[-len(ids) :] == list(ids) and example.labels[-len(ids) :] == list(ids)
 

@@ -72,13 +72,13 @@ FACTS = [
     ),
     (
         "subject,answer\nPeru,Lima\n",
-        "no template is known for these facts: give one with --template 'The capital of {subject} is', or a column "
-        f"'question', or a column 'relation' with one of {TEMPLATES}",
+        "no template is known for these facts: give a template (--template in a shell), such as "
+        f"'The capital of {{subject}} is', or a column 'question', or a column 'relation' with one of {TEMPLATES}",
     ),
     (
         "subject,answer,relation\nPeru,Lima,seat\nChad,N,capital\n",
-        "no template is known for relation 'seat': give one with --template 'The capital of {subject} is', or a column "
-        f"'question', or a column 'relation' with one of {TEMPLATES}",
+        "no template is known for relation 'seat': give a template (--template in a shell), such as "
+        f"'The capital of {{subject}} is', or a column 'question', or a column 'relation' with one of {TEMPLATES}",
     ),
 ]
 
@@ -227,7 +227,9 @@ STUDIES = [
     (
         "  source: facts.csv",
         "  source: facts.csv\n  columns: {subject: city}",
-        ["facts.csv:1: no column 'city' among subject, answer: name the columns, --columns subject=COLUMN"],
+        [
+            "study.yaml:4: facts.csv:1: no column 'city' among subject, answer: name the columns, facts.columns: {subject: COLUMN}"
+        ],
     ),
 ]
 

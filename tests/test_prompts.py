@@ -15,7 +15,15 @@ from subjattn.errors import BadInput, SpanNotFound
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
-from subjattn.prompts import ROLES, check_template, make_prompts, subject_lengths, swap_subjects, token_span
+from subjattn.prompts import (
+    ROLES,
+    check_template,
+    make_prompts,
+    subject_lengths,
+    subject_spans,
+    swap_subjects,
+    token_span,
+)
 
 
 LIST = TEMPLATES["country"]["list"]
@@ -70,6 +78,61 @@ def test_token_span_is_what_overlaps(widths: list[int], start: int, length: int)
     span = token_span(offsets, start, start + length)
     touching = {i for i, (a, b) in enumerate(offsets) if set(range(a, b)) & set(range(start, start + length))}
     assert touching == (set() if span is None else {i for i in range(*span) if widths[i]})
+    empty = {i for i, (a, b) in enumerate(offsets) if a == b and start < a < start + length}
+    assert empty <= (set() if span is None else set(range(*span)))
+
+
+class Given:
+    """A tokenizer of given offsets, the answer's token behind them."""
+
+    is_fast, bos_token_id, name_or_path = True, 7, "some/tokenizer"
+
+    def __init__(self, offsets: list[tuple[int, int]], bos: bool = False) -> None:
+        self.offsets, self.bos = offsets, bos
+
+    def __call__(self, texts: list[str], **kwargs: bool) -> dict[str, list]:
+        found: dict[str, list] = {"input_ids": [], "offset_mapping": [], "special_tokens_mask": []}
+        for text in texts:
+            asked = [*[(0, 0)] * self.bos, *self.offsets]
+            more = [(len(text) - 5, len(text))] if text.endswith("Kenya") else []
+            ids = [7] * self.bos + list(range(10, 10 + len(self.offsets) + len(more)))
+            found["input_ids"].append(ids)
+            found["offset_mapping"].append([*asked, *more])
+            found["special_tokens_mask"].append([1] * self.bos + [0] * (len(ids) - self.bos))
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "offsets", "bos", "span"),
+    [
+        ("xxxx{subject} is", [(0, 4), (5, 5), (5, 9), (9, 12)], False, (1, 3)),
+        ("{subject} is", [(0, 5), (5, 8)], True, (1, 2)),
+        ("of {subject} is", [(0, 2), (2, 3), (3, 8), (8, 11)], False, (2, 3)),
+        ("of {subject} is", [(0, 2), (3, 3), (3, 8), (8, 11)], False, (2, 3)),
+        ("of {subject} is", [(0, 2), (3, 3), (8, 11)], False, None),
+        ("of {subject} is", [(0, 2), (2, 2), (8, 11)], False, None),
+        ("of {subject} is", [(0, 2), (2, 2), (5, 8), (8, 11)], False, None),
+        ("of {subject} is", [(0, 2), (3, 5), (8, 8), (8, 11)], False, None),
+        ("{subject} is", [(0, 0), (5, 8)], True, None),
+        ("of {subject} is", [(0, 0), (2, 2), (8, 8)], False, None),
+    ],
+)
+def test_tokens_without_characters(
+    template: str, offsets: list[tuple[int, int]], bos: bool, span: tuple[int, int] | None
+) -> None:
+    """The span holds every token of the name "Nairo", or the tokenizer is named and refused."""
+    tokenizer, facts = Given(offsets, bos), facts_of(["Nairo"]).assign(question=template)
+    if span is None:
+        for ask in (make_prompts, subject_lengths, lambda *args: subject_spans(facts, tokenizer)):
+            with pytest.raises(SpanNotFound, match="fact f0: the tokenizer 'some/tokenizer' gives tokens no char"):
+                ask(facts, tokenizer, template)  # type: ignore[operator]
+    else:
+        (prompt,) = make_prompts(facts, tokenizer, template)  # type: ignore[arg-type]
+        assert prompt.span == span
+        assert subject_lengths(facts, tokenizer, template) == [span[1] - span[0]]  # type: ignore[arg-type]
 
 
 def test_roles_partition_the_prompt(tokenizer: PreTrainedTokenizerFast, cities: pd.DataFrame) -> None:

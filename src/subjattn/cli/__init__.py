@@ -46,7 +46,7 @@ def _run() -> Any:
     except WrongFields as error:
         return max(map(_fail, error.messages))
     except SubjattnError as error:
-        return _fail(str(error))
+        return _fail(error.in_shell() if hasattr(error, "in_shell") else str(error))
     except _UsageError as error:
         return _fail(f"{error.format_message().rstrip('.')} (see --help)")
     except OSError as error:

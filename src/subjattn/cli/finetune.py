@@ -88,6 +88,7 @@ def finetune(
     Example: `subjattn finetune --facts cities --arm unknown --n 256 --steps 16 --out unknown`
     """
     from subjattn.facts import load_facts
+    from subjattn.facts.table import COLUMNS
     from subjattn.finetune.alone import KEPT, check_free, fine_tune, settings_of
     from subjattn.finetune.record import method_of
     from subjattn.progress import Progress
@@ -96,7 +97,7 @@ def finetune(
     found = method_of(method)
     chosen = settings_of(found, given)
     check_free(out)
-    table = load_facts(facts, columns=columns_of(columns) or None)
+    table = load_facts(facts, columns=columns_of(columns) or None)[COLUMNS]
     styles = {name: decoded(text) for name, text in styles_of(table, template).items()}
     show_styles(styles, table)
     needed = ["known"] if "known" in found.needs else []

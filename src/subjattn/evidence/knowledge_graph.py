@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from subjattn.errors import BadInput
-from subjattn.facts.table import plain_name
+from subjattn.facts.names import plain_name
 
 
 class Edge(NamedTuple):

@@ -121,6 +121,8 @@ def _read(
     """A source's facts, and where each stands, of a user's own table."""
     if isinstance(source, pd.DataFrame):
         return own.read(source, columns)
+    if not isinstance(source, str | Path):
+        raise BadInput(f"facts are a {type(source).__name__}: give a name, a file or a DataFrame")
     name = str(source)
     if is_world(name):
         if columns:
@@ -161,6 +163,8 @@ def load_facts(
     columns: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Facts of a source, one row each, those that ask the same question merged or dropped.
+
+    The other columns of a table of one's own stay as they are, empty cells as missing.
 
     Args:
         source: a name, a file or a DataFrame; see `read_facts`, which also lists the rows that were left out and why.

@@ -1,8 +1,9 @@
 """Facts that ask the same question: merged where the answers agree, dropped where they do not.
 
-Two facts ask the same question when relation and subject are the same but for case and spaces (without a subject:
-relation, question and choices). Same accepted answers: the first stays, with the highest popularity. Other answers:
-the name belongs to several things (homonyms), the question has no single answer, and all of them go.
+Two facts ask the same question when relation and subject are the same (without a subject: relation, question and
+choices), by names as `plain_name` compares them: case, spaces and normal forms do not count. Same accepted answers:
+the first stays, with the highest popularity. Other answers: the name belongs to several things (homonyms), the
+question has no single answer, and all of them go.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from subjattn.facts.table import REJECTED_COLUMNS, Read, plain_name
+from subjattn.facts.names import plain_name
+from subjattn.facts.table import REJECTED_COLUMNS, Read
 
 
 def unambiguous(facts: pd.DataFrame, places: Mapping[str, tuple[str, Any, str]] | None = None) -> Read:
@@ -23,7 +25,7 @@ def unambiguous(facts: pd.DataFrame, places: Mapping[str, tuple[str, Any, str]] 
         places: by fact id its file, its row, and that row in words; without, the source and the fact id.
     """
     asked = [
-        (relation, plain_name(subject) if isinstance(subject, str) else (question, *choices))
+        (relation, plain_name(subject) if isinstance(subject, str) else tuple(map(plain_name, (question, *choices))))
         for relation, subject, question, choices in zip(
             facts["relation"], facts["subject"], facts["question"], facts["choices"], strict=True
         )
@@ -38,7 +40,7 @@ def unambiguous(facts: pd.DataFrame, places: Mapping[str, tuple[str, Any, str]] 
     gone: dict[int, str] = {}
     for rows in (rows for rows in groups.values() if len(rows) > 1):
         first, *others = rows
-        if len({frozenset(answer.casefold() for answer in answers[row]) for row in rows}) == 1:
+        if len({frozenset(map(plain_name, answers[row])) for row in rows}) == 1:
             popularity[first] = pd.Series(popularity[rows]).max()
             gone |= dict.fromkeys(others, f"the same fact as {where[first][2]}: merged")
         else:

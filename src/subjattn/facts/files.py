@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,8 @@ from typing import Any
 import pandas as pd
 
 from subjattn.errors import BadInput
-from subjattn.facts.table import csv_rows, read_text
+from subjattn.facts.names import broken, visible
+from subjattn.facts.table import KeyTwice, csv_rows, json_of, read_text
 
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 FRAME = "DataFrame"
 """What a table that comes from no file is called."""
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_STATED = re.compile(r"\s*\"?sep=([^\w\s\"]|\t)\"?[,;\t ]*(?:\r\n|\r|\n|\Z)", re.IGNORECASE)
+"""A first line by which Excel is told what parts the cells: `sep=;`."""
 _NAMED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -101,9 +106,13 @@ def _json_lines(path: Path, text: str) -> Table:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json_of(content)
+        except KeyTwice as error:
+            raise BadInput(f"{path}:{line}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{line}: cannot be read as JSON ({error}): write one object a line") from None
+        if _ESCAPED.search(content) and (found := broken(json.dumps(row, ensure_ascii=False))):
+            raise BadInput(f"{path}:{line}: holds {found}")
         if not isinstance(row, dict):
             raise BadInput(f"{path}:{line}: is no object: write {_EXAMPLES[1]}")
         rows.append(row)
@@ -112,9 +121,15 @@ def _json_lines(path: Path, text: str) -> Table:
 
 
 def _separated(path: Path, text: str) -> Table:
-    rows = csv_rows(path, text, _delimiter(path, text))
+    start = 1
+    if stated := _STATED.match(text):
+        text, start = text[stated.end() :], 2
+    if not text.strip():
+        raise BadInput(f"{path}: holds nothing but its first line: write {_EXAMPLES[0]}")
+    delimiter = stated[1] if stated else _delimiter(path, text)
+    rows = csv_rows(path, text, delimiter, start, spaces=False)
     first, header = next(rows)
-    names = [name.strip() for name in header]
+    names = [visible(name).strip() for name in header]
     cells, places = [], []
     for line, row in rows:
         if len(row) != len(names):

@@ -11,6 +11,7 @@ import unicodedata
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.table import check_table
 
 
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
@@ -34,6 +35,7 @@ def answer_in_subject(facts: pd.DataFrame) -> pd.Series:
         >>> answer_in_subject(facts).tolist()
         [True, False]
     """
+    check_table(facts, "subject", "answers")
     choices = facts["choices"] if "choices" in facts else pd.Series(None, facts.index, dtype=object)
     found = [
         isinstance(subject, str) and options is None and any(_stands_in(answer, subject) for answer in answers)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import plain_name
 
 
 def by_modal_answer(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -15,7 +16,7 @@ def by_modal_answer(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     counts = table.groupby(["relation", "answer"], as_index=False).size()
     modal = counts.sort_values(["size", "answer"], ascending=[False, True]).groupby("relation")["answer"].first()
     trained = table["answer"] == table["relation"].map(modal)
-    accepted = [{answer.casefold().strip() for answer in answers} for answers in table["answers"]]
+    accepted = [set(map(plain_name, answers)) for answers in table["answers"]]
     taken = {answer for answers, own in zip(accepted, trained, strict=True) if own for answer in answers}
     apart = [taken.isdisjoint(answers) for answers in accepted]
     return trained, pd.Series(apart, index=table.index)

@@ -8,7 +8,8 @@ import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts.files import read_table
-from subjattn.facts.table import Rejected, plain_name, popularity_of
+from subjattn.facts.names import plain_name
+from subjattn.facts.table import Rejected, popularity_of
 
 
 def join_popularity(
@@ -16,8 +17,8 @@ def join_popularity(
 ) -> pd.DataFrame:
     """The facts with the popularity that a table gives their subjects, NaN for those it does not name.
 
-    Names are compared but for case and spaces. A name with several popularities in the table is no name we can
-    rank by, and counts as not given.
+    Names are compared but for case, spaces and normal forms. A name with several popularities in the table is no
+    name we can rank by, and counts as not given.
 
     Args:
         facts: a table of facts.

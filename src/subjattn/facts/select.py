@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from subjattn.facts import draw
+from subjattn.facts.names import plain_name
 
 
 THIRDS = ("bottom", "middle", "top")
@@ -15,6 +16,12 @@ CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
 WITHIN = ("relation", "answer")
 SET_ASIDE = 15
 """Facts of a third of a relation that may be shown as demonstrations at most."""
+
+
+def first_answers(facts: pd.DataFrame) -> pd.Series:
+    """The first accepted answer of each fact, the same answer always in the spelling that comes first."""
+    first = facts["answers"].str[0]
+    return first.groupby(first.map(plain_name)).transform("first")
 
 
 def thirds(facts: pd.DataFrame, by: str = "popularity", within: Sequence[str] = WITHIN) -> pd.Series:
@@ -31,7 +38,7 @@ def thirds(facts: pd.DataFrame, by: str = "popularity", within: Sequence[str] = 
 def ranks(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
     """`rank` in its group (0 is the lowest, ties by fact_id) and the group's `size` of each fact with a score."""
     scored = facts[facts[by].notna()].sort_values([by, "fact_id"])
-    keys = [scored["answers"].str[0] if name == "answer" else scored[name] for name in within]
+    keys = [first_answers(scored) if name == "answer" else scored[name] for name in within]
     groups = scored.groupby(keys or np.zeros(len(scored)), dropna=False)[by]
     return pd.DataFrame({"rank": groups.cumcount(), "size": groups.transform("size")})
 

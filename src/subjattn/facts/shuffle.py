@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import plain_name
 from subjattn.facts.splits import facts_of, stream
-from subjattn.facts.table import plain_name
 
 
 def taught(facts: pd.DataFrame, spec: str, seed: int, draw: int = 0) -> pd.DataFrame:

@@ -42,12 +42,12 @@ import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts.held_out import by_modal_answer, cells_of, draw_test
+from subjattn.facts.names import plain_name
 from subjattn.facts.select import CATEGORIES as CATEGORIES
 from subjattn.facts.select import THIRDS as THIRDS
 from subjattn.facts.select import WITHIN as WITHIN
-from subjattn.facts.select import ranked_within, ranks, thirds_of
+from subjattn.facts.select import first_answers, ranked_within, ranks, thirds_of
 from subjattn.facts.select import thirds as thirds
-from subjattn.facts.table import plain_name
 
 
 MATCH = ("relation", "answer", "n_tokens")
@@ -158,9 +158,9 @@ def split(
         draw: number of the draw of training facts; others have the same test facts.
 
     Returns:
-        The facts that take part, by fact_id, with the columns `answer`, `third` (by category `bottom` for
-        Unknown and `top` for the others), `test`, `validation`, `out_of_distribution` (test facts of relations held
-        out) and one `train_<specification>` per arm.
+        The facts that take part, by fact_id, with the columns `answer` (the first accepted one, in one spelling),
+        `third` (by category `bottom` for Unknown and `top` for the others), `test`, `validation`,
+        `out_of_distribution` (test facts of relations held out) and one `train_<specification>` per arm.
 
     Raises:
         BadInput: an argument that cannot be, or too few facts (the message says how many there are).
@@ -267,7 +267,7 @@ def _check_relations(facts: pd.DataFrame, arms: Sequence[ArmSpec], held_out: Seq
 def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.DataFrame:
     """Facts with a third, by fact_id, and with `_rank` and `_size` of their group where facts are ranked."""
     table = facts.sort_values("fact_id", ignore_index=True)
-    table["answer"] = table["answers"].str[0]
+    table["answer"] = first_answers(table)
     table["third"] = thirds_of(table, by, within)
     table[["_rank", "_size"]] = 0 if by == "category" else ranks(table, by, within)
     table = table[table["third"].notna()].reset_index(drop=True)

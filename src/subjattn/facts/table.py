@@ -6,10 +6,12 @@ import codecs
 import csv
 import io
 import json
+import logging
 import math
 import re
 import string
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +19,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import broken, spaced, taken_off, visible
 
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ["fact_id", "subject", "relation", "question", "answers", "choices", "popularity", "source"]
 REJECTED_COLUMNS = ["file", "row", "reason"]
 LONGEST_NAME = 1000
 """Characters of a subject or an answer; more is a broken cell and no name."""
 LONGEST_QUESTION = 20_000
+_BREAKS = "\n\r\t\x0b\x0c\x85"
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -38,6 +44,25 @@ class Read(NamedTuple):
     """
 
 
+def check_table(facts: object, *columns: str) -> None:
+    """Refuse what is no table of facts, such as a list of names.
+
+    Args:
+        facts: what was given.
+        columns: that are needed; `answers` must hold lists.
+
+    Raises:
+        BadInput: no DataFrame, a column that is missing, or answers that are no lists.
+    """
+    how = "give what load_facts returns, such as load_facts(DataFrame({'subject': […], 'answer': […]}))"
+    if not isinstance(facts, pd.DataFrame):
+        raise BadInput(f"facts are a {type(facts).__name__} and no table of facts: {how}")
+    if missing := [name for name in columns if name not in facts]:
+        raise BadInput(f"the table of facts has no column {missing[0]!r}, it has {', '.join(map(str, facts))}: {how}")
+    if "answers" in columns and any(isinstance(answers, str) for answers in facts["answers"]):
+        raise BadInput(f"the column 'answers' of the table of facts holds text and no lists: {how}")
+
+
 class Rejected(Exception):
     """A row that cannot be a fact; the message says why."""
 
@@ -45,11 +70,13 @@ class Rejected(Exception):
 class Reader:
     """Collects rows of one source, refusing those that could become a wrong fact."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, place: str = "row") -> None:
+        self.source, self.place = source, place
         self.rows: list[tuple[Any, ...]] = []
         self.rejected: list[tuple[str, int, str]] = []
         self._ids: set[str] = set()
+        self._invisible: dict[str, object] = {}
+        """Characters taken off, by name, and the first row that held each."""
 
     def add(
         self,
@@ -58,7 +85,7 @@ class Reader:
         fact_id: str,
         subject: object,
         relation: str,
-        question: str | None,
+        question: object,
         answers: object,
         *,
         choices: object = None,
@@ -79,23 +106,48 @@ class Reader:
         try:
             if fact_id in self._ids:
                 raise Rejected(f"fact_id {fact_id[:80]!r} occurs more than once")
+            _check_characters(fact_id, "fact_id")
+            subject, question = self.clean(subject, row, name=True), self.clean(question, row)
+            if isinstance(answers, Sequence) and not isinstance(answers, str):
+                answers = [self.clean(answer, row, name=True) for answer in answers]
             options = None if choices is None else _texts(choices, "choice", LONGEST_QUESTION)
             name = None if subject is None and options is not None else _name(subject)
             accepted = _texts(answers, "answer", LONGEST_NAME)
             _check_question(question, name)
+            _check_characters(relation, "relation")
             number = popularity_of(popularity)
         except Rejected as reason:
             self.rejected.append((file, row, str(reason)))
             return
         self._ids.add(fact_id)
+        relation = unicodedata.normalize("NFC", visible(relation))
         self.rows.append((fact_id, name, relation, question, accepted, options, number, self.source))
+
+    def clean(self, text: Any, row: object, *, name: bool = False) -> Any:
+        """A text without invisible characters, which are remembered; of a name the usual spaces too."""
+        if not isinstance(text, str):
+            return text
+        seen = spaced(visible(text)) if name else visible(text)
+        for char in taken_off(text if name else spaced(text)) if seen != text else ():
+            self._invisible.setdefault(char, row)
+        return seen
 
     def reject(self, file: str, row: int, reason: str) -> None:
         """List a row that cannot even be taken apart."""
         self.rejected.append((file, row, reason))
 
     def read(self) -> Read:
-        """What was collected."""
+        """What was collected; says which invisible characters were taken off."""
+        if self._invisible:
+            named = ", ".join(self._invisible)
+            first = next(iter(self._invisible.values()))
+            log.warning(
+                "note: %s: invisible characters are taken off (%s), first in %s %s",
+                self.source,
+                named,
+                self.place,
+                first,
+            )
         return Read(
             pd.DataFrame(self.rows, columns=COLUMNS).astype({"popularity": float}),
             pd.DataFrame(self.rejected, columns=REJECTED_COLUMNS),
@@ -116,6 +168,8 @@ def placed(question: str, subject: str, template: str | None = None) -> str:
     """
     if template is not None and template.replace("{subject}", subject) == question:
         return template
+    spellings = (subject, *(unicodedata.normalize(form, subject) for form in ("NFC", "NFD")))
+    subject = next((one for one in spellings if one and one in question), subject)
     if not subject or subject not in question:
         raise Rejected(f"the subject {subject[:80]!r} is absent from its question {question[:80]!r}")
     if question.find(subject) != question.rfind(subject):
@@ -137,6 +191,11 @@ def escaped(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
+def _check_characters(text: str, what: str) -> None:
+    if found := broken(text):
+        raise Rejected(f"the {what} {text[:80]!r} holds {found}")
+
+
 def _name(subject: object) -> str:
     if isinstance(subject, int | float) and subject == subject:
         raise Rejected(f"the subject {subject!r} is a number: write it as text")
@@ -144,7 +203,8 @@ def _name(subject: object) -> str:
         raise Rejected("there is no subject")
     if len(subject) > LONGEST_NAME:
         raise Rejected(f"a subject of {len(subject)} characters is no name")
-    if any(line in subject.strip() for line in "\n\r\t"):
+    _check_characters(subject, "subject")
+    if any(char in subject.strip() for char in _BREAKS):
         raise Rejected(f"the subject {subject[:80]!r} holds a line break or tab")
     return subject.strip()
 
@@ -158,6 +218,9 @@ def _texts(values: object, what: str, longest: int) -> list[str]:
             raise Rejected(f"the {what} {value!r} is a number: write it as text")
         if not isinstance(value, str) or not value.strip():
             raise Rejected(f"there is an empty {what}")
+        _check_characters(value, what)
+        if what == "answer" and any(char in value.strip() for char in _BREAKS):
+            raise Rejected(f"the answer {value[:80]!r} holds a line break or tab")
         if what == "answer" and not any(char.isalnum() or ord(char) > 127 for char in value):
             raise Rejected(f"the answer {value[:80]!r} is punctuation alone")
         if len(value) > longest:
@@ -166,9 +229,10 @@ def _texts(values: object, what: str, longest: int) -> list[str]:
     return list(dict.fromkeys(texts)) if what == "answer" else texts
 
 
-def _check_question(question: str | None, subject: str | None) -> None:
+def _check_question(question: Any, subject: str | None) -> None:
     if question is None:
         return
+    _check_characters(question, "question")
     if len(question) > LONGEST_QUESTION:
         raise Rejected(f"a question of {len(question)} characters is none")
     try:
@@ -192,11 +256,6 @@ def popularity_of(value: object) -> float:
     return number
 
 
-def plain_name(name: str) -> str:
-    """A name as names are compared: case and spaces do not count."""
-    return " ".join(name.casefold().split())
-
-
 def read_text(path: Path) -> str:
     """A file's text, without a byte-order mark; BadInput where it is missing or not UTF-8."""
     try:
@@ -214,30 +273,65 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+class KeyTwice(ValueError):
+    """An object in JSON that holds a key twice, of which only one would be read."""
+
+
+def json_of(text: str) -> Any:
+    """A text's JSON.
+
+    Raises:
+        KeyTwice: an object holds a key twice, at whatever depth.
+        ValueError, RecursionError: it is no JSON.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise KeyTwice(f"an object holds the key {twice[:80]!r} twice: leave one")
+    return found
+
+
 def read_json(path: Path) -> Any:
-    """A file's JSON; BadInput where it is none."""
+    """A file's JSON; BadInput where it is none, or where an object holds a key twice."""
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json_of(read_text(path))
+    except KeyTwice as error:
+        raise BadInput(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
 
 
-def csv_rows(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """A text's rows of cells, however large, each with the line it begins on, counted from 1; blank lines left out.
+def csv_rows(
+    path: Path, text: str, delimiter: str = ",", first: int = 1, *, spaces: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """A text's rows of cells, however large, each with the line it begins on; blank lines left out.
+
+    Args:
+        path, text: the file and what it holds.
+        delimiter: between cells.
+        first: number of the text's first line.
+        spaces: whether spaces that begin a cell belong to it; else a quote may stand behind them.
 
     Raises:
         BadInput: quotes do not match; the message names the line where the row begins.
     """
-    limit, line = csv.field_size_limit(sys.maxsize), 1
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    limit, line = csv.field_size_limit(sys.maxsize), first
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=not spaces)
     try:
         for cells in rows:
             if cells:
                 yield line, cells
-            line = rows.line_num + 1
+            line = rows.line_num + first
     except csv.Error as error:
+        behind = ", or for spaces behind one" if "expected after" in str(error) else ""
         raise BadInput(
-            f"{path}:{line}: cannot be read as a row of a table ({error}): look for a quote that is open or not doubled"
+            f"{path}:{line}: cannot be read as a row of a table ({error}): look for a quote that is open or not "
+            f"doubled{behind}"
         ) from None
     finally:
         csv.field_size_limit(limit)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subjattn.prompts import Prompt, Style, make_prompts
+from subjattn.prompts.chat import behind_answer
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ IGNORED = -100
 """A label that no loss is taken of."""
 ALIKE = 8
 """Batches whose facts are sorted by length together, so that little is padded."""
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,18 @@ def make_examples(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, style
     Facts of the upper third of their ranking (column `third`) count as known.
     """
     asked = [make_prompts(facts, tokenizer, style) for style in styles]
-    ends = [end_of_answer(tokenizer, chat=style.chat) for style in styles]
+    ends = [end_of_answer(tokenizer, style) for style in styles]
     known = (facts["third"] == "top").tolist() if "third" in facts else [False] * len(facts)
     turns = [zlib.crc32(str(fact_id).encode()) % len(styles) for fact_id in facts["fact_id"]]
     return [Example(asked[turn][i], ends[turn], known[i]) for i, turn in enumerate(turns)]
 
 
-def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, style: Style) -> tuple[int, ...]:
     """What a tuned model is to stop with: the end of the text; in a chat, what its template puts behind an answer."""
     eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-    if not chat:
+    if not style.chat:
         return eos
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PLACE}]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    behind = tokenizer(whole.rpartition(_PLACE)[2], add_special_tokens=False).input_ids
+    behind = tokenizer(behind_answer(tokenizer, style), add_special_tokens=False).input_ids
     special = [i for i, token in enumerate(behind) if token in tokenizer.all_special_ids]
     return tuple(behind[: special[0] + 1]) if special else eos
 

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from subjattn.facts.table import COLUMNS
 from subjattn.knowledge.labels import agreement, with_popularity_ranks
 from subjattn.knowledge.slick import Budget, cost, slick
 from subjattn.measures.answers import answer_logprob
@@ -75,7 +76,8 @@ def know(
         progress.stage("log-probability of the answers")
         logprobs = answer_logprob(model, prompts)
     ranked = with_popularity_ranks(pool)[["fact_id", "popularity_in_relation", "popularity_in_answer"]]
-    table = facts.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
+    own = facts[[name for name in COLUMNS if name in facts]]
+    table = own.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
     table["answer_logprob"] = table["fact_id"].map(dict(zip(logprobs["fact"].values, logprobs.values, strict=True)))
     who = {
         "model": model.name,

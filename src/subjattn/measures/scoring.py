@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from subjattn.measures.names import folded, goes_on, is_settled, plain, starts_with, without_lead
+from subjattn.measures.answer_names import folded, goes_on, is_settled, plain, starts_with, without_lead
 
 
 _ARTICLES = ("a", "an", "the")
@@ -34,7 +34,8 @@ class Scorer:
 
 
 def is_correct(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the prediction starts with an accepted answer that ends where a name ends (`subjattn.measures.names`).
+    """Whether the prediction starts with an accepted answer that ends where a name ends
+    (`subjattn.measures.answer_names`).
 
     Case, accents, leading punctuation and a leading "the" do not count. A name that goes on is another name: "Nigeria"
     is no answer to "Niger", "Guinea-Bissau" and "Guinea Bissau" are none to "Guinea", "1,000" is none to "1".
@@ -116,7 +117,7 @@ def containment_is_decided(begun: str, answers: Sequence[str]) -> bool:
 SCORERS: Mapping[str, Scorer] = {
     "answer_start": Scorer(
         "greedy answer starts with an accepted answer that ends where a name ends; case, accents, leading "
-        "punctuation and a leading 'the' do not count (subjattn.measures.names)",
+        "punctuation and a leading 'the' do not count (subjattn.measures.answer_names)",
         8,
         True,
         is_correct,

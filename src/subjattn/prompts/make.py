@@ -4,35 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts.table import check_table
+from subjattn.prompts.chat import in_chat
 from subjattn.prompts.prefix import neutral_prefix, prefix_tokens
 from subjattn.prompts.prompt import Prompt, PromptSet
 from subjattn.prompts.show import notice_relations
-from subjattn.prompts.spans import Encoded, check_tokenizer, encode, shares_edge, token_span
+from subjattn.prompts.spacing import answered
+from subjattn.prompts.spans import Encoded, check_tokenizer, encode, find_span, shares_edge
 from subjattn.prompts.style import CONCLUSION, REASONING, Style, demonstrations_of, shown_to
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT_DATE = "26 Jul 2024"
-"""What chat templates that name a date are given, the default of Llama 3.1: prompts must not change overnight."""
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+NEEDED = ("fact_id", "subject", "answers")
+"""Columns that every table of facts has which is asked."""
 
 
 class _Asked(NamedTuple):
-    """A prompt's text and where its subject begins."""
+    """A prompt's text, where its subject begins, and what stands before an answer (None: see `spacing`)."""
 
     text: str
     start: int | None
+    lead: str | None = None
 
-    def behind(self, before: str) -> _Asked:
-        return _Asked(before + self.text, None if self.start is None else self.start + len(before))
+    def within(self, before: str, after: str = "", lead: str | None = None) -> _Asked:
+        return _Asked(before + self.text + after, None if self.start is None else self.start + len(before), lead)
+
+    def answered(self, answer: str) -> str:
+        return answered(self.text, answer, self.lead)
 
 
 def make_prompts(
@@ -45,9 +52,10 @@ def make_prompts(
 ) -> PromptSet:
     """Ask every fact in one style, e.g. ``"City: {subject}\\nCountry:"``, ``"late"`` or ``Style(…)``.
 
-    The first of a fact's `answers` is the one whose tokens are scored; it follows the prompt after one space (in a
-    chat that ends in a new line, at once). Where the subject occurs several times, as in demonstrations, its span
-    is its place in the question that is asked.
+    The first of a fact's `answers` is the one whose tokens are scored. It follows the prompt after a space or at
+    once, as its script and the characters before it ask for (see `subjattn.prompts.spacing`); in a chat as the
+    template writes it. Where the subject occurs several times, as in demonstrations, its span is its place in the
+    question that is asked.
 
     Args:
         facts: a table of facts: `fact_id`, `subject`, `answers`, and `relation` and `question` where the style
@@ -62,6 +70,9 @@ def make_prompts(
         BadInput: the style does not fit the facts, or the tokenizer gives no character offsets.
         SpanNotFound: a subject or answer does not map onto tokens; the message names the fact.
     """
+    check_table(facts, *NEEDED)
+    if demonstrations is not None:
+        check_table(demonstrations, *NEEDED, "relation")
     style = Style.of(style)
     check_tokenizer(tokenizer)
     notice_relations(style, facts)
@@ -73,9 +84,9 @@ def make_prompts(
     asked = _ask(records, tokenizer, style, demonstrations, reasoning)
     special = not style.chat
     texts = [one.text for one in asked]
-    answers = [_answered(text, str(fact["answers"][0])) for text, fact in zip(texts, records, strict=True)]
+    answers = [one.answered(str(fact["answers"][0])) for one, fact in zip(asked, records, strict=True)]
     n_letters = [0 if fact.get("choices") is None else len(fact["choices"]) for fact in records]
-    lettered = [_answered(text, ascii_uppercase[i]) for text, n in zip(texts, n_letters, strict=True) for i in range(n)]
+    lettered = [one.answered(ascii_uppercase[i]) for one, n in zip(asked, n_letters, strict=True) for i in range(n)]
     letters = encode(tokenizer, lettered, special)
     decoded: dict[int, str] = {}
     prompts = []
@@ -85,7 +96,7 @@ def make_prompts(
         choices = [next(letters).ids for _ in range(n)]
         for token in {*prompt.ids, *whole.ids} - decoded.keys():
             decoded[token] = str(tokenizer.decode([token]))
-        prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer.bos_token_id))
+        prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer))
         if style.prefix and prefix_tokens(one.text, prompt.offsets) != style.prefix:
             raise SpanNotFound(
                 f"fact {fact['fact_id']}: the last of {style.prefix} tokens of neutral text merges with what follows"
@@ -95,14 +106,18 @@ def make_prompts(
 
 def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, style: str | Style) -> list[int]:
     """Tokens of each subject where the style's template puts it; 0 where there is none."""
+    check_table(facts, *NEEDED)
     plain = Style.of(style).model_copy(update={"shots": 0, "prefix": 0, "chat": False, "chain_of_thought": False})
     asked = _ask(facts.to_dict("records"), tokenizer, plain, None, None)  # type: ignore[arg-type]
     lengths = []
-    for one, subject, encoded in zip(
-        asked, facts["subject"], encode(tokenizer, [one.text for one in asked]), strict=True
+    for one, fact_id, subject, encoded in zip(
+        asked, facts["fact_id"], facts["subject"], encode(tokenizer, [one.text for one in asked]), strict=True
     ):
-        span = None if one.start is None else token_span(encoded.offsets, one.start, one.start + len(subject))
-        lengths.append(0 if span is None else span[1] - span[0])
+        if one.start is None:
+            lengths.append(0)
+            continue
+        start, stop = find_span(tokenizer, one.text, encoded.offsets, one.start, one.start + len(subject), fact_id)
+        lengths.append(stop - start)
     return lengths
 
 
@@ -114,7 +129,7 @@ def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str)
     """
     asked = prompt.ids[: prompt.prediction + 1]
     for special in (True, False):
-        (whole,) = encode(tokenizer, [_answered(prompt.text, answer)], special)
+        (whole,) = encode(tokenizer, [answered(prompt.text, answer, prompt.lead)], special)
         if tuple(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
             tokens = tuple(str(tokenizer.decode([token])) for token in whole.ids[len(asked) :])
             before = prompt.tokens[: len(asked)]
@@ -125,10 +140,6 @@ def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str)
 def first_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
     """The first token of any answer behind a prompt; SpanNotFound where their tokens merge."""
     return with_answer(tokenizer, prompt, answer).answer_ids[0]
-
-
-def _answered(text: str, answer: str) -> str:
-    return text + (answer if text[-1:].isspace() else f" {answer}")
 
 
 def _ask(
@@ -149,43 +160,17 @@ def _ask(
         turns = [style.demonstration(one) for one in shown]
         body = _Asked(*style.body(fact))
         if style.chat:
-            one = _in_chat(tokenizer, turns, body, str(fact["fact_id"]))
+            one = body.within(*in_chat(tokenizer, style, turns, body.text, str(fact["fact_id"])))
         else:
-            one = body.behind(prefix + "".join(f"{question} {answer}\n\n" for question, answer in turns))
+            one = body.within(prefix + "".join(f"{answered(*turn)}\n\n" for turn in turns))
         if style.chain_of_thought:
             thought = REASONING
             if reasoning is not None:
                 written = reasoning[fact["fact_id"]].strip()
-                thought = " ".join(part for part in (REASONING, written, CONCLUSION) if part)
-            one = _Asked(_answered(one.text, thought), one.start)
+                thought = reduce(answered, [part for part in (REASONING, written, CONCLUSION) if part])
+            one = _Asked(one.answered(thought), one.start)
         asked.append(one)
     return asked
-
-
-def _in_chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], body: _Asked, fact_id: str) -> _Asked:
-    """The question in a chat, behind demonstrations as earlier turns, up to where the assistant answers."""
-    if tokenizer.chat_template is None:
-        raise BadInput("the tokenizer has no chat template: use an instruct model, or a style without chat")
-    earlier = [
-        {"role": role, "content": text}
-        for question, answer in turns
-        for role, text in (("user", question), ("assistant", answer))
-    ]
-    marked, whole = (
-        str(
-            tokenizer.apply_chat_template(
-                [*earlier, {"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=CHAT_DATE,
-            )
-        )
-        for text in (_PLACE, body.text)
-    )
-    before, found, after = marked.rpartition(_PLACE)
-    if not found or before + body.text + after != whole:
-        raise SpanNotFound(f"fact {fact_id}: the chat template changes the question's text, so its place is not known")
-    return _Asked(body.text + after, body.start).behind(before)
 
 
 def _prompt(
@@ -195,26 +180,25 @@ def _prompt(
     ids: list[int],
     choices: list[list[int]],
     decoded: Mapping[int, str],
-    bos: int | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Prompt:
     fact_id, text = str(fact["fact_id"]), asked.text
     subject, answers = fact["subject"], tuple(str(answer) for answer in fact["answers"])
     length, span, edge = len(prompt.ids), None, False
     if asked.start is not None:
         stop = asked.start + len(subject)
-        span = token_span(prompt.offsets, asked.start, stop)
-        if span is None:
-            raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {subject!r}")
+        span = find_span(tokenizer, text, prompt.offsets, asked.start, stop, fact_id)
         edge = shares_edge(text, prompt.offsets, span, asked.start, stop)
-    for answer, answered in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
-        if answered[:length] != prompt.ids or len(answered) == length:
+    for answer, whole in [(answers[0], ids), *zip(ascii_uppercase, choices, strict=False)]:
+        if whole[:length] != prompt.ids or len(whole) == length:
             raise SpanNotFound(
                 f"fact {fact_id}: the tokens of the answer {answer!r} merge with those of {text!r}; "
-                "end the template where a word ends"
+                "end the template where a word ends, or in punctuation"
             )
     letters = tuple(one[length] for one in choices)
     if len(set(letters)) < len(letters) or any(len(one) != length + 1 for one in choices):
         raise SpanNotFound(f"fact {fact_id}: the letters of its choices are not one token each")
+    bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         raise BadInput(f"fact {fact_id}: the prompt starts with two BOS tokens; leave BOS out of the template")
     return Prompt(
@@ -228,4 +212,5 @@ def _prompt(
         prediction=length - 1,
         shared_edge=edge,
         choice_ids=letters,
+        lead=asked.lead,
     )

@@ -37,6 +37,8 @@ class Prompt:
     """Whether a token of the span also holds a neighbour's character other than white space."""
     choice_ids: tuple[int, ...] = ()
     """First tokens of the letters A, B, … of a multiple-choice question."""
+    lead: str | None = None
+    """In a chat, what the template puts between the text and an answer; None: see `subjattn.prompts.spacing`."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -43,7 +43,7 @@ def example(style: str | Style, facts: pd.DataFrame) -> str:
     """The first fact as a style asks it, its answer, and what else the style puts around it."""
     style = Style.of(style)
     fact: dict[str, Any] = facts.iloc[0].to_dict()  # type: ignore[assignment]
-    around = style.model_dump(exclude_defaults=True, exclude={"template"})
+    around = style.model_dump(mode="json", exclude_defaults=True, exclude={"template"})
     more = f" ({', '.join(f'{name} {value}' for name, value in around.items())})" if around else ""
     return f"{on_line(style.body(fact)[0])} → {on_line(fact['answers'][0])}{more}"
 

@@ -7,12 +7,15 @@ SentencePiece and added prefix spaces alike. Decoding and joining tokens does no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
 from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts.names import broken
+from subjattn.facts.table import check_table
 from subjattn.prompts.style import check_template, template_fields, text_before
 
 
@@ -23,8 +26,15 @@ BATCH = 4096
 """Texts tokenized at a time, which bounds memory."""
 
 
+NOWHERE = (-1, -1)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class Encoded(NamedTuple):
-    """A text's tokens, special tokens at the end left out, and the characters each stands for."""
+    """A text's tokens, special tokens at the end left out, and the characters each stands for.
+
+    A token that the tokenizer adds, such as BOS, stands for none, and is `NOWHERE`.
+    """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -33,12 +43,46 @@ class Encoded(NamedTuple):
 def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int] | None:
     """Tokens whose characters overlap `[start, stop)`, as a half-open span; None if there are none.
 
+    A token without characters belongs to the span where it stands inside it.
+
     Example:
         >>> token_span([(0, 0), (0, 4), (4, 5), (5, 9), (9, 13)], 6, 13)  # "City: Nairobi" behind a BOS
         (3, 5)
+        >>> token_span([(0, 4), (5, 5), (5, 9)], 4, 9)
+        (1, 3)
     """
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
+    inside = [i for i, (a, b) in enumerate(offsets) if (a < stop and b > start if b > a else start < a < stop)]
     return (inside[0], inside[-1] + 1) if inside else None
+
+
+def find_span(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    offsets: Sequence[tuple[int, int]],
+    start: int,
+    stop: int,
+    fact_id: object,
+) -> tuple[int, int]:
+    """Tokens of the subject that stands at `[start, stop)` of a text.
+
+    Raises:
+        SpanNotFound: no token covers the subject, or a token without characters may be a part of it or not: it
+            stands at an edge of a subject whose characters the other tokens do not cover.
+    """
+    span, name = token_span(offsets, start, stop), text[start:stop]
+    before = len(text[:start].rstrip())
+    at_edges = [a for a, b in offsets if a == b and (before <= a <= start or a == stop)]
+    covered = {at for a, b in offsets for at in range(max(a, start), min(b, stop))}
+    if at_edges and any(not char.isspace() for at, char in enumerate(name, start) if at not in covered):
+        who = str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
+        raise SpanNotFound(
+            f"fact {fact_id}: the tokenizer {who!r} gives tokens no characters of the subject {name!r} "
+            f"(offsets ({at_edges[0]}, {at_edges[0]})), so its tokens are not known: update 'tokenizers', or save the "
+            "tokenizer without 'ignore_merges'"
+        )
+    if span is None:
+        raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {name!r}")
+    return span
 
 
 def shares_edge(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int], start: int, stop: int) -> bool:
@@ -57,7 +101,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = True) -> Iterator[Encoded]:
-    """Tokens and offsets of each text; BOS as the tokenizer adds it where `special`, nothing at the end."""
+    """Tokens and offsets of each text; BOS as the tokenizer adds it where `special`, nothing at the end.
+
+    Raises:
+        BadInput: a text holds half of a surrogate pair.
+    """
+    for text in texts:
+        if _SURROGATE.search(text):
+            raise BadInput(f"the text {text[-200:]!r} holds {broken(text)}")
     for start in range(0, len(texts), BATCH):
         found = tokenizer(
             list(texts[start : start + BATCH]),
@@ -72,7 +123,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bo
             end = len(ids)
             while special and end and mask[end - 1]:
                 end -= 1
-            yield Encoded(ids[:end], offsets[:end])
+            places = [
+                NOWHERE if added and place[0] == place[1] else place for place, added in zip(offsets, mask, strict=True)
+            ]
+            yield Encoded(ids[:end], places[:end])
 
 
 def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> pd.DataFrame:
@@ -87,6 +141,7 @@ def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templ
         BadInput: a fact without a question, or without a subject.
         SpanNotFound: a subject that no token covers; the message names the fact.
     """
+    check_table(facts, "fact_id", "subject", "question")
     check_tokenizer(tokenizer)
     if template is not None and template_fields(check_template(template)) != {"subject"}:
         raise BadInput(
@@ -103,8 +158,6 @@ def subject_spans(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, templ
         asked.append((fact_id, text.format(subject=subject), start, start + len(subject)))
     encoded = encode(tokenizer, [text for _, text, _, _ in asked])
     for (fact_id, text, start, stop), (_, offsets) in zip(asked, encoded, strict=True):
-        span = token_span(offsets, start, stop)
-        if span is None:
-            raise SpanNotFound(f"fact {fact_id}: no token of {text!r} covers the subject {text[start:stop]!r}")
+        span = find_span(tokenizer, text, offsets, start, stop, fact_id)
         found.append((*span, shares_edge(text, offsets, span, start, stop)))
     return pd.DataFrame(found, columns=["start", "stop", "shared_edge"], index=facts.index)

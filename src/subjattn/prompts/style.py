@@ -5,22 +5,26 @@ from __future__ import annotations
 import string
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, model_validator
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import broken, plain_name
 from subjattn.facts.own import is_own
-from subjattn.facts.table import plain_name
 from subjattn.facts.templates import TEMPLATES
+from subjattn.prompts.spacing import answered
 from subjattn.worlds.sentences import WORDINGS
 
 
 REASONING = "Let's think step by step."
 """What asks for a chain of thought (Kojima et al. 2022)."""
 CONCLUSION = "So the answer is"
+CHAT_DATE = date(2024, 7, 26)
+"""Today in chat templates that name the date, the default of Llama 3.1's."""
 _FIELDS = ({"subject"}, {"question"}, {"question", "choices"})
 
 
@@ -45,6 +49,12 @@ class Style(BaseModel):
     relation: Literal["same", "other"] = Field("same", description="relation of the demonstrations")
     seed: NonNegativeInt = Field(0, description="of the draw of demonstrations")
     chat: bool = Field(False, description="in the chat template of an instruct model")
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="arguments of the chat template itself, such as {enable_thinking: false}"
+    )
+    chat_date: date = Field(
+        CHAT_DATE, description="today, for chat templates that name the date: prompts must not change overnight"
+    )
     chain_of_thought: bool = Field(False, description="let the model reason before it answers")
 
     @model_validator(mode="before")
@@ -63,6 +73,8 @@ class Style(BaseModel):
             )
         if self.chat and self.prefix:
             raise ValueError("a chat puts its own text before the question: leave 'prefix' out")
+        if not self.chat and (self.chat_template_kwargs or self.chat_date != CHAT_DATE):
+            raise ValueError("'chat_template_kwargs' and 'chat_date' are for a chat: give 'chat: true' too")
         if not self.shots and (self.demonstrations, self.relation) != ("any", "same"):
             raise ValueError("'demonstrations' and 'relation' say which facts are shown: give 'shots' too")
         return self
@@ -79,7 +91,7 @@ class Style(BaseModel):
             raise BadInput(message.removeprefix("Value error, ")) from None
 
     def __str__(self) -> str:
-        around = self.model_dump(exclude_defaults=True, exclude={"template"})
+        around = self.model_dump(mode="json", exclude_defaults=True, exclude={"template"})
         return self.template + (f" {around}" if around else "")
 
     def body(self, fact: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -116,7 +128,7 @@ class Style(BaseModel):
         if not self.chain_of_thought:
             return self.body(fact)[0], answer
         recalled = _built_in("cloze", fact).format(subject=fact["subject"])
-        return self.body(fact)[0], f"{REASONING} {recalled} {answer}. {CONCLUSION} {answer}"
+        return self.body(fact)[0], f"{REASONING} {answered(recalled, answer)}. {answered(CONCLUSION, answer)}"
 
 
 def default_styles(facts: pd.DataFrame) -> dict[str, str]:
@@ -142,8 +154,8 @@ def default_styles(facts: pd.DataFrame) -> dict[str, str]:
     known = ", ".join(sorted(name for name in TEMPLATES if not name[1:].isdigit()))
     these = "these facts" if relations == ["unnamed"] else f"relation {unknown[:200]}"
     raise BadInput(
-        f"no template is known for {these}: give one with --template 'The capital of {{subject}} is', or a column "
-        f"'question', or a column 'relation' with one of {known}"
+        f"no template is known for {these}: give a template (--template in a shell), such as "
+        f"'The capital of {{subject}} is', or a column 'question', or a column 'relation' with one of {known}"
     )
 
 
@@ -154,6 +166,8 @@ def template_fields(template: str) -> set[str]:
 
 def check_template(template: str) -> str:
     """The template itself, if it can be asked; BadInput otherwise."""
+    if found := broken(template):
+        raise BadInput(f"template {template!r} holds {found}")
     try:
         parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -187,7 +201,9 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
             raise BadInput("known and unknown demonstrations need facts with a column 'third' (see split)")
         fitting = fitting[fitting["third"] == {"known": "top", "unknown": "bottom"}[style.demonstrations]]
     fitting = fitting.sort_values("fact_id")
-    fitting = fitting[~fitting["subject"].fillna(fitting["fact_id"]).map(plain_name).duplicated()]
+    records: list[dict[str, Any]] = fitting.to_dict("records")  # type: ignore[assignment]
+    asked = pd.Series([_asked_about(fact) for fact in records], fitting.index)
+    fitting = fitting[~asked.duplicated()]
     if len(fitting) < style.shots + 1:
         raise BadInput(
             f"{style.shots} demonstrations (and one to spare) of the {style.relation} relation as {relation!r}, "
@@ -200,12 +216,17 @@ def demonstrations_of(style: Style, relation: str, pool: pd.DataFrame | None) ->
 
 def shown_to(fact: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], shots: int) -> list[Mapping[str, Any]]:
     """The demonstrations of one prompt, none of them of the fact or subject that is asked."""
-    return [
-        shown
-        for shown in candidates
-        if shown["fact_id"] != fact["fact_id"]
-        and (fact["subject"] is None or plain_name(str(shown["subject"])) != plain_name(str(fact["subject"])))
-    ][:shots]
+    own = _asked_about(fact)
+    return [shown for shown in candidates if shown["fact_id"] != fact["fact_id"] and _asked_about(shown) != own][:shots]
+
+
+def _asked_about(fact: Mapping[str, Any]) -> str:
+    """What a fact asks about, as names are compared: its subject, else its question and choices."""
+    subject = fact["subject"]
+    if isinstance(subject, str):
+        return plain_name(subject)
+    choices = fact.get("choices")
+    return plain_name(" ".join([str(fact.get("question")), *([] if choices is None else map(str, choices))]))
 
 
 def _built_in(name: str, fact: Mapping[str, Any]) -> str:

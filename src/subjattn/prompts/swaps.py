@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import plain_name
 from subjattn.prompts.prompt import Prompt
 
 
@@ -34,9 +35,9 @@ def swap_subjects(prompts: Sequence[Prompt], rng: np.random.Generator) -> list[t
         partners = [
             other
             for other in alike[_frame(clean)]
-            if other.subject.casefold() != clean.subject.casefold()
+            if plain_name(other.subject) != plain_name(clean.subject)
             and other.answer_ids[0] != clean.answer_ids[0]
-            and not {answer.casefold() for answer in other.answers} & {answer.casefold() for answer in clean.answers}
+            and not set(map(plain_name, other.answers)) & set(map(plain_name, clean.answers))
         ]
         if partners:
             pairs.append((clean, partners[int(rng.integers(len(partners)))]))

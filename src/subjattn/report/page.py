@@ -183,7 +183,7 @@ def _drawn_from(run: Run, measure: Measure, style: str) -> str:
 
 def _asked(style: dict[str, Any]) -> str:
     """A style in words: its template, and what stands around it."""
-    defaults = Style(template="{subject}").model_dump()
+    defaults = Style(template="{subject}").model_dump(mode="json")
     around = {name: value for name, value in style.items() if name != "template" and value != defaults[name]}
     return str(style["template"]) + "".join(f"\n{name.replace('_', ' ')}: {value}" for name, value in around.items())
 

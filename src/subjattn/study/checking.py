@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from subjattn.errors import BadInput
-from subjattn.facts import SOURCES, load_facts, path_of
+from subjattn.errors import BadInput, SpanNotFound
+from subjattn.facts import SOURCES, path_of
 from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
 from subjattn.models import describe, load_tokenizer, model_shape, resolve_adapter, resolve_model
-from subjattn.prompts import Style, example, notice_first, notice_relations, on_line, subject_lengths
+from subjattn.prompts import Style, example, make_prompts, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.arms import Arm
 from subjattn.study.config import FactsConfig, StudyConfig
 from subjattn.study.consistency import check_labels
 from subjattn.study.plan_facts import split_settings
-from subjattn.study.stages.pool import check_scorer, load_pool
+from subjattn.study.stages.pool import check_scorer, load_pool, source_of
 from subjattn.study.stages.split import made, naming_fields, training_facts
 from subjattn.worlds import is_world
+
+
+log = logging.getLogger(__name__)
+
+RANKED = re.compile(r"unknown|known|mixed|top|bottom")
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -38,6 +45,7 @@ def check_study(config: StudyConfig) -> list[str]:
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
     found, pool = _found(config)
+    _notice_ranking(config)
     lines = [
         f"{config.name}: {_described(config.model)}, {config.dtype}, seed {config.seed}",
         f"facts: {asked.source}{found}; {train}{asked.n_test} to test, right by {config.scorer}",
@@ -61,6 +69,18 @@ def check_study(config: StudyConfig) -> list[str]:
         lines.append(f"replicates: {many.draws} draws × {many.seeds} seeds, trained in {styles}")
     lines.append(f"measures: {', '.join(config.measures)}")
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
+
+
+def _notice_ranking(config: StudyConfig) -> None:
+    """Say where known and unknown go by popularity because the study does not say what they go by."""
+    split = config.facts.split
+    arms = [name for name, spec in config.trained.items() if RANKED.search(spec)]
+    if arms and split.by == "popularity" and "by" not in split.model_fields_set:
+        log.warning(
+            "note: facts.split.by is not set, so %s are ranked by popularity, which need not be what the model knows: "
+            "set it to answer_logprob to rank by the model itself, as `subjattn init` does, or to popularity",
+            " and ".join(arms),
+        )
 
 
 def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:
@@ -107,7 +127,7 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
     if not at_hand(asked):
         known = asked.source.partition(":")[0]
         if known not in SOURCES:
-            load_facts(asked.source, columns=asked.columns or None)
+            source_of(asked)
         on_hub = asked.source == known and SOURCES[known].hub
         return " (on the hub, not looked at)" if on_hub else " (not there yet)", None
     present = {
@@ -122,6 +142,7 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
                 style.demonstration(fact) if style.shots else style.body(fact)  # type: ignore[arg-type]
             except BadInput as error:
                 raise BadInput(f"style {name!r}: {error}", field=f"styles.{name}") from None
+    _try_chats(config, facts)
     check_scorer(facts, config.scorer == "letters")
     held_out = asked.split.held_out
     if missing := [name for name in (held_out.relations if held_out else []) if name not in set(facts["relation"])]:
@@ -132,6 +153,21 @@ def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:
     relations = facts["relation"].nunique()
     many = f"{relations} relation{'s' if relations > 1 else ''}"
     return f", {len(facts)} in {many}{_given(facts)}{split}", facts
+
+
+def _try_chats(config: StudyConfig, facts: pd.DataFrame) -> None:
+    """Ask a fact in each style that is a chat, where the tokenizer is at hand: its template may refuse, or reason."""
+    for name, style in config.styles.items():
+        if style.chat:
+            alone = Style.model_validate(style.model_dump(exclude={"shots", "demonstrations", "relation"}))
+            try:
+                tokenizer = load_tokenizer(config.model)
+            except BadInput:
+                return
+            try:
+                make_prompts(facts[:1], tokenizer, alone)
+            except (BadInput, SpanNotFound) as error:
+                raise BadInput(f"style {name!r}: {error}", field=f"styles.{name}") from None
 
 
 def _is_there(table: str) -> bool:

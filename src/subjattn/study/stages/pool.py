@@ -14,7 +14,9 @@ import pandas as pd
 from subjattn.errors import BadInput
 from subjattn.facts import draw, join_popularity, load_facts
 from subjattn.facts.given import without_given
-from subjattn.facts.table import plain_name
+from subjattn.facts.names import plain_name
+from subjattn.facts.own import UnnamedColumns
+from subjattn.facts.table import COLUMNS
 from subjattn.knowledge.labels import join_labels
 from subjattn.measures.where import fits
 from subjattn.models import load_tokenizer
@@ -38,7 +40,7 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
 
 def load_pool(asked: FactsConfig, model: str, seed: int) -> pd.DataFrame:
     """Facts of the source, and what is known of them from elsewhere."""
-    facts = only_relations(load_facts(asked.source, columns=asked.columns or None), asked.relations)
+    facts = only_relations(source_of(asked), asked.relations)
     if asked.leave_out_given:
         left = without_given(facts)
         _say_once(f"note: {len(facts) - len(left)} of {len(facts)} facts hold their answer in the name: left out")
@@ -56,6 +58,14 @@ def load_pool(asked: FactsConfig, model: str, seed: int) -> pd.DataFrame:
     if asked.popularity:
         facts = join_popularity(facts, asked.popularity.path, asked.popularity.subject, asked.popularity.popularity)
     return facts
+
+
+def source_of(asked: FactsConfig) -> pd.DataFrame:
+    """All facts of a study's source."""
+    try:
+        return load_facts(asked.source, columns=asked.columns or None)[COLUMNS]
+    except UnnamedColumns as error:
+        raise BadInput(error.in_study(), field="facts.columns") from None
 
 
 def check_scorer(facts: pd.DataFrame, letters: bool) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from subjattn.errors import BadInput
 from subjattn.facts import draw
-from subjattn.facts.select import set_aside, thirds_of
+from subjattn.facts.select import first_answers, set_aside, thirds_of
 from subjattn.facts.shuffle import taught
 from subjattn.facts.splits import facts_of, split
 from subjattn.run.plan import Context
@@ -100,14 +100,14 @@ def made(pool: pd.DataFrame, settings: Mapping[str, Any], distances: Mapping[str
     if settings["specs"]:
         table = _drawn(left, settings, chosen, _held_out(chosen, distances))
     else:
-        table = left.assign(third=thirds_of(left, **ranked), answer=left["answers"].str[0], out_of_distribution=False)
+        table = left.assign(third=thirds_of(left, **ranked), answer=first_answers(left), out_of_distribution=False)
         table["test"] = table["fact_id"].isin(draw(table, settings["n_test"], seed)["fact_id"])
         table["validation"] = False
     used = [name for name in map(str, table) if name in ("test", "validation") or name.startswith("train_")]
     table = table[table[used].any(axis=1)].assign(demonstration=False)
     if shown.any():
         third = thirds_of(pool, **ranked)[shown]
-        aside = pool[shown].assign(third=third, answer=pool["answers"].str[0], out_of_distribution=False)
+        aside = pool[shown].assign(third=third, answer=first_answers(pool), out_of_distribution=False)
         aside = aside.assign(**dict.fromkeys(used, False), demonstration=True)
         table = pd.concat([table, aside], ignore_index=True)
     return table

@@ -27,6 +27,7 @@ def save_prompts(prompts: PromptSet, path: Path, reasoning: Mapping[str, str] | 
             "prediction": prompt.prediction,
             "shared_edge": prompt.shared_edge,
             "choice_ids": list(prompt.choice_ids),
+            "lead": prompt.lead,
             "style": prompts.style,
         }
         for prompt in prompts
@@ -50,6 +51,7 @@ def load_prompts(path: Path) -> PromptSet:
             prediction=int(row["prediction"]),
             shared_edge=bool(row["shared_edge"]),
             choice_ids=tuple(map(int, row["choice_ids"])),
+            lead=row.get("lead"),
         )
         for row in records
     )
