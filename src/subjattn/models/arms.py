@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from subjattn.engine.anatomy import decoder_layers, mlp_module
+from subjattn.engine.anatomy import decoder_layers, mlp_module, mlp_modules
 from subjattn.engine.arms import Change, Changed, Tuned, attach, routed
 from subjattn.engine.checks import check_model, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import Arm, Part
@@ -191,7 +192,7 @@ class _Lora:
         (name,) = layer.lora_A
         self.down, self.up, self.scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, *_: Any, **__: Any) -> Tensor:
         update = self.up(self.down(inputs.to(self.down.weight.dtype)))
         return (output + update * self.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
@@ -202,8 +203,9 @@ class _Other:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:  # noqa: ARG002
-        found = self.module(inputs[None])
+    def __call__(self, inputs: Tensor, output: Tensor, *more: Any, **named: Any) -> Tensor:  # noqa: ARG002
+        more, named = tree_map_only(Tensor, lambda of: of[None], (more, named))
+        found = self.module(inputs[None], *more, **named)
         return (found[0] if isinstance(found, tuple) else found)[0]  # type: ignore[no-any-return]
 
 
@@ -218,17 +220,25 @@ def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identi
     places = parts_of(model)
     changes: dict[nn.Module, Change] = {}
     for path, own, theirs in _changed(model, tuned):
-        if own not in places and own not in map(mlp_module, decoder_layers(model)):
+        if own not in places and own not in {one for _, one in _whole_mlps(model)}:
             raise UnsupportedModel(
                 f"arm {name!r}: its adapter changes {path} as a whole, which tokens cannot share: measure it by itself"
             )
         changes[own] = _Lora(theirs) if _is_plain(own, theirs) else _Other(theirs)
-    for layer, tuned_layer in zip(decoder_layers(model), decoder_layers(tuned), strict=True):
-        mlp = mlp_module(layer)
+    for number, mlp in _whole_mlps(model):
         if any(isinstance(changes.get(one), _Other) for one in mlp.modules()):  # experts take more than their tokens
             changes = {one: change for one, change in changes.items() if one not in set(mlp.modules())}
-            changes[mlp], places[mlp] = _Other(mlp_module(tuned_layer)), places[next(with_weights(mlp))]
+            changes[mlp], places[mlp] = (
+                _Other(mlp_module(decoder_layers(tuned)[number])),
+                places[next(with_weights(mlp))],
+            )
     return _attach(model, name, changes, places, before, expected)
+
+
+def _whole_mlps(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    """MLPs that are one module, with their layers."""
+    each = ((number, mlp_modules(layer)) for number, layer in enumerate(decoder_layers(model)))
+    return [(number, found[0]) for number, found in each if len(found) == 1]
 
 
 def _changed(own: nn.Module, theirs: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -272,8 +282,7 @@ def _attach_checkpoint(
     before = _probe(ours)
     path = {module: where for where, module in ours.named_modules()}
     units = {module: module for module in with_weights(ours)}
-    for layer in decoder_layers(ours):
-        mlp = mlp_module(layer)
+    for _, mlp in _whole_mlps(ours):
         units |= dict.fromkeys(with_weights(mlp), mlp)
     changed = {
         unit: theirs.get_submodule(path[unit])
@@ -282,7 +291,7 @@ def _attach_checkpoint(
     }
     if not changed and not may_be_identical:
         raise BadInput(f"checkpoint {other.name!r} is the base itself: name it in `identical` if it should be")
-    parts = parts_of(ours) | {mlp_module(one): Place(i, {"mlp": None}) for i, one in enumerate(decoder_layers(ours))}
+    parts = parts_of(ours) | {mlp: Place(number, {"mlp": None}) for number, mlp in _whole_mlps(ours)}
     changes = {unit: _Other(module) for unit, module in changed.items()}
     return _attach(ours, name, changes, parts, before, _probe(theirs))
 
@@ -298,8 +307,8 @@ def _attach(
     """Attach after a check: in one batch, base and tuned rows give what each model gave by itself, `before` the arm."""
     tuned = Tuned({module: Changed(change, places[module]) for module, change in changes.items()})
     arm = attach(model, name, tuned)
-    base, found = _probe(model, [None, Arm(arm)])
-    gap = max(relative_gap(base, before[0]), relative_gap(found, expected[0]))
+    base, found = _probe(model, [None, Arm(arm)]).unbind(1)
+    gap = max(relative_gap(base, before[:, 0]), relative_gap(found, expected[:, 0]))
     if not gap <= tolerance(model):
         raise UnsupportedModel(
             f"arm {name!r}: in one batch with the base its logits part by {gap:.1e} of their size from those it has by "
@@ -310,13 +319,14 @@ def _attach(
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, arms: Iterable[Arm | None] = (None,)) -> Tensor:
-    """Logits of the probe under each arm, in one batch."""
-    arms = list(arms)
-    ids = probe_ids(model).expand(len(arms), -1)
+    """Logits of two texts under each arm, in one batch: `[text, arm, pos, vocab]`."""
+    arms, text = list(arms), probe_ids(model)
+    ids = torch.stack([text[0], text[0].flip(0)]).repeat_interleave(len(arms), 0)
     with routed(model, arms) as routes:
-        codes = torch.tensor([[0 if arm is None else routes.code[arm]] for arm in arms]).expand_as(ids)
+        codes = torch.tensor([[0 if arm is None else routes.code[arm]] for arm in arms]).repeat(2, 1).expand_as(ids)
         routes.choose(codes)
-        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.view(2, len(arms), *logits.shape[1:])
 
 
 def _equal(ours: nn.Module, theirs: nn.Module) -> bool:

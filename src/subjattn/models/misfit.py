@@ -68,7 +68,7 @@ def refuse_other_paths(model: nn.Module, adapter: str) -> None:
         theirs, here = theirs.removeprefix(_PREFIX), here.removeprefix(_PREFIX)
     raise AdapterMismatch(
         f"adapter {adapter!r} has its modules under {theirs!r}, and this model under {here!r}: give the base model "
-        "that it was trained on, or rename them in adapter_model.safetensors (and target_modules in adapter_config.json)"
+        "that it was trained on, or rename them in adapter_model.safetensors (and in adapter_config.json)"
     )
 
 
