@@ -134,7 +134,7 @@ def test_patching_marks_what_could_not_be_otherwise_and_scales_by_the_rest() -> 
         plot_patching(patched().rename(role="position"))
 
 
-def test_claims_turn_towards_their_direction() -> None:
+def test_claims_have_the_signs_of_the_tables() -> None:
     style = {"verdict": "supported", "estimate": -2.0, "ci_low": -3.0, "ci_high": -1.5}
     style |= {
         "adjusted_ci_low": -4.0,
@@ -143,7 +143,8 @@ def test_claims_turn_towards_their_direction() -> None:
     }
     claim = {"id": "c", "direction": "decrease", "smallest_effect": 0.5, "against": 1.0, "styles": {"list": style}}
     own, adjusted, plain, middle = plot_claims([claim]).data[:4]
-    assert middle.x[0] == 6.0 and plain.x == (5.0, 8.0) and adjusted.x == (4.0, 10.0) and own.x == (7.0, 5.0)
+    assert middle.x[0] == -6.0 and plain.x == (-8.0, -5.0) and adjusted.x == (-10.0, -4.0) and own.x == (-7.0, -5.0)
+    assert own.y[0].endswith("←")
     assert adjusted.line.width < plain.line.width and own.text == ("draw0-seed0", "draw1-seed0")
 
 
