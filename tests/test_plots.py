@@ -20,6 +20,7 @@ from subjattn.measures.patching import recovery
 from subjattn.plots.choose import plot
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.patching import plot_patching
+from subjattn.plots.probes import plot_probed
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import ROLES
 from subjattn.report import page as report
@@ -322,3 +323,11 @@ def test_there_is_a_script_per_figure() -> None:
     assert {path.stem for path in VIZ} == {
         "attention_heatmap", "knockout", "patching_heatmap", "token_attention", "verdicts",
     }  # fmt: skip
+
+
+def test_probes_without_a_control_are_drawn_alone() -> None:
+    """No two names share a last token: there is no selectivity, and accuracy is drawn all the same."""
+    correct = xr.DataArray(np.ones((4, 2, 1)), {"role": ["subject_last"]}, ("fact", "layer", "role"), name="correct")
+    figure = plot_probed(correct, xr.full_like(correct, np.nan).rename("selectivity"))
+    assert len(figure.data) == 1
+    assert len(plot_probed(correct, correct.rename("selectivity") * 0.5).data) == 2
