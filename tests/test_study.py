@@ -189,7 +189,12 @@ def test_an_arm_more_trains_only_itself(done: Done, small: StudyConfig, tmp_path
     out = Path(shutil.copytree(done[0], tmp_path / "copy"))
     raw = small.model_dump(mode="json")
     adapters = {path: path.stat().st_mtime_ns for path in out.glob("arms/*/draw0-seed0/adapter/*")}
-    run_study(changed(small, arms={"base": {}, "more": {"train": "top"}, **raw["arms"]}), out)
+    more = changed(small, arms={"base": {}, "more": {"train": "top"}, **raw["arms"]})
+    with pytest.raises(BadInput, match="holds finished results of another study .*another folder, or --replace"):
+        run_study(more, out)
+    assert (out / "summary.json").read_bytes() == (done[0] / "summary.json").read_bytes()
+    run_study(more, out, replace=True)
+    assert not (out / "previous").exists()
     before, now = (sa.open_run(folder).facts.set_index("fact_id") for folder in (done[0], out))
     for name in ("train_known", "train_unknown", "train_random"):
         assert set(now.index[now[name]]) == set(before.index[before[name]])
