@@ -228,9 +228,8 @@ def test_a_fact_of_five_draws_is_one_fact() -> None:
 
     cells = crossed(layer=2)
     draws = [cells + noise for noise in (-0.1, 0.0, 0.1)]
-    for row, one in zip(
-        in_rows(shares(_mean_of_replicates(draws)), "layer"), in_rows(shares(cells), "layer"), strict=True
-    ):
+    found, expected = (in_rows(shares(of), "layer") for of in (_mean_of_replicates(draws), cells))
+    for row, one in zip(found, expected, strict=True):
         assert row["n"] == one["n"] <= cells.sizes["fact"]
         assert row["into"]["tuned"]["real"]["share"] == pytest.approx(one["into"]["tuned"]["real"]["share"])
 

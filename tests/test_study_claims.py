@@ -19,6 +19,7 @@ import subjattn as sa
 from subjattn.cli import app
 from subjattn.errors import BadInput
 from subjattn.report import page
+from subjattn.run.folder import Folder
 from subjattn.study.checking import check_study
 from subjattn.study.config import StudyConfig
 from subjattn.study.files import REGISTERED, Run
@@ -250,11 +251,8 @@ def test_a_contrast_rests_on_its_styles_and_settings(study: StudyConfig) -> None
     settings = raw["measures"] | {ATTENTION: {"reduce": "max"}}
     for changes in ({"styles": templates}, {"measures": settings}, {"seed": 5}):
         assert before.contrast(row, changed(study, **changes)) == "post hoc", changes
-    added = changed(
-        study,
-        styles=raw["styles"] | {"late": "late"},
-        measures=raw["measures"] | {"logit_lens": {}, "knockout": {"by": None}},
-    )
+    more = raw["measures"] | {"logit_lens": {}, "knockout": {"by": None}}
+    added = changed(study, styles=raw["styles"] | {"late": "late"}, measures=more)
     assert before.contrast(row, added) is True
     assert before.contrast(row | {"style": "late"}, added) == "post hoc"
     assert before.contrast(row | {"measure": "lens_logprob"}, added) == "post hoc"
@@ -299,9 +297,9 @@ def test_cells_that_the_model_has_not_are_refused_before_anything_runs(study: St
             look(made)
 
 
-def test_cells_by_where_are_averaged_as_by_select(run: Run) -> None:
+def test_cells_by_where_are_averaged_as_by_select(run: Run, study: StudyConfig) -> None:
     """Attention summed by layers, a maximum over layers: both are the mean of their cells."""
-    terms = Terms(run.config, run.files, Values(run.values), run.facts[run.facts["test"]])
+    terms = Terms(study, Folder(run.folder), Values(run.values), run.facts[run.facts["test"]])
     cells = [{"layer": 0}, {"layer": 1}]
     for name, measured in ((ATTENTION, ATTENTION), ("knockout_drop_in_parts", "knockout")):
         by_where = terms.raw("base", "list", name, {"layer": "0-1"})[0]
