@@ -165,7 +165,7 @@ def judge(claims: Sequence[tuple[Claim, Interval]], alone: Sequence[bool], dropp
     Args:
         claims: each with the interval of its value, one for every style it is judged in.
         alone: which of them are primary: tested at full level, and not counted among the others.
-        dropped: claims that were stated once and are no more; they count in the family.
+        dropped: claims that were stated once and are no more, or turn out to have no value; they count in the family.
     """
     ps = [claim.p_value(interval) for claim, interval in claims]
     family = [i for i, apart in enumerate(alone) if not apart]

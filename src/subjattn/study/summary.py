@@ -238,7 +238,10 @@ class Summary:
         return {i: change.to_dict() for i, change in zip(found, judge_changes([*found.values()]), strict=True)}
 
     def _claims(self) -> list[dict[str, Any]]:
-        """Every claim in each style it is about; those with a value are judged together."""
+        """Every claim in each style it is about; those with a value are judged together.
+
+        Those without one count in the family all the same: whether a claim is defined may depend on the data.
+        """
         asked = [(claim, style) for claim in self.config.claims for style in self.config.styles_of_claim(claim)]
         found = [or_reason(self.inside.claim, claim, style) for claim, style in asked]
         pairs = [(claim, tested.interval) for (claim, _), (tested, _) in zip(asked, found, strict=True) if tested]
@@ -248,6 +251,10 @@ class Summary:
             if tested
         ]
         dropped = sum(len(self.registered.claims[name]["order"]) for name in self.registered.dropped(self.config))
+        dropped += sum(
+            tested is None and not (claim.primary and style == self.config.styles_of_claim(claim)[0])
+            for (claim, style), (tested, _) in zip(asked, found, strict=True)
+        )
         judged, styles = (
             iter(judge(pairs, alone, dropped)),
             {claim.id: dict[str, Any]() for claim in self.config.claims},
