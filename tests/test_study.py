@@ -293,7 +293,10 @@ def test_a_model_overwritten_in_one_process_is_read_again(small: StudyConfig, tm
     other = AutoModelForCausalLM.from_pretrained(model)
     torch.nn.init.normal_(other.lm_head.weight)
     other.save_pretrained(model)
-    after = run_study(parse_study(raw, "test"), tmp_path / "run")["arms"]["base"]["answer_logprob"]
+    with pytest.raises(BadInput, match="finished results of another study .*model is another now"):
+        run_study(parse_study(raw, "test"), tmp_path / "run")
+    again = run_study(parse_study(raw, "test"), tmp_path / "run", replace=True)
+    after = again["arms"]["base"]["answer_logprob"]
     fresh = run_study(parse_study(raw, "test"), tmp_path / "fresh")["arms"]["base"]["answer_logprob"]
     assert after == fresh and abs(after - before) > 0.1
 
@@ -360,7 +363,7 @@ def test_more_replicates_keep_the_first(small: StudyConfig, tmp_path: Path) -> N
     run_study(parse_study(raw, "test"), tmp_path)
     adapter = tmp_path / "arms" / "known" / "draw0-seed0" / "adapter" / "adapter_model.safetensors"
     written = adapter.stat().st_mtime_ns
-    run_study(parse_study(raw | {"replicates": {"draws": 2}}, "test"), tmp_path)
+    run_study(parse_study(raw | {"replicates": {"draws": 2}}, "test"), tmp_path, replace=True)
     assert adapter.stat().st_mtime_ns == written
     assert sa.open_run(tmp_path).replicates("known") == [(0, 0), (1, 0)]
 
@@ -399,9 +402,11 @@ def test_a_summary_never_stands_beside_other_stages(done: Done, small: StudyConf
     raw["styles"]["bad"] = {"template": "Where is {subject}?", "chat": True}
     raw["facts"]["n_test"] = 21
     with pytest.raises(StagesFailed):
-        run_study(parse_study(raw, "test"), out)
+        run_study(parse_study(raw, "test"), out, replace=True)
     with pytest.raises(BadInput, match="holds no finished study"):
         page.write(out)
+    for name in ("summary.json", "report.html"):
+        assert (out / "previous" / name).read_bytes() == (done[0] / name).read_bytes()
 
 
 def test_arm_of_another_shape_is_refused(tiny_folders: dict[str, Path], small: StudyConfig, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 
-_PROSE = 32
-"""Letters from which a cell is text that may be wrapped, and no number or verdict."""
+_PROSE, _WORD = 32, 12
+"""Letters from which a cell is text that may be wrapped, and no number or verdict; and what it is given at least."""
 
 
 class Fitted(Table):
@@ -51,9 +51,10 @@ class Fitted(Table):
 def _needed(column: Column) -> int:
     """The least width at which a column's numbers and verdicts stand whole."""
     lines = [line for cell in column.cells for line in str(cell).split("\n")]
-    words = [word for text in (str(column.header), *lines) for word in text.split()]
-    whole = [line for line in lines if len(line) <= _PROSE and any(letter.isdigit() for letter in line)]
-    return max((cell_len(text) for text in (*whole, *(word for word in words if len(word) <= _PROSE))), default=1)
+    short = [line for line in lines if len(line) <= _PROSE]
+    whole = [line for line in short if any(letter.isdigit() for letter in line)]
+    words = [word for text in (str(column.header), *short) for word in text.split()]
+    return max(_WORD if len(short) < len(lines) else 1, *map(cell_len, (*whole, *words)), 1)
 
 
 def table(title: str, labels: int = 1) -> Fitted:
