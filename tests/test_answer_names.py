@@ -46,8 +46,10 @@ SAME_NAME = [
     ("Lodz", "Łódź"), ("Tromso", "Tromsø"), ("Giessen", "Gießen"), ("Diyarbakir", "Diyarbakır"), ("Da Nang", "Đà Nẵng"),
     ("Aland", "Åland"), ("Reykjavik", "Reykjavík"), ("Istanbul", "İstanbul"), ("Kenya, in", "Kenya"),
     ("Kenya's capital", "Kenya"), ("Kenya—a country", "Kenya"), ("the Gambia", "Gambia"), ("**Kenya**", "Kenya"),
-    ("«Paris»", "Paris"), ("Nairobi\u200b", "Nairobi"), ("Sa\u0303o Paulo", "São Paulo"), ("-40", "−40"), ("$40", "40"),
-    ("- 40", "40"), ("3.", "3"), ("3. It", "3"), ("3 cats", "3"), ("July 4 1776", "July 4"), ("–40", "−40"), ("10%", "10"), ("10, in", "10"), ("1,000", "1,000"),
+    ("«Paris»", "Paris"), ("Nairobi\u200b", "Nairobi"), ("Sa\u0303o Paulo", "São Paulo"), ("-40", "−40"),
+    ("$40", "40"),
+    ("- 40", "40"), ("3.", "3"), ("3. It", "3"), ("3 cats", "3"), ("July 4 1776", "July 4"), ("–40", "−40"), ("10%",
+    "10"), ("10, in", "10"), ("1,000", "1,000"),
 ]  # fmt: skip
 
 
