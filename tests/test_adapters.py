@@ -299,9 +299,9 @@ def test_embeddings_that_are_saved_beside_the_update_are_read(qwen2: Path, tmp_p
         (("base_model.model.", ""), ("model", "base_model.model.model")),
     ],
 )
-@pytest.mark.parametrize("targets", ["q_proj", r".*language_model.*q_proj"])
+@pytest.mark.parametrize("targets", [["q_proj"], "q_proj", r".*language_model.*q_proj"])
 def test_keys_under_another_path_are_told_by_both(
-    rename: tuple[str, str], names: tuple[str, str], targets: str, qwen2: Path, tmp_path: Path
+    rename: tuple[str, str], names: tuple[str, str], targets: Any, qwen2: Path, tmp_path: Path
 ) -> None:
     adapter = Path(trained(qwen2, tmp_path / "t", LoraConfig(**Q)))
     file, settings_ = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"

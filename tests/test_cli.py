@@ -171,18 +171,18 @@ def test_measure_shows_intervals_and_only_what_is_known(
 def test_a_share_is_shown_with_the_interval_of_its_ratio() -> None:
     """A ratio of means, not a mean of ratios; a quantity without an interval says why."""
     import subjattn as sa
-    from subjattn.cli.measure import _shown, mean_of
+    from subjattn.cli.measure import _shown, mean_row
 
     rng = np.random.default_rng(0)
     over = xr.DataArray(rng.normal(5, 1, 30), dims="fact", coords={"fact": [f"f{i}" for i in range(30)]})
     values = over * 0.4 + rng.normal(0, 0.3, 30)
-    found = mean_of(measure_of("knockout").quantities[2], values, over)
+    found = mean_row(measure_of("knockout").quantities[2], values, over)
     of = sa.interval(sa.ratio(values, over))
     assert found["mean"] == pytest.approx(values.mean().item() / over.mean().item())
     assert (found["low"], found["high"], found["n"]) == (*of.ends(), 30)
-    alone = mean_of(measure_of("accuracy").quantities[0], values[:1] * 0 + 1, None)
+    alone = mean_row(measure_of("accuracy").quantities[0], values[:1] * 0 + 1, None)
     assert _shown(alone) == "1, n 1; no interval: 1 of 1 facts have a value: an interval takes at least two"
-    same = mean_of(measure_of("accuracy").quantities[0], values * 0 + 1, None)
+    same = mean_row(measure_of("accuracy").quantities[0], values * 0 + 1, None)
     assert same["high"] == 1 and same["low"] < 1, "all right among thirty is no proof of always"
 
 

@@ -89,6 +89,21 @@ def test_less_evidence_never_supports_more(intervals: dict[str, tuple[float, flo
         assert row["status"] != "supported" or before[name]["status"] == "supported" or one_of_two
 
 
+@pytest.mark.parametrize(("lost", "status"), [(0, "supported"), (45, "contradicted"), (4, "open")])
+def test_all_or_nothing_lost_has_an_interval(lost: int, status: str) -> None:
+    """Of 60 facts the base starts 45 rightly; a share of exactly 0 or 1 is bounded, and no interval leaves 0 to 1."""
+    margins = np.random.default_rng(0).uniform(1, 2, (60, 4, 2, 2, 2))
+    margins[45:] *= -1
+    margins[:lost, ..., 1, 1] *= -1
+    coords = {"fact": [str(i) for i in range(60)], "mediator": list(MEDIATORS), "patch": ["real", "placebo"]}
+    dims = ("fact", "mediator", "patch", "state", "late")
+    array = xr.DataArray(margins, coords | {"state": ["base", "tuned"], "late": ["base", "tuned"]}, dims)
+    found = sa.mediated(xr.Dataset({"mediation": array}))
+    low, high = found["answers_lost"] or (np.nan, np.nan)
+    assert 0 <= low <= lost / 45 <= high <= 1 and low < high
+    assert statuses(found)["nothing lost"] == status
+
+
 def test_nothing_decided_supports_nothing() -> None:
     for nothing in (None, (-1.0, 2.0)):
         assert set(statuses(dict.fromkeys(QUANTITIES, nothing)).values()) == {"open"}

@@ -338,6 +338,7 @@ def _weights(*scores: float) -> torch.Tensor:
 @given(ROWS, ROWS, st.permutations(range(7)), st.integers(1, 3), st.integers(0, 3))
 @example(_weights(*[0.0] * 7), _weights(0.714, 0.826, *[0.0] * 5), [2, 1, 0, 3, 4, 5, 6], 1, 2)
 @example(_weights(0.714, 0.826, *[0.0] * 5), _weights(*[0.0] * 7), [2, 1, 0, 3, 4, 5, 6], 1, 2)
+@example(_weights(5.0, *[0.0] * 6), _weights(0.0, 5.0, *[0.0] * 5), [0, 1, 2, 3, 4, 5, 6], 1, 1)
 def test_exchanged_weights_are_weights(own: Any, other: Any, order: list[int], n: int, m: int) -> None:
     at, kept = order[:n], order[n : n + m]
     found = exchanged(own, other, at, kept)

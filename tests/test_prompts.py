@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +20,7 @@ from subjattn.facts.templates import TEMPLATES
 from subjattn.models import LoadedModel
 from subjattn.prompts import (
     ROLES,
+    Style,
     check_template,
     make_prompts,
     subject_lengths,
@@ -24,6 +28,8 @@ from subjattn.prompts import (
     swap_subjects,
     token_span,
 )
+from subjattn.prompts.make import with_answer
+from subjattn.prompts.spans import find_span
 
 
 LIST = TEMPLATES["country"]["list"]
@@ -221,3 +227,57 @@ def test_swapped_subjects_align(tokenizer: PreTrainedTokenizerFast, cities: pd.D
         start, stop = clean.subject_span
         end = clean.prediction + 1
         assert (clean.ids[:start], clean.ids[stop:end]) == (corrupt.ids[:start], corrupt.ids[stop:end])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "found"),
+    [
+        ([(0, 4), (4, 4), (4, 9)], (2, 3)),
+        ([(0, 4), (5, 5), (5, 9)], (1, 3)),
+        ([(-1, -1), (0, 4), (4, 9)], (2, 3)),
+        ([(0, 4), (0, 0), (5, 9)], None),
+        ([(0, 4), (4, 8), (0, 0)], None),
+    ],
+)
+def test_a_token_without_a_place_is_in_a_name_or_refused(
+    offsets: list[tuple[int, int]], found: tuple[int, int] | None, tokenizer: Any
+) -> None:
+    """The name stands at 4 to 9; tokenizers that write (0, 0) say nothing of where a token stands."""
+    if found is None:
+        with pytest.raises(SpanNotFound, match="gives tokens no characters of the subject 'efghi'"):
+            find_span(tokenizer, "abcdefghi", offsets, 4, 9, "f")
+    else:
+        assert find_span(tokenizer, "abcdefghi", offsets, 4, 9, "f") == found
+
+
+def test_a_chat_that_ends_in_line_breaks_is_followed_by_the_answers_own_tokens(smollm2: LoadedModel) -> None:
+    """Together, the last line break would be another token than the one that the model is given."""
+    tokenizer = deepcopy(smollm2.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{m.role}}|>\n{{m.content}}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    facts = pd.DataFrame({"fact_id": ["a"], "subject": ["Kenya"], "answers": [["Nairobi"]], "relation": ["r"]})
+    style = Style(template="The capital of {subject}?", chat=True, chat_template_kwargs={"enable_thinking": False})
+    (prompt,) = make_prompts(facts, tokenizer, style)
+    alone = tokenizer(prompt.text, add_special_tokens=False).input_ids
+    assert list(prompt.ids[: prompt.prediction + 1]) == alone
+    assert list(prompt.answer_ids) == tokenizer("Nairobi", add_special_tokens=False).input_ids
+    assert with_answer(tokenizer, prompt, "Lima").ids[: len(alone)] == tuple(alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": [[]]}, "fact a: its answers are [], and no texts in a list"),
+        ({"answers": [None]}, "fact a: its answers are None, and no texts in a list"),
+        ({"subject": [5]}, "fact a: its subject is 5, and no text"),
+    ],
+)
+def test_facts_that_are_none_are_named(change: dict[str, Any], message: str, tokenizer: Any) -> None:
+    facts = pd.DataFrame({"fact_id": ["a"], "subject": ["Kenya"], "answers": [["Nairobi"]], "relation": ["r"]})
+    with pytest.raises(BadInput, match=re.escape(message)):
+        make_prompts(facts.assign(**change), tokenizer, "{subject} is")
+    with pytest.raises(BadInput, match=r"the tokenizer is a str: give the model's own, model\.tokenizer"):
+        make_prompts(facts, "smollm2", "{subject} is")  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from subjattn.cli.app import (
 )
 from subjattn.cli.asking import ask, check_files
 from subjattn.cli.compare import refuse_same
-from subjattn.cli.measure import mean_of, plain
+from subjattn.cli.measure import mean_row, plain
 from subjattn.errors import BadInput
 
 
@@ -178,7 +178,7 @@ def _parts(arms: Any, prompts: Any, relations: Any, computing: dict[str, Any], s
             values = values.reset_coords(drop=True)
             about = {name: ("fact", found[name].values) for name in ("answer",)}
             about |= {"relation": ("fact", relations.reindex(values["fact"].values).to_numpy(object))}
-            means[metric][part] = mean_of(MEASURE.quantities[0], values.assign_coords(about), None)
+            means[metric][part] = mean_row(MEASURE.quantities[0], values.assign_coords(about), None)
     Console().print(*change_tables.parts_tables(means["answer_logprob"], style, len(prompts)), sep="\n")
     return {**means, "arrays": plain(found)}
 

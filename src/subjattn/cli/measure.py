@@ -194,23 +194,22 @@ def _means(found: Any, dataset: Any, relations: Any) -> dict[str, dict[str, Any]
         values = values.assign_coords(relation=("fact", relations.reindex(values["fact"].values).to_numpy(object)))
         over = None if quantity.over is None else quantity.over(dataset)
         if "part" not in values.dims:
-            means[quantity.name] = mean_of(quantity, values, over)
+            means[quantity.name] = mean_row(quantity, values, over)
             continue
         for part in values["part"].values:
             own = over.sel(part=part) if over is not None and "part" in over.dims else over
-            means[f"{quantity.name}.{part}"] = mean_of(quantity, values.sel(part=part), own)
+            means[f"{quantity.name}.{part}"] = mean_row(quantity, values.sel(part=part), own)
     return means
 
 
-def mean_of(quantity: Any, values: Any, over: Any) -> dict[str, Any]:
+def mean_row(quantity: Any, values: Any, over: Any) -> dict[str, Any]:
     """Of one quantity, or of one part of it."""
-    from subjattn.evidence.intervals import interval
-    from subjattn.study.values import share
+    from subjattn.evidence.ratios import mean_of
 
     n = int(values.notnull().sum())
     mean: dict[str, Any] = {"mean": float(values.mean()) if n and over is None else None, "low": None, "high": None}
     try:
-        found = interval(share(values, over, "models"), bounds=None if over is not None else quantity.bounds)
+        found = mean_of(values, over, bounds=quantity.bounds, scope="models")
     except BadInput as error:
         return mean | {"n": n, "notes": [f"no interval: {error}"]}
     low, high = found.ends()

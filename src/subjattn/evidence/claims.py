@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from subjattn.evidence.intervals import (
     CONFIDENCE,
@@ -30,8 +30,15 @@ from subjattn.evidence.intervals import (
 
 Verdict = Literal["supported", "contradicted", "no effect that matters", "undecided"]
 Arms = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
-OneLine = Annotated[str, Field(min_length=1, pattern=r"^[^\p{C}\u2028\u2029]*[^\p{C}\s][^\p{C}\u2028\u2029]*$")]
-"""A text that shows, without line breaks and control characters."""
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or not text.strip():
+        raise ValueError(f"{text[:80]!r} is not one line of visible text")
+    return text
+
+
+OneLine = Annotated[str, AfterValidator(_one_line)]
 Where = dict[str, str | int | list[str | int]]
 
 

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import xarray as xr
 
 from subjattn.errors import BadInput
-from subjattn.evidence.intervals import interval
-from subjattn.evidence.ratios import ratio
+from subjattn.evidence.ratios import mean_of
 from subjattn.measures.mediation import MEASURE
 
 
@@ -124,10 +123,8 @@ def mediated(found: xr.Dataset) -> dict[str, Ends]:
             values = array if part is None else array.sel(part=part, drop=True)
             name = quantity.name if part is None else f"{quantity.name}.{part}"
             try:
-                if quantity.over is not None:
-                    values = ratio(values, quantity.over(found), positive=True)
-                bounds = None if quantity.over is not None else quantity.bounds
-                intervals[name] = interval(values, bounds=bounds).ends()
+                over = None if quantity.over is None else quantity.over(found)
+                intervals[name] = mean_of(values, over, bounds=quantity.bounds).ends()
             except BadInput:
                 intervals[name] = None
     return intervals

@@ -6,10 +6,12 @@ take such numbers as they take means: with replicates, clusters and all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import xarray as xr
 
 from subjattn.errors import BadInput
-from subjattn.evidence.intervals import Scope, interval
+from subjattn.evidence.intervals import Interval, Scope, interval
 
 
 def ratio(
@@ -44,6 +46,38 @@ def ratio(
         raise BadInput(f"what it is a share of is negative ({mean:.3g})")
     share = float(x.mean()) / mean
     return share + (x - share * y) / mean
+
+
+def share_bounds(
+    numerator: xr.DataArray, denominator: xr.DataArray, bounds: tuple[float, float]
+) -> tuple[float, float]:
+    """Between what values of a `ratio` lie that is itself between bounds: as far as one fact can move it."""
+    mean = float(denominator.mean())
+    share, most = float(numerator.mean()) / mean, float(denominator.max()) / mean
+    low, high = (share + (end - share) * most for end in bounds)
+    return low - 1e-9, high + 1e-9
+
+
+def mean_of(
+    values: xr.DataArray,
+    over: xr.DataArray | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    scope: Scope | None = None,
+) -> Interval:
+    """The mean of a quantity, or the share that it is of another, with its interval, within its bounds.
+
+    Raises:
+        BadInput: as `interval` and `ratio`; what it is a share of is negative.
+    """
+    if over is None:
+        return interval(values, bounds=bounds, scope=scope)
+    found = ratio(values, over, scope=scope, positive=True)
+    if bounds is None:
+        return interval(found, scope=scope)
+    both = values.notnull() & over.notnull()
+    reach = share_bounds(values.where(both), over.where(both), bounds)
+    return replace(interval(found, bounds=reach, scope=scope), bounds=bounds)
 
 
 def slope(values: xr.DataArray, on: xr.DataArray) -> xr.DataArray:

@@ -28,7 +28,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 FRAME = "DataFrame"
 """What a table that comes from no file is called."""
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
-_STATED = re.compile(r"\s*\"?sep=([^\w\s\"]|\t)\"?[,;\t ]*(?:\r\n|\r|\n|\Z)", re.IGNORECASE)
+_STATED = re.compile(r"\s*\"?sep *= *([^\w\s\"]|\t)\"?[,;\t ]*(?:\r\n|\r|\n|\Z)", re.IGNORECASE)
 """A first line by which Excel is told what parts the cells: `sep=;`."""
 _NAMED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 

@@ -114,6 +114,10 @@ def _with_others(facts: pd.DataFrame, table: Table, names: Mapping[str, str]) ->
         said = "note: %s: the columns %s are left out, for subjattn has its own of these names"
         log.warning(said, table.source, ", ".join(ours))
     cells = table.cells[[name for name in others if str(name) not in ours]]
+    for name, column in cells.items():
+        for place, cell in zip(table.places, column, strict=True):
+            if isinstance(cell, str) and any("\ud800" <= char <= "\udfff" for char in cell):
+                raise BadInput(f"{table.source}:{place}: the column {str(name)!r} holds {broken(cell)}")
     cells = cells.map(lambda cell: None if isinstance(cell, str) and not cell else cell)
     return pd.concat([facts, cells.set_axis(facts.index)], axis=1)
 
@@ -160,7 +164,10 @@ def _answers(value: object) -> list[Any]:
                 f"the answer {value[:80]!r} looks like a list and cannot be read as one: write "
                 '["one", "another"] or one|another, and ["[one]"] where the brackets belong to it'
             )
-        return [_unquoted(part).strip() for part in value.split("|")] if listed is None else listed
+        if listed is None:
+            parts = [str(_unquoted(part)).strip() for part in value.split("|")]
+            return parts if len(parts) < 2 else [one for part in parts for one in _answers(part)]
+        return listed
     if isinstance(value, list | tuple | np.ndarray):
         return [_text(one) for one in value]
     return [] if _missing(value) or isinstance(value, dict) else [value]

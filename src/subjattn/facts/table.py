@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from subjattn.errors import BadInput
@@ -29,7 +30,7 @@ REJECTED_COLUMNS = ["file", "row", "reason"]
 LONGEST_NAME = 1000
 """Characters of a subject or an answer; more is a broken cell and no name."""
 LONGEST_QUESTION = 20_000
-_BREAKS = "\n\r\t\x0b\x0c\x85"
+_BREAKS = "\n\r\t\x0b\x0c\x85\u2028\u2029"
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -61,6 +62,15 @@ def check_table(facts: object, *columns: str) -> None:
         raise BadInput(f"the table of facts has no column {missing[0]!r}, it has {', '.join(map(str, facts))}: {how}")
     if "answers" in columns and any(isinstance(answers, str) for answers in facts["answers"]):
         raise BadInput(f"the column 'answers' of the table of facts holds text and no lists: {how}")
+    if "answers" in columns:
+        for fact_id, answers in zip(facts.get("fact_id", facts.index), facts["answers"], strict=True):
+            listed = isinstance(answers, list | tuple | np.ndarray)
+            if not listed or not len(answers) or not all(isinstance(one, str) and one.strip() for one in answers):
+                raise BadInput(f"fact {fact_id}: its answers are {str(answers)[:80]}, and no texts in a list: {how}")
+    if "subject" in columns:
+        for fact_id, subject in zip(facts.get("fact_id", facts.index), facts["subject"], strict=True):
+            if not (isinstance(subject, str) or subject is None or subject != subject):
+                raise BadInput(f"fact {fact_id}: its subject is {str(subject)[:80]}, and no text: {how}")
 
 
 class Rejected(Exception):

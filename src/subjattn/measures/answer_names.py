@@ -4,8 +4,8 @@ Definitions, because none is standard across scripts:
 
 * Accents do not count where a plainer spelling of the same name is common: marks on Latin and Greek letters, Latin
   letters with a stroke and the like (Łódź is Lodz, Gießen is Giessen), stress and ё in Cyrillic, vowel points in Arabic
-  and Hebrew. Marks that make another letter count: voicing marks in kana, й, and every mark of the scripts of India and
-  South-East Asia.
+  and Hebrew, hamza and madda on alif. Nor do commas between thousands. Marks that make another letter count: voicing
+  marks in kana, й, and every mark of the scripts of India and South-East Asia.
 * A name that goes on is another name. After a space, a capital letter of any script goes on with it; scripts without
   capitals do not show it there. Within a word everything goes on but Japanese particles, the commonest function words
   of Chinese and a 市 or 国, and Korean particles; in Thai, Lao, Khmer, Burmese and Tibetan, which are written without
@@ -31,24 +31,27 @@ _SPELT_OUT = {
     **dict.fromkeys("‐‑−﹣－", "-"),
 }
 _POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670]")
+_HAMZA = "\u0653\u0654\u0655"
 _STRESSED = set("аеиоуыэюяіїєАЕИОУЫЭЮЯІЇЄ")
 
-_JAPANESE = re.compile("です|でし|だ|は|が|を|に|の|で|と|も|から|まで|へ|や|か|よ|ね")
+_JAPANESE = re.compile("(?:です|でした|だった|だ|は|が|を|に|の|で|と|も|から|まで|へ){1,3}")
 _CHINESE = re.compile(
-    f"[市省县縣県都府国國]?(?:[是的在和與与及或位属屬為为也有這这那不就了吗嗎呢吧於于即之至到]|(?![{_HAN}{_KATAKANA}]))"
+    f"[市省县縣県都府国國]?(?:[是的在和與与及或位属屬為为也有這这那不就了吗嗎呢吧啊哦呀於于即之至到]|(?![{_HAN}{_KATAKANA}]))"
 )
 _KOREAN = re.compile(
     "(?:은|는|이|가|을|를|의|에|에서|에게|로|으로|와|과|도|만|부터|까지|이나|나|이란|란|라|년|월|일|시|"
-    "입니다|이다|다|이에요|예요|이고|고|이며|며|이라|라고|이라고|이었다|였다|인|임){1,3}"
+    "입니다|이다|다|이에요|예요|이고|고|이며|며|이라|라고|이라고|이었다|였다|이지|이야|야|요|인|임){1,3}"
 )
 _MAGNITUDE = (
-    r"(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|bn|mn|mln|mrd)s?\b|milli\w+|тысяч\w*|милли\w+|"
+    r"(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|bn|mn|mln|mrd)s?\b|mil(?:l\w+|iard\w*)|тысяч\w*|милли\w+|"
     "[百千万萬億亿兆백천만억조]"
 )
-_NUMBER_GOES_ON = re.compile(rf"[-.,:/^'·٫٬–]?\d|\s(?:\d{{3}}(?!\d)|\d+/\d)|\s?(?:{_MAGNITUDE})", re.IGNORECASE)
-_WORD_GOES_ON = re.compile(r"[-+#♯♭]|[–·・&@]\w|'(?!s\b)\w|\.(?:com|org|net|io|js)\b")
-_SIGN = r"(?:[-<>≤≥√][$€£¥]?\.?|(?<!\.)\.)\d"
-_LEAD = re.compile(rf"^(?:(?!{_SIGN})\W)*(?:the\s+)?", re.IGNORECASE)
+_NUMBER_GOES_ON = re.compile(
+    rf"[-.,:/^'·٫٬–]?\d|\s?[×*]\s?\d|\s(?:\d{{3}}(?!\d)|\d+/\d)|\s?(?:{_MAGNITUDE})", re.IGNORECASE
+)
+_WORD_GOES_ON = re.compile(r"[-+#♯♭^]|[·・&@]\w|'(?!s\b)\w|\.(?:com|org|net|io|js)\b")
+_SIGN = r"(?:[-<>≤≥√±][$€£¥]?\.?|(?<!\.)\.)\d"
+_LEAD = re.compile(rf"^(?:</?[a-z]+>|(?!{_SIGN})[\W_])*(?:the\s+)?", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
@@ -61,9 +64,10 @@ def folded(text: str) -> str:
     text = re.sub("[\u2070-\u2079\u00b2\u00b3\u00b9]+", lambda found: "^" + found[0], text)
     text = re.sub("(?<=\\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub("(?<!\\w)–(?=\\d)", "-", text)
+    text = re.sub("(?<=\\d),(?=\\d{3}(?!\\d))", "", text)
     kept, base = [], ""
     for char in unicodedata.normalize("NFKD", text):
-        if unicodedata.category(char) == "Cf" or _POINTS.match(char):
+        if unicodedata.category(char) == "Cf" or _POINTS.match(char) or (base == "ا" and char in _HAMZA):
             continue
         if unicodedata.combining(char) and "\u0300" <= char <= "\u036f":
             if not _is_accent(char, base):
@@ -95,7 +99,9 @@ def goes_on(name: str, rest: str) -> bool:
     if rest[0].isspace():
         following = rest.lstrip()[:1]
         return following.isupper() or following.istitle()
-    if rest[0] == "_" or _of_a_word(rest[0]):
+    if rest[0] in "_–" and len(rest) > 1:
+        return rest[1].isalnum() if rest[0] == "_" else rest[1].isupper() or rest[1].isdigit()
+    if _of_a_word(rest[0]):
         return _within_a_word(name[-1], rest)
     initial = len(name) == 1 and rest[0] == "." and rest[1:2].isalnum()
     return initial or _WORD_GOES_ON.match(rest) is not None
@@ -111,7 +117,8 @@ def _within_a_word(last: str, rest: str) -> bool:
         run = re.match(f"[{_HANGUL}]+", rest)
         return run is not None and _KOREAN.fullmatch(run[0]) is None
     if _is(_HIRAGANA, first):
-        return _is(_HIRAGANA, last) and _JAPANESE.match(rest) is None
+        run = re.match(f"[{_HIRAGANA}]+", rest)
+        return _is(_HIRAGANA, last) and run is not None and _JAPANESE.fullmatch(run[0]) is None
     if _is(_HAN, first):
         return _is(_CJK, last) and _CHINESE.match(rest) is None
     return not (first.isalpha() and _is(_CJK, last))

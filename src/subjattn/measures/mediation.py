@@ -195,15 +195,17 @@ def exchanged(
 ) -> Float[Tensor, "layer head key"]:
     """Attention weights with those on some positions taken from others, those on `kept` as they are.
 
-    The rest is scaled so that all sum to 1; where a head has no weight there, it is shared out as by the others. Where
-    what is kept leaves too little, less is taken.
+    The rest is scaled so that all sum to 1; where a head has no weight there, it is shared out as by the others, or
+    evenly where these have none either. Where what is kept leaves too little, less is taken.
     """
     taken, held = (_inside(some, weights) for some in (positions, kept))
     own, left = (torch.where(held, weights, 0.0), (1 - (weights * held).sum(-1, keepdim=True)).clamp_min(0))
     put = torch.where(taken, others, 0.0)
     put = put * (left / put.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
     rest, instead = (torch.where(taken | held, 0.0, one) for one in (weights, others))
-    rest = torch.where(rest.sum(-1, keepdim=True) < 1e-9, instead, rest)
+    free = (~(taken | held)).to(weights.dtype) if bool((~(taken | held)).any()) else taken.to(weights.dtype)
+    for fallback in (instead, free.expand_as(rest)):
+        rest = torch.where(rest.sum(-1, keepdim=True) < 1e-9, fallback, rest)
     left = (left - put.sum(-1, keepdim=True)).clamp_min(0)
     return own + put + rest * left / rest.sum(-1, keepdim=True).clamp_min(1e-30)
 

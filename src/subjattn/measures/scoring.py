@@ -51,7 +51,7 @@ def start_is_decided(begun: str, answers: Sequence[str]) -> bool:
     What follows may still make another character of the last one, and end a name or go on with it.
     """
     text = folded(begun).rstrip("\N{REPLACEMENT CHARACTER}")
-    if re.fullmatch(r"\W*(t|th|the\s*)?.?", text, re.IGNORECASE):
+    if re.fullmatch(r"[\W_]*(t|th|the\s*)?.?", text, re.IGNORECASE) or re.search(r"\d,|^\W*<", text):
         return False
     own, names = without_lead(text), [name for name in map(plain, answers) if name]
     behind = [(name, rest) for name in names if (rest := starts_with(own, name)) is not None]
@@ -111,7 +111,10 @@ def contains_alias(prediction: str, answers: Sequence[str]) -> bool:
 
 def containment_is_decided(begun: str, answers: Sequence[str]) -> bool:
     """Whether a text that begins so contains an accepted answer, though its last character may become another."""
-    return contains_alias(_lower(begun.rstrip("\N{REPLACEMENT CHARACTER}"))[:-1], answers)
+    text = _lower(begun.rstrip("\N{REPLACEMENT CHARACTER}"))
+    while text and unicodedata.combining(text[-1]):
+        text = text[:-1]
+    return contains_alias(text[:-1], answers)
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -209,7 +212,7 @@ def _normalised(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     """Words in their compatibility form and lower case, without punctuation that makes no other word."""
-    lower = unicodedata.normalize("NFKC", text).casefold().replace("\N{MINUS SIGN}", "-")
+    lower = re.sub("[−﹣－]|(?<!\\w)–(?=\\d)", "-", unicodedata.normalize("NFKC", text).casefold())
     return ["".join(_kept(word)) for word in lower.split()]
 
 
@@ -218,15 +221,18 @@ def _kept(word: str) -> Iterator[str]:
         before, behind = word[:i], word[i + 1 :]
         if char in string.punctuation or unicodedata.category(char)[0] in "PC":
             thousands = char == "," and re.match(r"\d{3}(?!\d)", behind)
-            number = behind[:1].isdigit() and not thousands and (before[-1:].isdigit() or _signs(char, before))
-            if not number and not (char in "+#" and before.rstrip("+#")[-1:].isalpha()):
+            within = before[-1:].isdigit() and behind[:1].isdigit() and not thousands
+            grade = char in "-*" and not behind and len(before.strip(string.punctuation)) == 1 and before[-1:].isalpha()
+            symbol = char in "+#" and before.rstrip("+#")[-1:].isalpha()
+            if not (within or grade or symbol or _signs(char, before, behind)):
                 continue
         yield char
 
 
-def _signs(char: str, before: str) -> bool:
-    """Whether punctuation before a digit makes another number of it: a minus or a point at the word's beginning."""
-    return char in "-." and not any(map(str.isalnum, before))
+def _signs(char: str, before: str, behind: str) -> bool:
+    """Whether punctuation at a word's beginning makes another number of it: a minus, a point, a comparison."""
+    amount = re.match(r"[$€£¥]?\.?\d" if char != "." else r"\d", behind)
+    return char in "-.<>" and amount is not None and not any(map(str.isalnum, before))
 
 
 def _lower(text: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,7 @@ def refuse_misfit(
 def refuse_other_paths(model: nn.Module, adapter: str) -> None:
     """Refuse an adapter whose modules are this model's under another path, naming both."""
     ours: dict[tuple[str, ...], str] = {}
-    for name in (name for name, module in model.named_modules() if not any(True for _ in module.children())):
+    for name in _leaves(model):
         path = (_PREFIX + name).split(".")
         ours |= {tuple(path[start:]): ".".join(path[: start + 1]) for start in range(len(path) - 1)}
     found = Counter(pair for key in _shapes(adapter) if (pair := _other_path(key.split("."), ours)) is not None)
@@ -70,6 +72,13 @@ def refuse_other_paths(model: nn.Module, adapter: str) -> None:
         f"adapter {adapter!r} has its modules under {theirs!r}, and this model under {here!r}: give the base model "
         "that it was trained on, or rename them in adapter_model.safetensors (and in adapter_config.json)"
     )
+
+
+def _leaves(model: nn.Module) -> list[str]:
+    """Modules without children, those that peft wrapped under their own names."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    plain = [name for name, module in model.named_modules() if not any(True for _ in module.children())]
+    return [*wrapped, *(name for name in plain if not name.startswith(tuple(f"{one}." for one in wrapped)))]
 
 
 def _other_path(key: list[str], ours: Mapping[tuple[str, ...], str]) -> tuple[str, str] | None:
@@ -126,10 +135,10 @@ def _other_tokens(
 def warn_of_texts(tokenizer: PreTrainedTokenizerBase, folder: str, base: str, adapter: str) -> None:
     """Warn where an adapter's folder holds a tokenizer or chat template that is not the base's: the base's is used."""
     own = _own_tokenizer(folder, tokenizer)
-    template = Path(folder) / "chat_template.jinja"
-    chat = template.read_text() if template.is_file() else None if own is None else own.chat_template
-    differ = []
-    if chat is not None and chat != tokenizer.chat_template:
+    chat, differ = _own_template(Path(folder), own), []
+    if own is None and (Path(folder) / "tokenizer.json").is_file():
+        differ.append("tokenizer files that cannot be read")
+    if chat is not None and chat.rstrip("\n") != (tokenizer.chat_template or "").rstrip("\n"):
         differ.append("another chat template" if tokenizer.chat_template else "a chat template, and the base has none")
     differ += [] if own is None else _differences(own, tokenizer)
     if differ:
@@ -163,11 +172,26 @@ def _differences(own: PreTrainedTokenizerBase, known: PreTrainedTokenizerBase) -
 
 
 def _own_tokenizer(folder: str, like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies in an adapter's folder, read as the base's kind; None where there is none."""
+    """The tokenizer that lies in an adapter's folder, read as the base's kind; None where none can be read."""
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return None
-    with reading(f"tokenizer in adapter {folder!r}", AdapterMismatch):
-        return type(like).from_pretrained(folder)  # type: ignore[no-any-return]
+    try:
+        with reading(f"tokenizer in adapter {folder!r}", AdapterMismatch):
+            return type(like).from_pretrained(folder)  # type: ignore[no-any-return]
+    except AdapterMismatch:
+        return None
+
+
+def _own_template(folder: Path, own: PreTrainedTokenizerBase | None) -> str | None:
+    """The chat template of an adapter's folder, whether or not its tokenizer can be read."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if own is not None:
+        return own.chat_template  # type: ignore[no-any-return]
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _tokenizer_of(base: str) -> PreTrainedTokenizerBase:

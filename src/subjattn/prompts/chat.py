@@ -164,7 +164,8 @@ def _switches(source: str) -> list[str]:
 
 @cache
 def _warn_once(source: str, what: str) -> None:
-    how = f"{{{_switches(source)[0]}: false}}" if _switches(source) else "an argument that the template reads"
+    switch = next((name for name in _switches(source) if "enable" in name or name == "thinking"), None)
+    how = "an argument that the template reads" if switch is None else f"{{{switch}: false}}"
     log.warning(
         "note: the chat template %s: an answer may not be what the model writes next, and accuracy then is 0; set the "
         "style's chat_template_kwargs, such as %s",

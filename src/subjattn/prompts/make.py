@@ -93,7 +93,8 @@ def make_prompts(
     for fact, one, prompt, whole, n in zip(
         records, asked, encode(tokenizer, texts, special), encode(tokenizer, answers, special), n_letters, strict=True
     ):
-        choices = [next(letters).ids for _ in range(n)]
+        choices = [_own_tokens(tokenizer, one, prompt.ids, next(letters).ids, ascii_uppercase[i]) for i in range(n)]
+        whole = Encoded(_own_tokens(tokenizer, one, prompt.ids, whole.ids, str(fact["answers"][0])), whole.offsets)
         for token in {*prompt.ids, *whole.ids} - decoded.keys():
             decoded[token] = str(tokenizer.decode([token]))
         prompts.append(_prompt(fact, one, prompt, whole.ids, choices, decoded, tokenizer))
@@ -102,6 +103,19 @@ def make_prompts(
                 f"fact {fact['fact_id']}: the last of {style.prefix} tokens of neutral text merges with what follows"
             )
     return PromptSet(str(style), tuple(prompts))
+
+
+def _own_tokens(
+    tokenizer: PreTrainedTokenizerBase, asked: _Asked | Prompt, prompt: list[int], whole: list[int], answer: str
+) -> list[int]:
+    """Tokens of a prompt and its answer; in a chat that ends in white space those of each, as a model writes them.
+
+    Together, the line breaks that end the prompt may be other tokens than the ones that it is given.
+    """
+    if not asked.text[-1:].isspace() or whole[: len(prompt)] == prompt:
+        return whole
+    (own,) = encode(tokenizer, [(asked.lead or "") + answer], False)
+    return [*prompt, *own.ids]
 
 
 def subject_lengths(facts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, style: str | Style) -> list[int]:
@@ -129,11 +143,12 @@ def with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str)
     """
     asked = prompt.ids[: prompt.prediction + 1]
     for special in (True, False):
-        (whole,) = encode(tokenizer, [answered(prompt.text, answer, prompt.lead)], special)
-        if tuple(whole.ids[: len(asked)]) == asked and len(whole.ids) > len(asked):
-            tokens = tuple(str(tokenizer.decode([token])) for token in whole.ids[len(asked) :])
+        (encoded,) = encode(tokenizer, [answered(prompt.text, answer, prompt.lead)], special)
+        whole = tuple(_own_tokens(tokenizer, prompt, list(asked), encoded.ids, answer))
+        if whole[: len(asked)] == asked and len(whole) > len(asked):
+            tokens = tuple(str(tokenizer.decode([token])) for token in whole[len(asked) :])
             before = prompt.tokens[: len(asked)]
-            return replace(prompt, ids=tuple(whole.ids), tokens=before + tokens, answers=(answer,))
+            return replace(prompt, ids=whole, tokens=before + tokens, answers=(answer,))
     raise SpanNotFound(f"fact {prompt.fact_id}: the tokens of the answer {answer!r} merge with those of the prompt")
 
 

@@ -70,8 +70,11 @@ def find_span(
             stands at an edge of a subject whose characters the other tokens do not cover.
     """
     span, name = token_span(offsets, start, stop), text[start:stop]
-    before = len(text[:start].rstrip())
-    at_edges = [a for a, b in offsets if a == b and (before <= a <= start or a == stop)]
+    left = max((i for i, (a, b) in enumerate(offsets) if a < b <= start), default=-1)
+    right = min((i for i, (a, b) in enumerate(offsets) if b > a >= stop), default=len(offsets))
+    inside = range(*(span or (0, 0)))
+    around = [i for i in range(left + 1, right) if i not in inside]
+    at_edges = [offsets[i][0] for i in around if offsets[i][0] == offsets[i][1] and offsets[i] != NOWHERE]
     covered = {at for a, b in offsets for at in range(max(a, start), min(b, stop))}
     if at_edges and any(not char.isspace() for at, char in enumerate(name, start) if at not in covered):
         who = str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
@@ -93,6 +96,8 @@ def shares_edge(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that does not say which characters a token stands for."""
+    if not hasattr(tokenizer, "is_fast"):
+        raise BadInput(f"the tokenizer is a {type(tokenizer).__name__}: give the model's own, model.tokenizer")
     if not tokenizer.is_fast:
         raise BadInput(
             "the tokenizer gives no character offsets, without which a subject's tokens cannot be found "

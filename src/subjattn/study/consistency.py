@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim
 from subjattn.measures.record import quantity_of
+from subjattn.prompts import ROLES
 from subjattn.study.arms import WrongField
 
 
@@ -40,7 +42,10 @@ def check_claims(study: StudyConfig) -> None:
     for number, claim in enumerate(study.claims):
         with _within(f"claims.{number}"):
             _check_claim(study, claim)
-    ids = [claim.id for claim in study.claims]
+    for number, pair in enumerate(study.contrasts):
+        if set(pair) in map(set, study.contrasts[:number]):
+            raise BadInput(f"{pair[0]!r} and {pair[1]!r} are compared twice", field=f"contrasts.{number}")
+    ids = [unicodedata.normalize("NFC", claim.id) for claim in study.claims]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         last = len(ids) - 1 - ids[::-1].index(twice)
@@ -69,7 +74,13 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
     if len(set(each)) < len(each):
         raise ValueError(f"{where}: what 'minus' names is the claim's own, and their difference always 0")
     for measure, arms, style, cells in sides:
-        _check_cells(where, quantity_of(measure.partition(".")[0], study.measured)[1], cells)
+        quantity = quantity_of(measure.partition(".")[0], study.measured)[1]
+        _check_cells(where, quantity, cells)
+        if quantity.bounds is not None and claim.smallest_effect >= quantity.bounds[1] - quantity.bounds[0]:
+            raise ValueError(
+                f"{where}: no effect on {quantity.name} can be {claim.smallest_effect:g}: its values lie between "
+                f"{quantity.bounds[0]:g} and {quantity.bounds[1]:g}"
+            )
         if len(set(arms)) < len(arms):
             raise ValueError(f"{where}: arm {arms[0]!r} minus itself is always 0: name two arms, or one by itself")
         for arm in arms:
@@ -104,6 +115,9 @@ def _check_cells(where: str, quantity: Quantity, cells: Where) -> None:
             raise ValueError(f"{where}: {quantity.name} has no cells by {dim!r}; it has {known}")
         if asked == []:
             raise ValueError(f"{where}: where.{dim} names no cell")
+        labels = asked if isinstance(asked, list) else [asked]
+        if dim == "role" and (unknown := [name for name in labels if name not in ROLES]):
+            raise ValueError(f"{where}: no role {unknown[0]!r}; the roles are {', '.join(ROLES)}")
 
 
 def check_labels(study: StudyConfig, n_layers: int, n_heads: int) -> None:

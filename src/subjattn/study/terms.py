@@ -14,6 +14,7 @@ import xarray as xr
 from subjattn.errors import BadInput
 from subjattn.evidence.claims import Claim, Where
 from subjattn.evidence.intervals import Interval, Scope, difference, interval
+from subjattn.evidence.ratios import share_bounds
 from subjattn.measures.record import Measure, Quantity, quantity_of
 from subjattn.run.folder import Folder
 from subjattn.study import files
@@ -120,7 +121,10 @@ class Terms:
         if any(bounds is None for bounds in own):
             found = interval(values, scope=scope, models=len(arms))
         else:
-            each = [_of_values(bounds or (0, 0), of) for bounds, of in zip(own, raw, strict=True)]
+            each = [
+                share_bounds(of[0], of[1], bounds or (0, 0)) if len(of) > 1 else bounds or (0, 0)
+                for bounds, of in zip(own, raw, strict=True)
+            ]
             found = interval(values, scope=scope, bounds=_summed(each, signs), models=len(arms))
             found = replace(found, bounds=_summed([bounds or (0, 0) for bounds in own], signs))
         return Tested(found, _each_replicate(raw, signs))
@@ -175,15 +179,6 @@ class Terms:
 def _mean(dataset: xr.Dataset, quantity: Quantity, cell: Mapping[str, int]) -> float:
     own = [float(array.mean()) for array in in_cells(dataset, quantity, [cell])]
     return own[0] / own[1] if len(own) > 1 else own[0]
-
-
-def _of_values(bounds: tuple[float, float], raw: list[xr.DataArray]) -> tuple[float, float]:
-    """Between what a quantity's values lie; those of a share (`ratio`) reach as far as one fact can move it."""
-    if len(raw) == 1:
-        return bounds
-    share, most = float(raw[0].mean()) / float(raw[1].mean()), float(raw[1].max()) / float(raw[1].mean())
-    low, high = (share + (end - share) * most for end in bounds)
-    return low - 1e-9, high + 1e-9
 
 
 def _summed(bounds: list[tuple[float, float]], signs: list[float]) -> tuple[float, float]:
