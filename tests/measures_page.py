@@ -1,9 +1,11 @@
-"""docs/measures.md, made from the registry's records: `python tests/measures_page.py` writes it."""
+"""docs/measures.md and what the command line says, from the registry's records: `python tests/measures_page.py`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from subjattn.cli.described import WRITTEN, describe
 from subjattn.measures.record import Measure, Quantity, Shape, measures
 
 
@@ -50,6 +52,11 @@ def page() -> str:
     return "\n".join([HEAD, *(_section(one) for _, one in sorted(measures().items()) if built_in(one))])
 
 
+def written() -> str:
+    """What `subjattn measure` knows of the measures before it imports them."""
+    return json.dumps([describe(one) for one in measures().values() if built_in(one)], indent=1, ensure_ascii=False)
+
+
 def built_in(measure: Measure) -> bool:
     """Whether it is ours, and not that of a package that is installed beside us."""
     return measure.run.__module__.startswith("subjattn.")
@@ -89,3 +96,4 @@ def _bare(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    WRITTEN.write_text(written(), encoding="utf-8")

@@ -29,6 +29,7 @@ from subjattn.errors import AdapterMismatch, BadInput, UnsupportedModel
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures.metrics import METRICS, measure_rows
+from subjattn.measures.swapping import swap_weights
 from subjattn.models import LoadedModel, load_model
 from subjattn.models import arms as model_arms
 from subjattn.models.arms import Arms, load_arms
@@ -343,7 +344,11 @@ def test_other_kinds_of_adapters_are_exact_too(
 
 
 def test_arms_that_would_be_wrong_are_refused(
-    tiny_folders: dict[str, Path], tuned: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tiny_folders: dict[str, Path],
+    tuned: Any,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: PromptSet,
 ) -> None:
     folder, (_, apart) = str(tiny_folders["llama"]), tuned("llama")
     zero = tmp_path / "zero"
@@ -352,6 +357,8 @@ def test_arms_that_would_be_wrong_are_refused(
         load_arms(folder, {"zero": str(zero)})
     same = load_arms(folder, {"zero": str(zero)}, {"self": folder}, identical=["zero", "self"])
     assert same.arm("zero") == Arm("zero")
+    with pytest.raises(BadInput, match="arm 'self' has the base's own weights"):
+        swap_weights(same, prompts, "self")
     with pytest.raises(BadInput, match="is the base itself"):
         load_arms(folder, checkpoints={"self": folder})
     with pytest.raises(BadInput, match="no tuned version of .*another architecture|differs in"):
@@ -360,7 +367,7 @@ def test_arms_that_would_be_wrong_are_refused(
         load_arms(apart["one"], {"one": str(apart["one"].adapter)})
     with pytest.raises(BadInput, match="and not 'base'"):
         load_arms(folder, {"base": str(zero)})
-    with pytest.raises(AdapterMismatch, match="not found in the base model"):
+    with pytest.raises(AdapterMismatch, match="not found in the base model|has its modules under"):
         load_arms(str(tiny_folders["gpt2"]), {"one": str(apart["one"].adapter)})
     checkpoint = moved(tiny_folders["llama"], tmp_path / "words", tokenizer)
     other = copy.deepcopy(tokenizer)

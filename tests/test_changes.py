@@ -10,9 +10,12 @@ import pytest
 from test_run import CHAIN, made, stage
 
 from subjattn import cli
+from subjattn.errors import BadInput
 from subjattn.run.changes import replaced
 from subjattn.run.folder import RECORD, Folder
 from subjattn.run.plan import Plan, Stage
+from subjattn.run.schedule import execute
+from subjattn.study.opened import opened
 
 
 def test_a_finished_run_says_nothing(tmp_path: Path) -> None:
@@ -62,6 +65,36 @@ def test_lines_are_few_and_old_records_are_no_riddle(tmp_path: Path) -> None:
     (tmp_path / "s1" / RECORD).write_text(json.dumps({name: of for name, of in record.items() if name != "settings"}))
     lines = replaced(Plan([stage("s1", number=5)]), Folder(tmp_path))
     assert lines == ["made anew: s1: its settings are not those it was made with"]
+
+
+def test_finished_results_of_a_changed_study_are_replaced_on_demand_alone(tmp_path: Path) -> None:
+    """And they lie aside until their successors are whole, whatever stops the run between."""
+    plan, other = Plan(CHAIN), Plan([CHAIN[0], stage("b", "a", number=11), CHAIN[2]])
+    made(plan, tmp_path)
+    with opened(tmp_path, lambda: other, None):
+        pass
+    (tmp_path / "summary.json").write_text("old")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with (
+        pytest.raises(
+            BadInput, match=r"finished results of another study \(b: number was 10, is now 11\): .*--replace"
+        ),
+        opened(tmp_path, lambda: other, None),
+    ):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for further in (plan, Plan([*CHAIN, stage("d", "a")])):
+        with opened(tmp_path, lambda further=further: further, None):
+            pass
+    with (
+        pytest.raises(KeyboardInterrupt),
+        opened(tmp_path, lambda: other, None, replace=True) as (_, folder, progress),
+    ):
+        execute(other, folder, progress)
+        raise KeyboardInterrupt
+    assert (tmp_path / "previous" / "summary.json").read_text() == "old"
+    with pytest.raises(BadInput, match="--replace"), opened(tmp_path, lambda: plan, None):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,7 @@ BEHIND = {
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
 }
 """Norms behind attention and MLP, by name."""
-MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "granite": ("Granite", zoo.SHAPE | {"residual_multiplier": 0.22, "logits_scaling": 8.0}),
-    "glm4": ("Glm4", zoo.SHAPE | {"head_dim": 8}),
-    "cohere": ("Cohere", zoo.SHAPE),
-    "phi": ("Phi", zoo.SHAPE),
-    "stablelm": ("StableLm", zoo.SHAPE),
-    "nemotron": ("Nemotron", zoo.SHAPE),
-}
+MORE = ("granite", "glm4", "cohere", "phi", "stablelm", "nemotron")
 
 
 def prompt(length: int, seed: int) -> Prompt:
@@ -58,13 +51,8 @@ def model(arch: str) -> PreTrainedModel:
 
 def made(arch: str) -> PreTrainedModel:
     """A random model whose norms and biases are not ones and zeros, so that leaving them out would show."""
-    if arch in zoo.CONFIGS:
-        config = zoo.config(arch)
-    else:
-        prefix, settings = MORE[arch]
-        config = getattr(transformers, f"{prefix}Config")(**settings)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(zoo.config(arch)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter.data, 0.3, 1.2)

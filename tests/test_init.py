@@ -84,6 +84,7 @@ def test_a_study_of_ones_own_runs(
     summary = json.loads(Path("run/summary.json").read_text())
     assert list(summary["arms"]) == ["base", "known", "unknown"] and len(summary["contrasts"]) > 0
     small[-1] = "measures={accuracy: {scorer: containment}, attention_to_subject: {}}"
+    small += ["--replace"]
     said = run(monkeypatch, capsys, "run", "study.yaml", "--out", "run", "--workers", "1", *small).err.splitlines()
     assert [line for line in said if "made anew" in line] == [
         'made anew: 3 finished stages of measure: settings.scorer was "answer_start", is now "containment"',

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import measures_page
 import pytest
@@ -18,6 +21,31 @@ OURS = {name: one for name, one in measures().items() if measures_page.built_in(
 def test_the_page_is_what_the_registry_gives() -> None:
     shown = measures_page.PAGE.read_text(encoding="utf-8")
     assert shown == measures_page.page(), "make it anew: python tests/measures_page.py"
+
+
+def test_what_the_command_line_says_is_what_the_registry_gives() -> None:
+    written = measures_page.WRITTEN.read_text(encoding="utf-8")
+    assert written == measures_page.written(), "make it anew: python tests/measures_page.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["measure", "knockout", "--help"], "--window"),
+        (["measure", "--list"], "knockout: "),
+        (["measure", "knockout", "--modle", "x"], "No such option: --modle"),
+        (["measure", "knockout", "--window", "x"], "Invalid value for '--window'"),
+        (["measure", "knockuot"], "did you mean 'knockout'?"),
+        (["compare", "--hepl"], "No such option: --hepl"),
+        (["probe", "--help"], "--figure"),
+    ],
+)
+def test_help_and_mistakes_import_no_torch(words: list[str], said: str) -> None:
+    code = "import sys; from subjattn.cli import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    shell = dict(os.environ) | {"COLUMNS": "200"}
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=shell, check=False)
+    assert said in found.stdout + found.stderr and found.stderr.endswith("False\n")
 
 
 @pytest.mark.parametrize("name", OURS)

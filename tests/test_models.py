@@ -94,7 +94,7 @@ def test_pickled_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path)
     folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "pickled"))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="cannot be loaded"):
+    with pytest.raises(BadInput, match="only safetensors are loaded"):
         load_model(str(folder))
 
 

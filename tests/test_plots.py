@@ -20,6 +20,7 @@ from subjattn.measures.patching import recovery
 from subjattn.plots.choose import plot
 from subjattn.plots.heatmaps import plot_attention, plot_tokens
 from subjattn.plots.patching import plot_patching
+from subjattn.plots.probes import plot_probed
 from subjattn.plots.verdicts import plot_claims
 from subjattn.prompts import ROLES
 from subjattn.report import page as report
@@ -134,7 +135,7 @@ def test_patching_marks_what_could_not_be_otherwise_and_scales_by_the_rest() -> 
         plot_patching(patched().rename(role="position"))
 
 
-def test_claims_turn_towards_their_direction() -> None:
+def test_claims_have_the_signs_of_the_tables() -> None:
     style = {"verdict": "supported", "estimate": -2.0, "ci_low": -3.0, "ci_high": -1.5}
     style |= {
         "adjusted_ci_low": -4.0,
@@ -143,7 +144,8 @@ def test_claims_turn_towards_their_direction() -> None:
     }
     claim = {"id": "c", "direction": "decrease", "smallest_effect": 0.5, "against": 1.0, "styles": {"list": style}}
     own, adjusted, plain, middle = plot_claims([claim]).data[:4]
-    assert middle.x[0] == 6.0 and plain.x == (5.0, 8.0) and adjusted.x == (4.0, 10.0) and own.x == (7.0, 5.0)
+    assert middle.x[0] == -6.0 and plain.x == (-8.0, -5.0) and adjusted.x == (-10.0, -4.0) and own.x == (-7.0, -5.0)
+    assert own.y[0].endswith("←")
     assert adjusted.line.width < plain.line.width and own.text == ("draw0-seed0", "draw1-seed0")
 
 
@@ -321,3 +323,11 @@ def test_there_is_a_script_per_figure() -> None:
     assert {path.stem for path in VIZ} == {
         "attention_heatmap", "knockout", "patching_heatmap", "token_attention", "verdicts",
     }  # fmt: skip
+
+
+def test_probes_without_a_control_are_drawn_alone() -> None:
+    """No two names share a last token: there is no selectivity, and accuracy is drawn all the same."""
+    correct = xr.DataArray(np.ones((4, 2, 1)), {"role": ["subject_last"]}, ("fact", "layer", "role"), name="correct")
+    figure = plot_probed(correct, xr.full_like(correct, np.nan).rename("selectivity"))
+    assert len(figure.data) == 1
+    assert len(plot_probed(correct, correct.rename("selectivity") * 0.5).data) == 2

@@ -221,7 +221,7 @@ def test_records_of_other_versions_are_refused(tmp_path: Path) -> None:
         made(Plan(CHAIN), tmp_path)
 
 
-def test_results_are_taken_away_when_a_stage_changes_and_not_before(tmp_path: Path) -> None:
+def test_results_are_set_aside_when_a_stage_changes_and_not_before(tmp_path: Path) -> None:
     made(Plan(CHAIN), tmp_path)
     for name in ("summary.json", "report.html"):
         (tmp_path / name).write_text("old")
@@ -230,6 +230,13 @@ def test_results_are_taken_away_when_a_stage_changes_and_not_before(tmp_path: Pa
     assert (tmp_path / "summary.json").exists() and (tmp_path / "report.html").exists()
     made(Plan([stage("a", number=2)]), tmp_path)
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "report.html").exists()
+    assert {path.name: path.read_text() for path in (tmp_path / "previous").iterdir()} == {
+        "summary.json": "old",
+        "report.html": "old",
+    }
+    assert Folder(tmp_path).has_results
+    Folder(tmp_path).settle()
+    assert not Folder(tmp_path).has_results
 
 
 class Finalizer(Silent):
@@ -417,6 +424,33 @@ def test_workers_end_with_their_driver(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_for(lambda: not running(worker))
+
+
+def test_a_command_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+    """SIGTERM, as schedulers send it, while a worker is busy: no semaphore leaks, no lock stays, no worker."""
+    code = (
+        "import sys; from pathlib import Path; from subjattn import cli; from test_run import *\n"
+        "from subjattn.run.folder import alone\n"
+        "def work(*_, **__):\n"
+        "    plan = Plan([stage('slow', number=1, seconds=20, diary=sys.argv[2])])\n"
+        "    folder = Path(sys.argv[1])\n"
+        "    with alone(folder), workers(1) as own: execute(plan, Folder(folder), Silent(), own)\n"
+        "if __name__ == '__main__':\n"
+        "    cli.app = work\n"
+        "    cli.main()\n"
+    )
+    script, diary = tmp_path / "driver.py", tmp_path / "diary.txt"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, str(script), str(tmp_path / "run"), str(diary)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: diary.exists() and diary.read_text().endswith("\n"))
+    worker = int(diary.read_text().split()[0])
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and said == "error: interrupted\n", said
+    wait_for(lambda: not running(worker))
+    assert not list((tmp_path / "run").glob(".lock*"))
 
 
 def running(pid: int) -> bool:

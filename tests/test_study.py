@@ -189,7 +189,12 @@ def test_an_arm_more_trains_only_itself(done: Done, small: StudyConfig, tmp_path
     out = Path(shutil.copytree(done[0], tmp_path / "copy"))
     raw = small.model_dump(mode="json")
     adapters = {path: path.stat().st_mtime_ns for path in out.glob("arms/*/draw0-seed0/adapter/*")}
-    run_study(changed(small, arms={"base": {}, "more": {"train": "top"}, **raw["arms"]}), out)
+    more = changed(small, arms={"base": {}, "more": {"train": "top"}, **raw["arms"]})
+    with pytest.raises(BadInput, match="holds finished results of another study .*another folder, or --replace"):
+        run_study(more, out)
+    assert (out / "summary.json").read_bytes() == (done[0] / "summary.json").read_bytes()
+    run_study(more, out, replace=True)
+    assert not (out / "previous").exists()
     before, now = (sa.open_run(folder).facts.set_index("fact_id") for folder in (done[0], out))
     for name in ("train_known", "train_unknown", "train_random"):
         assert set(now.index[now[name]]) == set(before.index[before[name]])
@@ -288,7 +293,10 @@ def test_a_model_overwritten_in_one_process_is_read_again(small: StudyConfig, tm
     other = AutoModelForCausalLM.from_pretrained(model)
     torch.nn.init.normal_(other.lm_head.weight)
     other.save_pretrained(model)
-    after = run_study(parse_study(raw, "test"), tmp_path / "run")["arms"]["base"]["answer_logprob"]
+    with pytest.raises(BadInput, match="finished results of another study .*model is another now"):
+        run_study(parse_study(raw, "test"), tmp_path / "run")
+    again = run_study(parse_study(raw, "test"), tmp_path / "run", replace=True)
+    after = again["arms"]["base"]["answer_logprob"]
     fresh = run_study(parse_study(raw, "test"), tmp_path / "fresh")["arms"]["base"]["answer_logprob"]
     assert after == fresh and abs(after - before) > 0.1
 
@@ -355,7 +363,7 @@ def test_more_replicates_keep_the_first(small: StudyConfig, tmp_path: Path) -> N
     run_study(parse_study(raw, "test"), tmp_path)
     adapter = tmp_path / "arms" / "known" / "draw0-seed0" / "adapter" / "adapter_model.safetensors"
     written = adapter.stat().st_mtime_ns
-    run_study(parse_study(raw | {"replicates": {"draws": 2}}, "test"), tmp_path)
+    run_study(parse_study(raw | {"replicates": {"draws": 2}}, "test"), tmp_path, replace=True)
     assert adapter.stat().st_mtime_ns == written
     assert sa.open_run(tmp_path).replicates("known") == [(0, 0), (1, 0)]
 
@@ -394,9 +402,11 @@ def test_a_summary_never_stands_beside_other_stages(done: Done, small: StudyConf
     raw["styles"]["bad"] = {"template": "Where is {subject}?", "chat": True}
     raw["facts"]["n_test"] = 21
     with pytest.raises(StagesFailed):
-        run_study(parse_study(raw, "test"), out)
+        run_study(parse_study(raw, "test"), out, replace=True)
     with pytest.raises(BadInput, match="holds no finished study"):
         page.write(out)
+    for name in ("summary.json", "report.html"):
+        assert (out / "previous" / name).read_bytes() == (done[0] / name).read_bytes()
 
 
 def test_arm_of_another_shape_is_refused(tiny_folders: dict[str, Path], small: StudyConfig, tmp_path: Path) -> None:

@@ -242,10 +242,10 @@ def test_a_study_by_knowledge(people: Path, tiny_folders: dict[str, Path], tmp_p
     ]:
         changed.to_parquet(tmp_path / "knowledge.parquet")
         with pytest.raises(SubjattnError, match=message):
-            run_study(parse_study(raw, "s"), tmp_path / "run")
+            run_study(parse_study(raw, "s"), tmp_path / "run", replace=True)
     (tmp_path / "knowledge.parquet").write_text("fact_id\n")
     with pytest.raises(SubjattnError, match="cannot be read as parquet"):
-        run_study(parse_study(raw, "s"), tmp_path / "run")
+        run_study(parse_study(raw, "s"), tmp_path / "run", replace=True)
 
 
 def test_mmlu_has_accuracy_and_loss_and_nothing_of_a_subject(

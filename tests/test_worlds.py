@@ -21,6 +21,8 @@ from subjattn.facts import identity_of_source, read_facts
 from subjattn.knowledge.labels import join_labels
 from subjattn.measures.answers import predict
 from subjattn.models.names import identity, resolve_model
+from subjattn.prompts.prefix import neutral_prefix
+from subjattn.prompts.swaps import ablate
 from subjattn.study.read import parse_study
 from subjattn.study.run import run_study
 from subjattn.worlds import build as building
@@ -289,3 +291,23 @@ def test_worlds_are_declared() -> None:
     assert len({world.digest for world in WORLDS.values()}) == 4
     with pytest.raises(BadInput):
         world_of("world:zipf")
+
+
+@pytest.mark.parametrize("world", [SMALL, PEOPLE])
+def test_masks_and_neutral_text_are_tokens_that_the_model_was_trained_on(world: InventedWorld) -> None:
+    said = said_in(world)
+    tokenizer = building.make_tokenizer(world, said)
+    ids = tokenizer([f"{prompt} {answer}" for prompt, answer in said.sentences]).input_ids
+    trained = {token for row in ids for token in row}
+    facts = said.facts.head(3)
+    wordings = RELATIONS[world.kind][facts["relation"].iloc[0]].wordings
+    prompts = sa.make_prompts(facts, tokenizer, wordings[0])
+    for prompt in prompts:
+        assert set(ablate(prompt, "masked", tokenizer).ids) <= trained
+    if world.kind == "zipf":
+        with pytest.raises(BadInput, match="this tokenizer knows no neutral text"):
+            neutral_prefix(tokenizer, 4)
+        return
+    for n_tokens in range(1, 40):
+        prefix = tokenizer(neutral_prefix(tokenizer, n_tokens)).input_ids
+        assert len(prefix) == n_tokens + 1 and set(prefix) <= trained

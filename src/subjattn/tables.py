@@ -4,15 +4,64 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
 
-def table(title: str) -> Table:
-    """A table that fits a terminal of 80 columns."""
-    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+_PROSE, _WORD = 32, 12
+"""Letters from which a cell is text that may be wrapped, and no number or verdict; and what it is given at least."""
+
+
+class Fitted(Table):
+    """A table that is broken into several, one below the other, where the terminal is too narrow for all columns.
+
+    The first columns, `labels`, stand before every part and may be wrapped; a number or verdict is never cut.
+    """
+
+    labels = 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One part after the other."""
+        needs, first, gap = list(map(_needed, self.columns)), self.columns[: self.labels], self.padding[1]
+        most = options.max_width // (2 * self.labels) - gap
+        needs[: self.labels] = [min(need, most) for need in needs[: self.labels]]
+        for column, need in zip(self.columns, needs, strict=True):
+            column.overflow, column.min_width, column.no_wrap = "fold", need, False
+        room = options.max_width - sum(need + gap for need in needs[: self.labels])
+        parts: list[list[Column]] = [[]]
+        taken = 0
+        for column, need in zip(self.columns[self.labels :], needs[self.labels :], strict=True):
+            if parts[-1] and taken + need > room:
+                parts.append([])
+                taken = 0
+            parts[-1].append(column)
+            taken += need + gap
+        whole, caption, title = self.columns, self.caption, self.title
+        for number, part in enumerate(parts):
+            self.columns = [*first, *part]
+            self.title = title if number == 0 else None
+            self.caption = caption if number == len(parts) - 1 else None
+            yield from super().__rich_console__(console, options)
+        self.columns, self.caption, self.title = whole, caption, title
+
+
+def _needed(column: Column) -> int:
+    """The least width at which a column's numbers and verdicts stand whole."""
+    lines = [line for cell in column.cells for line in str(cell).split("\n")]
+    short = [line for line in lines if len(line) <= _PROSE]
+    whole = [line for line in short if any(letter.isdigit() for letter in line)]
+    words = [word for text in (str(column.header), *short) for word in text.split()]
+    return max(_WORD if len(short) < len(lines) else 1, *map(cell_len, (*whole, *words)), 1)
+
+
+def table(title: str, labels: int = 1) -> Fitted:
+    """A table that fits a terminal, of 80 columns too; its first `labels` columns say what a row is."""
+    made = Fitted(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    made.labels = labels
+    return made
 
 
 def arms_table(summary: dict[str, Any], style: str) -> Table:
@@ -31,8 +80,8 @@ def arms_table(summary: dict[str, Any], style: str) -> Table:
 
 def overview_table(rows: list[dict[str, Any]]) -> Table:
     """A row an arm and style, a column a quantity: its mean and, beneath, its interval."""
-    made = table("overview: means and 95 % intervals")
     styles = len({row["style"] for row in rows}) > 1
+    made = table("overview: means and 95 % intervals", 1 + styles)
     made.add_column("arm", no_wrap=True, min_width=max(len(row["arm"]) for row in rows))
     if styles:
         made.add_column("style", no_wrap=True, min_width=max(len(row["style"]) for row in rows))
@@ -59,9 +108,9 @@ def _mean_of(found: dict[str, Any], name: str) -> str:
 
 def claims_table(summary: dict[str, Any]) -> Table:
     """A row a claim and style; what the intervals speak of stands beneath."""
-    made = table("claims")
+    made = table("claims", 2)
     for heading in ("claim", "style", "verdict", "estimate", "95 % interval"):
-        made.add_column(heading, justify="right" if heading == "estimate" else "left", no_wrap=True)
+        made.add_column(heading, justify="right" if heading == "estimate" else "left")
     notes: list[str] = []
     for claim in summary["claims"]:
         for style, found in claim["styles"].items():
@@ -85,7 +134,7 @@ def foreseen_line(found: dict[str, Any], n: int) -> str:
 
 def power_tables(rows: list[dict[str, Any]]) -> list[Table]:
     """A table a claim and style: the share of studies that decide it, by replicates and facts."""
-    made = []
+    made: list[Table] = []
     for row in rows:
         one = table(f"{row['claim']}, {row['style']}: {row['verdict']} ({row['scope']})")
         facts = list(next(iter(row["curve"].values())))
@@ -93,16 +142,18 @@ def power_tables(rows: list[dict[str, Any]]) -> list[Table]:
             one.add_column(heading, justify="right")
         for replicates, shares in row["curve"].items():
             one.add_row(str(replicates), *(f"{share:.0%}" for share in shares.values()))
-        effect = f"{row['effect']:+.3g} (smallest that matters {row['smallest_effect']:g})"
+        effect = (
+            f"{row['estimate']:+.4f} (claimed: {row['direction']}; smallest that matters {row['smallest_effect']:g})"
+        )
         needed = f"\n{row['needs']}" if row["needs"] else ""
-        one.caption, one.caption_justify = Text(f"studies that decide, if the effect is {effect}{needed}"), "left"
+        one.caption, one.caption_justify = Text(f"studies that decide, if the estimate is {effect}{needed}"), "left"
         made.append(one)
     return made
 
 
 def foreseen_table(rows: list[dict[str, Any]]) -> Table:
     """What each claim of a study would come to by a pilot's variances."""
-    made = table("studies that decide, if the effect is …")
+    made = table("studies that decide, if the effect is …", 2)
     names = ("as in the pilot", "none", "twice the smallest")
     for heading in ("claim", "style", *names):
         made.add_column(heading, justify="left" if heading in ("claim", "style") else "right")

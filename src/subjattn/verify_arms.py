@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from subjattn.backends import BACKENDS, Backend, BackendName
 from subjattn.engine import checks
-from subjattn.engine.anatomy import decoder_layers, n_heads, n_kv_heads
+from subjattn.engine.anatomy import decoder_layers, mlp_module, n_heads, n_kv_heads
 from subjattn.engine.interventions import BY_HEAD, COMPONENTS, Arm, Component, Part, Patch, Row, Run
 from subjattn.errors import BadInput, NotFired, UnsupportedModel
 from subjattn.measures import hf_model, opened
@@ -88,14 +88,14 @@ def with_arms(
     engine = opened("engine", base.model, None, prompts)
     apart = {None: hf_model(base), Arm(TUNED): hf_model(tuned)}
     plain = [Row(prompt, arm=arm) for prompt in prompts for arm in apart]
-    puts = [put for prompt in prompts for arm in apart for put in _puts(base.model, prompt, arm)]
+    components, refusals = _components(base.model)
+    puts = [put for prompt in prompts for arm in apart for put in _puts(base.model, prompt, arm, components)]
     ours = _logits(engine, plain)
     moved = _logits(engine, [put.row(None, put.into) for put in puts])
     alone = {(row.prompt.fact_id, row.arm): logits for row, logits in zip(plain, ours, strict=True)}
     states = {(p.fact_id, arm): run(model, p)[1] for p in prompts for arm, model in apart.items()}
     allowed = checks.logit_tolerance(base.model) * found.largest_logit
     comparisons: list[Comparison] = []
-    refusals: list[Refusal] = []
     shift = max(float((alone[p.fact_id, Arm(TUNED)] - alone[p.fact_id, None]).abs().max()) for p in prompts)
     for name in (name for name in dict.fromkeys(backends) if name != "engine"):
         try:
@@ -105,7 +105,7 @@ def with_arms(
             continue
         theirs = [_logits(references[row.arm], [replace(row, arm=None)])[0] for row in plain]
         comparisons.append(_compared(name, ONE_BATCH, ours, theirs, shift, allowed))
-        for component in COMPONENTS:
+        for component in components:
             some = [(put, logits) for put, logits in zip(puts, moved, strict=True) if put.component == component]
             scale = max(float((logits - alone[put.prompt.fact_id, put.into]).abs().max()) for put, logits in some)
             quantity = f"transfer {component}"
@@ -121,7 +121,7 @@ def with_arms(
             else:
                 comparisons.append(_compared(name, quantity, [of for _, of in some], theirs, scale, allowed))
         del references
-    quantities = [ONE_BATCH, *(f"transfer {component}" for component in COMPONENTS)]
+    quantities = [ONE_BATCH, *(f"transfer {component}" for component in components)]
     merged, reasons = _parts(engine, arms.arm, tuned, base, prompts, allowed)
     comparisons += merged
     refusals += [Refusal("hooks", PARTS_OF, reason) for reason in reasons]
@@ -139,9 +139,19 @@ def _other(arm: Arm | None) -> Arm | None:
     return Arm(TUNED) if arm is None else None
 
 
-def _puts(model: PreTrainedModel, prompt: Prompt, into: Arm | None) -> Iterator[_Put]:
+def _components(model: PreTrainedModel) -> tuple[list[Component], list[Refusal]]:
+    """What the model's layers have, and why not the rest."""
+    try:
+        for layer in decoder_layers(model):
+            mlp_module(layer)
+    except UnsupportedModel as error:
+        return [one for one in COMPONENTS if one != "mlp_out"], [Refusal("engine", "transfer mlp_out", str(error))]
+    return list(COMPONENTS), []
+
+
+def _puts(model: PreTrainedModel, prompt: Prompt, into: Arm | None, components: Sequence[Component]) -> Iterator[_Put]:
     n_layers = len(decoder_layers(model))
-    for component in COMPONENTS:
+    for component in components:
         at = prompt.subject_positions if component in ("resid_pre", "k", "v") else prompt.predicting
         layers = [n_layers // 2] if component.startswith("resid") else range(n_layers)
         counts = n_kv_heads(model) if component in ("k", "v") else [n_heads(model)] * n_layers

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module
+from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, mlp_modules
 from subjattn.engine.interventions import Component, wide
 from subjattn.errors import UnsupportedModel
 from subjattn.prompts import Prompt
@@ -94,11 +94,9 @@ def run(
             stack.callback(model.get_input_embeddings().register_forward_hook(hook).remove)
         for layer, module in enumerate(decoder_layers(model)):
             own = {name: (list(at), of) for name, where, at, of in put if where == layer}
-            named: tuple[tuple[Component, nn.Module], ...] = (
-                ("resid_post", module),
-                ("attn_out", attention_module(module)),
-                ("mlp_out", mlp_module(module)),
-            )
+            named: list[tuple[Component, nn.Module]] = [("resid_post", module), ("attn_out", attention_module(module))]
+            if "mlp_out" in own or len(mlp_modules(module)) == 1:
+                named.append(("mlp_out", mlp_module(module)))
             for name, part in named:
                 stack.callback(part.register_forward_hook(_behind(name, layer, own.get(name))).remove)
             before = _before(layer, own.get("resid_pre"))

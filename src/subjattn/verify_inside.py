@@ -69,13 +69,19 @@ def with_inside(
     allowed = checks.logit_tolerance(hf) * found.largest_logit
     comparisons: list[Comparison] = []
     refusals: list[Refusal] = []
-    asked: list[tuple[_Measure, dict[str, xr.DataArray], _ByHand]] = [
-        (measured, measured(engine), by_hand)
-        for measured, by_hand in (
-            (_tracing(model, prompts), partial(_traced_by_hand, hf, prompts)),
-            (_scaling(model, prompts), partial(_scaled_by_hand, hf, prompts)),
-        )
+    measures: list[tuple[_Measure, str, _ByHand]] = [
+        (_tracing(model, prompts, component), f"restored {component}", partial(_traced_by_hand, hf, prompts))
+        for component in get_args(Traced)
     ]
+    measures.append((_scaling(model, prompts), SCALED, partial(_scaled_by_hand, hf, prompts)))
+    asked: list[tuple[_Measure, dict[str, xr.DataArray], _ByHand]] = []
+    for measured, quantity, by_hand in measures:
+        try:
+            ours = measured(engine)
+        except UnsupportedModel as error:
+            refusals.append(Refusal("engine", quantity, str(error)))
+        else:
+            asked.append((measured, {key: of for key, of in ours.items() if not asked or key != NOISED}, by_hand))
     for name in (name for name in dict.fromkeys(backends) if name != "engine"):
         try:
             backend = None if name == "hooks" else opened(name, hf, None, prompts)
@@ -114,14 +120,20 @@ def with_scores(found: Verification, arms: Arms, tuned: LoadedModel, prompts: Se
     base, share = hf_model(arms.base), checks.logit_tolerance(arms.base.model)
     (name,) = arms.sources
     layers = _some_layers(base)
-    traced = trace(arms, prompts, "mlp_out", states=name, layers=layers, draws=1)["indirect_effect"]
-    by_hand = _traced_by_hand(base, prompts, {RESTORED: traced}, hf_model(tuned))[RESTORED]
-    crossed = _compared("hooks", RESTORED, traced, by_hand, share * found.largest_logit)
+    crossed, refusals = [], []
+    try:
+        traced = trace(arms, prompts, "mlp_out", states=name, layers=layers, draws=1)["indirect_effect"]
+    except UnsupportedModel as error:
+        refusals.append(Refusal("engine", RESTORED, str(error)))
+    else:
+        by_hand = _traced_by_hand(base, prompts, {RESTORED: traced}, hf_model(tuned))[RESTORED]
+        crossed.append(_compared("hooks", RESTORED, traced, by_hand, share * found.largest_logit))
     ours = score_split(arms, prompts)["log_odds"]
     theirs = _split_by_hand({"base": base, "tuned": hf_model(tuned)}, prompts, ours)
     allowed = checks.tolerance(base) * float(np.nanmax(np.abs(ours.values)))
     split = _compared("hooks", SPLIT, ours, theirs, allowed, ours - ours.sel(combination="base"))
-    return _more(found, [RESTORED, SPLIT], [crossed, split], [])
+    quantities = [*(one.quantity for one in crossed), SPLIT]
+    return _more(found, quantities, [*crossed, split], refusals)
 
 
 def _more(
@@ -161,16 +173,12 @@ def _some_layers(model: PreTrainedModel) -> list[int]:
     return sorted({0, n_layers // 2, n_layers - 1})
 
 
-def _tracing(model: LoadedModel, prompts: Sequence[Prompt]) -> _Measure:
+def _tracing(model: LoadedModel, prompts: Sequence[Prompt], component: Traced) -> _Measure:
     layers = _some_layers(hf_model(model))
 
     def measured(backend: Backend) -> dict[str, xr.DataArray]:
-        arrays: dict[str, xr.DataArray] = {}
-        for component in get_args(Traced):
-            found = trace(model, prompts, component, layers=layers, draws=1, backend=backend)
-            arrays.setdefault(NOISED, found["total_effect"])
-            arrays[f"restored {component}"] = found["indirect_effect"]
-        return arrays
+        found = trace(model, prompts, component, layers=layers, draws=1, backend=backend)
+        return {NOISED: found["total_effect"], f"restored {component}": found["indirect_effect"]}
 
     return measured
 

@@ -5,7 +5,9 @@ Bad input ends with status 2 and one line on standard error; stages that failed 
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -20,7 +22,7 @@ from subjattn.errors import StagesFailed, SubjattnError, WrongFields
 
 # Typer carries a click of its own; this is its UsageError, whichever click that is.
 _UsageError: Any = typer.BadParameter.__base__
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 _RESUMED = (["run"], ["compare"], ["knowledge"], ["finetune"])
 """Commands that go on where they were stopped."""
 
@@ -29,7 +31,11 @@ def main() -> None:
     """Run the command line; known errors become one line and status 2."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         status = _run()
+    if status == _INTERRUPTED and _stopped:
+        status = _TERMINATED
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -54,6 +60,17 @@ def _run() -> Any:
     except (KeyboardInterrupt, typer.Abort):
         goes_on = ": what is finished is kept, and the same command goes on from there"
         return _fail(f"interrupted{goes_on if sys.argv[1:2] in _RESUMED else ''}", _INTERRUPTED)
+
+
+_stopped: list[int] = []
+
+
+def _interrupt(number: int, _: Any) -> None:
+    """Let SIGTERM stop what Ctrl-C stops: workers end, locks and semaphores are given back, what is finished stays."""
+    _stopped.append(number)
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ARG001

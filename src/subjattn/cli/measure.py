@@ -6,10 +6,9 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel
 from typer.core import TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
@@ -33,7 +32,9 @@ from subjattn.cli.app import (
     write_json,
 )
 from subjattn.cli.asking import ask, check_files, model_or_arms
+from subjattn.cli.described import Described, described
 from subjattn.errors import BadInput
+from subjattn.registry import named
 
 
 USUAL = 50
@@ -42,18 +43,14 @@ Backend = Literal["engine", "hooks", "transformer-lens", "nnsight"]
 
 
 class _Measures(TyperGroup):
-    """Finds its commands in the registry, when asked for one."""
+    """Finds its commands among what is written down of the measures, which are imported when one of them runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        from subjattn.measures.record import measures
-
-        return list(measures())
+        return list(described())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        from subjattn.measures.record import measure_of
-
-        found = measure_of(cmd_name)
-        info = CommandInfo(name=found.name, callback=_command(found), help=_help(found))
+        found = named(described(), cmd_name, "measure")
+        info = CommandInfo(name=found.name, callback=_command(found), help=found.help)
         return get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="markdown")
 
 
@@ -71,60 +68,33 @@ def measure(
     Example: `subjattn measure knockout --model smollm2-135m --facts cities --n 20 --json knockout.json`
     """
     if list_:
-        from subjattn.measures.record import measures
-
-        for found in measures().values():
-            given = ", ".join(f"{quantity.name} ({quantity.unit})" for quantity in found.quantities)
-            typer.echo(f"{found.name}: {found.title}{f'; gives {given}' if given else ''}")
+        for found in described().values():
+            typer.echo(found.line)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-def _help(found: Any) -> str:
-    lines = [found.title[:1].upper() + found.title[1:] + (f" ({found.paper})." if found.paper else ".")]
-    lines += [f"{quantity.name}, in {quantity.unit}: {quantity.definition}." for quantity in found.quantities]
-    said = {"To be read as": found.reads, "Control": found.control, "Not defined": found.undefined}
-    lines += [f"{what}: {text}" for what, text in said.items() if text]
-    return "\n\n".join([*lines, f"Example: `subjattn measure {found.name} --facts cities --n 20`"])
-
-
-def _command(found: Any) -> Callable[..., None]:
+def _command(found: Described) -> Callable[..., None]:
     """The function that typer reads a measure's options from."""
-    own = {_option(name, _shared): name for name in found.settings.model_fields}
+    shared = inspect.signature(_shared, eval_str=True).parameters
+    own = {f"own_{one.name}" if one.name in shared else one.name: one for one in found.settings}
 
     def run(**given: Any) -> None:
-        _run(found, {own[key]: given.pop(key) for key in list(given) if key in own}, **given)
+        from subjattn.measures.record import measure_of
 
-    parameters = list(inspect.signature(_shared, eval_str=True).parameters.values())
-    for key, name in own.items():
-        parameters.append(_parameter(key, found.settings, name, f"--{found.name}-{name}" if key != name else None))
+        settings = {own[key].name: given.pop(key) for key in list(given) if key in own}
+        _run(measure_of(found.name), settings, **given)
+
+    parameters = list(shared.values())
+    for key, one in own.items():
+        flags = [f"--{found.name}-{one.name}".replace("_", "-")] if key != one.name else []
+        annotation = Annotated.__class_getitem__((one.type, typer.Option(*flags, help=one.description)))  # type: ignore[attr-defined]
+        parameters.append(
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=annotation)
+        )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def _option(name: str, shared: Callable[..., None]) -> str:
-    """A setting's parameter; one that is called like a shared option gets another name."""
-    return f"own_{name}" if name in inspect.signature(shared).parameters else name
-
-
-def _parameter(key: str, settings: type[BaseModel], name: str, flag: str | None) -> inspect.Parameter:
-    field = settings.model_fields[name]
-    flags = [flag.replace("_", "-")] if flag else []
-    option = typer.Option(*flags, help=field.description or "")
-    annotation = Annotated.__class_getitem__((_plain_type(field.annotation), option))  # type: ignore[attr-defined]
-    default = field.get_default(call_default_factory=True)
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type that typer is to read: a constrained number as a number; what it does not know as text."""
-    parts = [part for part in get_args(annotation) if part is not type(None)]
-    if type(None) in get_args(annotation):
-        return _plain_type(parts[0]) | None
-    if annotation in (bool, int, float, str) or getattr(annotation, "__origin__", None) is Literal:
-        return annotation
-    return str
 
 
 def _shared(

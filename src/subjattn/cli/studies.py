@@ -41,6 +41,13 @@ def run(
         bool,
         typer.Option("--random-init", help="Random weights of the model's shape: tries the road, its time and memory."),
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Make the finished results of a changed study anew; until then they lie in the folder `previous`.",
+        ),
+    ] = False,
 ) -> None:
     """Run a study, or finish one that was stopped; finished stages are reused.
 
@@ -51,7 +58,7 @@ def run(
     if worlds.asked_for(study):
         if random_init:
             raise BadInput("--random-init is for studies of a model: those of worlds train theirs from nothing")
-        worlds.run(study, set_ or [], out, workers, on)
+        worlds.run(study, set_ or [], out, workers, on, replace=replace)
         return
     config = load_study(study, set_ or [])
     target = out or Path("runs") / (f"{config.name}-random" if random_init else config.name)
@@ -63,7 +70,7 @@ def run(
             raise BadInput("--random-init draws the study's own model: leave out arms that bring another")
         config = config.model_copy(update={"model": str(random_folder(config.model, config.seed))})
         note("random weights: times and memory are the shape's, the numbers mean nothing")
-    _run(config, target, workers, on)
+    _run(config, target, workers, on, replace=replace)
     if random_init:
         for line in spent(target):
             typer.echo(line)
@@ -165,11 +172,11 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
     typer.echo(write(folder))
 
 
-def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None) -> None:
+def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None, *, replace: bool = False) -> None:
     from subjattn.study.files import open_run
     from subjattn.study.run import run_study
 
-    summary = run_study(config, out, workers=workers, on=on)
+    summary = run_study(config, out, workers=workers, on=on, replace=replace)
     console = Console()
     if summary["overview"]:
         console.print(tables.overview_table(summary["overview"]), "")

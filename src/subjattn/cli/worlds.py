@@ -25,13 +25,21 @@ def asked_for(study: Path) -> bool:
         return False
 
 
-def run(study: Path, settings: Sequence[str], out: Path | None, workers: int | None, on: str | None) -> None:
+def run(
+    study: Path,
+    settings: Sequence[str],
+    out: Path | None,
+    workers: int | None,
+    on: str | None,
+    *,
+    replace: bool = False,
+) -> None:
     from subjattn.theory.read import load_theory
     from subjattn.theory.run import SUMMARY, run_theory
 
     config = load_theory(study, settings)
     target = out or Path("runs") / config.name
-    found = run_theory(config, target, workers=workers, on=on)
+    found = run_theory(config, target, workers=workers, on=on, replace=replace)
     for of in json.loads((target / SUMMARY).read_text())["statements"]:
         typer.echo(
             f"{'holds' if of['holds'] else 'FAILS'}  {of['statement']} ({of['violations']} of {of['n']} violated)"

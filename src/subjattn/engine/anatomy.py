@@ -60,16 +60,28 @@ def attention_module(layer: nn.Module) -> nn.Module:
     return found[0]
 
 
-def mlp_module(layer: nn.Module) -> nn.Module:
-    """The child of a decoder layer that has matrices and is not its attention: the MLP, or a mixture of experts."""
+def mlp_modules(layer: nn.Module) -> list[nn.Module]:
+    """Children of a decoder layer that have matrices and are not its attention: one, or the two matrices of an MLP."""
     attention = attention_module(layer)
-    found = [
+    return [
         child
         for child in layer.children()
         if child is not attention and any(parameter.ndim > 1 for parameter in child.parameters())
     ]
+
+
+def mlp_module(layer: nn.Module) -> nn.Module:
+    """The MLP of a decoder layer, or its mixture of experts, where that is one module.
+
+    Raises:
+        UnsupportedModel: where it is none or several, as in OPT.
+    """
+    found = mlp_modules(layer)
     if len(found) != 1:
-        raise UnsupportedModel(f"{type(layer).__name__} has {len(found)} modules that could be its MLP instead of one")
+        raise UnsupportedModel(
+            f"{type(layer).__name__} has {len(found)} modules that could be its MLP instead of one, so what its MLP "
+            "adds cannot be measured or changed: measure attention or the residual stream"
+        )
     return found[0]
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from operator import itemgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from subjattn.engine.interventions import Arm, Part, Row, Run
 from subjattn.engine.parts import Place
@@ -29,8 +32,10 @@ from subjattn.errors import UnsupportedModel
 class Change(Protocol):
     """What a tuned model makes of a module's output for some tokens."""
 
-    def __call__(self, inputs: Float[Tensor, "token ..."], output: Float[Tensor, "token ..."]) -> Tensor:
-        """The tuned module's output for inputs of which the base module gives `output`."""
+    def __call__(
+        self, inputs: Float[Tensor, "token ..."], output: Float[Tensor, "token ..."], *more: Any, **named: Any
+    ) -> Tensor:
+        """The tuned module's output for inputs of which the base module gives `output`; `more` it is given by token."""
         ...
 
 
@@ -162,13 +167,16 @@ class Routes:
         if self._inside:  # an adapter's own module calls the base's
             return None
         state, codes = output[0] if isinstance(output, tuple) else output, self._codes[module is self.head]
-        inputs, changed = next(iter((*args, *kwargs.values()))), False
+        changed = False
+        inputs, *more = args or list(kwargs.values())[:1]
+        named = kwargs if args else dict(list(kwargs.items())[1:])
         if by_head := self.uses[module][0][0].place.by_head:
             inputs, state = inputs.transpose(1, 2), state.transpose(1, 2)
         lead = _leading(module, inputs, codes)
         if inputs.shape[:lead] != codes.shape and lead == 2:
             inputs, state = (of.expand(len(codes), *of.shape[1:]) for of in (inputs, state))
         inputs, flat = inputs.flatten(0, lead - 1), state.flatten(0, lead - 1)
+        more, named = tree_map_only(Tensor, partial(_flat, module, codes), (more, named))
         for use, columns, arms in self.uses[module]:
             at = self._tokens(module is self.head, arms, flat.device)
             if at is None:
@@ -177,7 +185,8 @@ class Routes:
                 flat, changed = flat.clone(), True
             self._inside = True
             try:
-                found = use.change(inputs[at], flat[at]).to(flat)
+                own, by_name = tree_map_only(Tensor, itemgetter(at), (more, named))
+                found = use.change(inputs[at], flat[at], *own, **by_name).to(flat)
             finally:
                 self._inside = False
             flat[at] = found if columns is None else torch.where(columns.to(flat.device), found, flat[at])
@@ -221,10 +230,21 @@ def _leading(module: nn.Module, inputs: Tensor, codes: Tensor) -> int:
         return 2
     if len(inputs) == codes.numel():
         return 1
-    raise UnsupportedModel(
-        f"a {type(module).__name__} takes {tuple(inputs.shape)}, which does not say whose tokens they are, so it "
+    raise _unshared(module, inputs)
+
+
+def _unshared(module: nn.Module, given: Tensor) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"a {type(module).__name__} takes {tuple(given.shape)}, which does not say whose tokens they are, so it "
         "cannot be shared by arms: measure each model by itself"
     )
+
+
+def _flat(module: nn.Module, codes: Tensor, given: Tensor) -> Tensor:
+    """One row for every token of what a module is given beside its input, such as its position."""
+    if given.shape[:2] != codes.shape and (len(given) != 1 or given.shape[1:2] != codes.shape[1:]):
+        raise _unshared(module, given)
+    return given.expand(*codes.shape, *given.shape[2:]).flatten(0, 1)
 
 
 @contextmanager

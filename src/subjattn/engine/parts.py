@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_module, n_heads
+from subjattn.engine.anatomy import attention_module, decoder_layers, mlp_modules, n_heads
 from subjattn.engine.attention import Tap, tapped
 from subjattn.engine.interventions import Part
 
@@ -44,7 +44,7 @@ def parts_of(model: PreTrainedModel) -> dict[nn.Module, Place]:
     found = {module: Place(-1, {"rest": None}) for module in with_weights(model)}
     for layer, module in enumerate(layers):
         found |= {one: Place(layer, {"rest": None}) for one in with_weights(module)}
-        found |= {one: Place(layer, {"mlp": None}) for one in with_weights(mlp_module(module))}
+        found |= {one: Place(layer, {"mlp": None}) for mlp in mlp_modules(module) for one in with_weights(mlp)}
     return found | _in_attention(model)
 
 

@@ -285,10 +285,10 @@ def _parts(
     seed: int,
 ) -> _Parts:
     n_layers = len(decoder_layers(hf))
-    if by not in (None, "layer", "window", "head") or window < 1:
-        raise BadInput(
-            f"by {by!r} with windows of {window}: by is 'layer', 'window', 'head' or None, a window 1 or more"
-        )
+    if by not in (None, "layer", "window", "head"):
+        raise BadInput(f"by={by!r} is none of 'layer', 'window', 'head' and None")
+    if window < 1:
+        raise BadInput(f"window={window} is no number of layers: give 1 or more")
     if by is not None and (heads is not None or random_sets):
         raise BadInput(f"heads=[…] and random_sets are one set, and by={by!r} takes parts one at a time: leave by out")
     if by is None and heads is None and layers is None:

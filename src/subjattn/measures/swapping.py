@@ -75,7 +75,8 @@ def swap_weights(
         fits. Parts that the tuning leaves alone are not listed.
 
     Raises:
-        BadInput: no prompts, no such arm, or a metric that compares with the run before an intervention.
+        BadInput: no prompts, no such arm, one that is the base itself, or a metric that compares with the run before an
+            intervention.
         UnsupportedModel: weights that cannot be told into parts.
     """
     check_askable(prompts)
@@ -86,6 +87,8 @@ def swap_weights(
             f"metric {min(wrong)!r} takes a foil or a run to compare with: use answer_logprob or answer_logit"
         )
     cells = arms.cells(name)
+    if not cells:
+        raise BadInput(f"arm {name!r} has the base's own weights: there is no update whose parts could be swapped")
     parts = [part for part in PARTS if any(own == part for _, own in cells)]
     sets = [frozenset(some) for n in range(len(parts) + 1) for some in combinations(parts, n)]
     variants: dict[tuple[str, ...], Arm | None] = {

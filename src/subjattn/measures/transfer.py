@@ -177,8 +177,12 @@ def parts_put(
     n_layers = len(decoder_layers(hf))
     if unknown := [one for one in components if one not in COMPONENTS]:
         raise BadInput(f"component {unknown[0]!r} is not one of {', '.join(COMPONENTS)}")
-    if by not in (None, "layer", "head") or window < 1 or not components:
-        raise BadInput(f"by {by!r} with windows of {window}: by is 'layer', 'head' or None, a window 1 or more")
+    if not components:
+        raise BadInput("there are no components: give at least one")
+    if by not in (None, "layer", "head"):
+        raise BadInput(f"by={by!r} is none of 'layer', 'head' and None")
+    if window < 1:
+        raise BadInput(f"window={window} is no number of layers: give 1 or more")
     if heads is not None:
         if layers is not None or by != "layer" or not {*components} <= BY_HEAD - {*_GROUPS}:
             raise BadInput("heads=[(layer, head), …] go with q, pattern and z, and without by and layers")

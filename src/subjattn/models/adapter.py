@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +11,21 @@ import torch
 
 from subjattn.errors import AdapterMismatch
 from subjattn.facts.hub import parted
+from subjattn.models.misfit import refuse_misfit, refuse_other_paths, refuse_unknown_tokens, warn_of_texts
 from subjattn.models.names import identity, located, resolve_adapter
 from subjattn.models.packaged import PACKAGES, packaged_model
 from subjattn.models.reading import quiet, reading
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 NOTHING = 1e-6
 """Of the largest logit: what putting a module around another may move by rounding."""
+_AS_EVER = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+_AS_EVER |= {"auto_mapping", "r", "lora_alpha", "target_modules"}
+"""Settings of a configuration that say nothing about what is special in it."""
 
 
 def with_adapter(
@@ -35,25 +39,44 @@ def with_adapter(
     """The model with a live adapter, after checks that the adapter fits and (unless it may not) does something.
 
     Warns:
-        UserWarning: the adapter's own configuration names another base than `base`.
+        UserWarning: the adapter's own configuration names another base than `base`, or its folder holds another
+            tokenizer or chat template.
 
     Raises:
-        AdapterMismatch: keys without a partner, shapes that differ, or an adapter that changes nothing.
+        AdapterMismatch: keys without a partner, shapes that differ, an adapter that changes nothing, or one whose
+            update cannot be told from what peft's wrapper does.
     """
     from peft import PeftModel
 
     folder = resolve_adapter(adapter)
-    ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
     with reading(f"adapter {adapter!r}", AdapterMismatch), torch.no_grad():
         config = _adapter_config(adapter)
+        trained = _trained_tokens(config)
+        refuse_unknown_tokens(model, tokenizer, base, adapter, trained)
+        ids = torch.tensor([(tokenizer("The capital of France is").input_ids + trained)[:64]], device=model.device)
         before = model(ids).logits
-        tuned = PeftModel(model, config)
-        _refuse_misfit(tuned, base, adapter, may_be_identical=may_be_identical)
+        try:
+            tuned = PeftModel(model, config)
+        except ValueError:
+            refuse_other_paths(model, adapter)
+            raise
+        fresh = tuned.eval()(ids).logits if _starts_from_base(config) else before
+        _refuse_wrapper(adapter, config, before, fresh)
+        refuse_misfit(tuned, tokenizer, base, adapter, origin=_origin(config, base))
+        if not may_be_identical and not _has_update(adapter):
+            raise _changes_nothing(adapter)
         tuned.load_adapter(folder, "default")
         after = tuned.eval()(ids).logits
-    if not may_be_identical and float((after - before).abs().max()) <= NOTHING * float(before.abs().max()):
+        alone = tuned.get_base_model()(ids).logits
+    if not may_be_identical and min(_moved(after, before), _moved(after, fresh)) <= NOTHING:
         raise _changes_nothing(adapter)
+    if _moved(alone, after) > NOTHING:
+        raise AdapterMismatch(
+            f"adapter {adapter!r} ({config.peft_type.value}{special(config)}) works through peft's own forward pass "
+            "alone, not through the model's modules: its numbers cannot be measured here"
+        )
     _warn_of_base(config, base, adapter)
+    warn_of_texts(tokenizer, folder, base, adapter)
     return tuned.get_base_model()  # type: ignore[return-value]
 
 
@@ -68,7 +91,7 @@ def check_adapter(base: str, adapter: str) -> bool:
         BadInput: model or adapter cannot be found.
 
     Warns:
-        UserWarning: the adapter's own configuration names another base than `base`.
+        UserWarning: the adapter's own configuration names another base model than `base`.
     """
     from peft import PeftModel, PeftType
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,13 +102,63 @@ def check_adapter(base: str, adapter: str) -> bool:
         _warn_of_base(config, base, adapter)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=commit))
+            refuse_unknown_tokens(model, None, base, adapter, _trained_tokens(config))
             try:
                 tuned = PeftModel(model, config)
             except (NotImplementedError, RuntimeError):  # a kind that computes with weights as it is put on
                 return False
-        _refuse_misfit(tuned, base, adapter)
+            except ValueError:
+                refuse_other_paths(model, adapter)
+                raise
+        refuse_misfit(tuned, None, base, adapter, origin=_origin(config, base))
+        if not _has_update(adapter):
+            raise _changes_nothing(adapter)
     more = ("modules_to_save", "use_dora", "trainable_token_indices")
     return config.peft_type == PeftType.LORA and not any(getattr(config, name, None) for name in more)
+
+
+def _trained_tokens(config: Any) -> list[int]:
+    """Tokens that an adapter trains by themselves."""
+    found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    return [i for some in (found.values() if isinstance(found, dict) else [found]) for i in some]
+
+
+def _moved(found: torch.Tensor, before: torch.Tensor) -> float:
+    """The largest difference as a share of the largest logit."""
+    return float((found - before).abs().max() / before.abs().max())
+
+
+def _starts_from_base(config: Any) -> bool:
+    """Whether an adapter of this kind leaves the model's logits alone until it is trained."""
+    from peft import PeftType
+
+    if config.peft_type in (PeftType.TRAINABLE_TOKENS, PeftType.LN_TUNING):
+        return True
+    return config.peft_type == PeftType.LORA and config.init_lora_weights in (True, "gaussian")
+
+
+def _refuse_wrapper(adapter: str, config: Any, before: torch.Tensor, fresh: torch.Tensor) -> None:
+    """Refuse what peft puts around modules where it moves the logits by itself, as by losing a bias."""
+    rounding = 10 * NOTHING if before.dtype.itemsize >= 4 else 5e-2
+    if (moved := _moved(fresh, before)) > rounding:
+        raise AdapterMismatch(
+            f"adapter {adapter!r}: what peft {version('peft')} puts around this model's modules{special(config)} moves "
+            f"its logits before any training, by {moved:.1e} of the largest (a bias that is lost?), so the adapter's "
+            "own effect cannot be told: train it with other target modules"
+        )
+
+
+def special(config: Any) -> str:
+    """What is special in an adapter's configuration: ` (bias='all')`; nothing where nothing is."""
+    if config is None:
+        return ""
+    usual = type(config)()
+    special = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _AS_EVER and value != getattr(usual, name, None) and value
+    }
+    return f" ({', '.join(f'{name}={value!r}' for name, value in sorted(special.items()))})" if special else ""
 
 
 def _warn_of_base(config: Any, base: str, adapter: str) -> None:
@@ -105,6 +178,12 @@ def _adapter_config(adapter: str) -> Any:
     config = PeftConfig.from_pretrained(resolve_adapter(adapter))
     if config.is_prompt_learning:
         raise AdapterMismatch(f"adapter {adapter!r} adds prompt tokens, which moves every position: use LoRA")
+    if invoked := getattr(config, "alora_invocation_tokens", None):
+        raise AdapterMismatch(
+            f"adapter {adapter!r} is an activated LoRA: it works behind its invocation tokens alone "
+            f"(alora_invocation_tokens={list(invoked)}), so elsewhere the base would be compared with itself: train it "
+            "as plain LoRA"
+        )
     begun = getattr(config, "init_lora_weights", True)
     if str(begun).startswith("pissa_niter"):
         raise AdapterMismatch(
@@ -114,40 +193,18 @@ def _adapter_config(adapter: str) -> Any:
     return config
 
 
-def _refuse_misfit(tuned: PeftModel, base: str, adapter: str, *, may_be_identical: bool = False) -> None:
-    """Compare the keys and shapes of an adapter's file with those that this model would save."""
-    from peft import get_peft_model_state_dict
+def _has_update(adapter: str) -> bool:
+    """Whether anything in the adapter's file is not zero, beside what counts as a factor only: LoRA's random A."""
     from safetensors import safe_open
 
-    named = adapter_base(tuned)
-    origin = f"; it was trained on {named!r}" if named and not _same_model(named, base) else ""
-    saved = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    others = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}  # embeddings may be saved too
     with safe_open(Path(resolve_adapter(adapter)) / "adapter_model.safetensors", "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        wanted |= {name: others[name] for name in shapes.keys() - wanted.keys() if name in others}
-        if unmatched := sorted(wanted.keys() ^ shapes.keys()):
-            raise AdapterMismatch(
-                f"adapter {adapter!r} does not match this model's modules (another base model?): "
-                f"{len(unmatched)} keys without a partner, such as {', '.join(unmatched[:3])}{origin}"
-            )
-        if differing := [name for name in sorted(wanted) if wanted[name] != shapes[name]]:
-            name = differing[0]
-            sizes = [" × ".join(map(str, of[name])) for of in (shapes, wanted)]
-            raise AdapterMismatch(
-                f"adapter {adapter!r} has other shapes than model {base!r}: {name.removeprefix('base_model.model.')} "
-                f"is {sizes[0]} in it and would be {sizes[1]} here ({len(differing)} such){origin}"
-            )
-        if not may_be_identical and not any(
-            bool(file.get_tensor(name).any()) for name in shapes if not _multiplied(name)
-        ):
-            raise _changes_nothing(adapter)
+        names = [name for name in file.keys() if ".lora_A." not in name and ".lora_embedding_A" not in name]  # noqa: SIM118
+        return any(bool(file.get_tensor(name).any()) for name in names)
 
 
-def _multiplied(name: str) -> bool:
-    """Whether a tensor of an adapter counts only as a factor of another: LoRA's A, random from the start."""
-    return ".lora_A." in name or ".lora_embedding_A" in name
+def _origin(config: Any, base: str) -> str:
+    named = config.base_model_name_or_path
+    return f"; it was trained on {named!r}" if named and not _same_model(named, base) else ""
 
 
 def _changes_nothing(adapter: str) -> AdapterMismatch:

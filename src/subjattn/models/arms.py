@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
-from copy import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from subjattn.engine.anatomy import decoder_layers, mlp_module
+from subjattn.engine.anatomy import decoder_layers, mlp_module, mlp_modules
 from subjattn.engine.arms import Change, Changed, Tuned, attach, routed
 from subjattn.engine.checks import check_model, probe_ids, relative_gap, tolerance
 from subjattn.engine.interventions import Arm, Part
 from subjattn.engine.parts import Place, parts_of, with_weights
 from subjattn.errors import BadInput, UnsupportedModel
-from subjattn.models.adapter import with_adapter
+from subjattn.models.adapter import special, with_adapter
 from subjattn.models.load import LoadedModel, load_model
 from subjattn.models.names import identity
+from subjattn.models.shared import digests, tensors_of, twin
 from subjattn.models.streamed import fits, stream_model
 
 
@@ -192,7 +192,7 @@ class _Lora:
         (name,) = layer.lora_A
         self.down, self.up, self.scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor, *_: Any, **__: Any) -> Tensor:
         update = self.up(self.down(inputs.to(self.down.weight.dtype)))
         return (output + update * self.scaling).to(output.dtype)  # type: ignore[no-any-return]
 
@@ -203,56 +203,75 @@ class _Other:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:  # noqa: ARG002
-        found = self.module(inputs[None])
+    def __call__(self, inputs: Tensor, output: Tensor, *more: Any, **named: Any) -> Tensor:  # noqa: ARG002
+        more, named = tree_map_only(Tensor, lambda of: of[None], (more, named))
+        found = self.module(inputs[None], *more, **named)
         return (found[0] if isinstance(found, tuple) else found)[0]  # type: ignore[no-any-return]
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """A copy with the same weights, whose modules are replaced, and hooks hung up, by themselves."""
-    copied = copy(module)
-    copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
-    copied._modules = {name: None if child is None else _shallow(child) for name, child in module._modules.items()}
-    return copied
-
-
 def _attach_adapter(base: LoadedModel, name: str, adapter: str, *, may_be_identical: bool) -> tuple[str, Tuned]:
+    model, kept = base.model, digests(base.model)
+    before = _probe(model)
+    with twin(model) as tuned:
+        with_adapter(tuned, base.tokenizer, base.name, adapter, may_be_identical=may_be_identical)
+        tuned.eval().requires_grad_(False)
+        expected = _probe(tuned)
+    _refuse_changed(base, kept, name, tuned.peft_config)
+    places = parts_of(model)
+    changes: dict[nn.Module, Change] = {}
+    for path, own, theirs in _changed(model, tuned):
+        if own not in places and own not in {one for _, one in _whole_mlps(model)}:
+            raise UnsupportedModel(
+                f"arm {name!r}: its adapter changes {path} as a whole, which tokens cannot share: measure it by itself"
+            )
+        changes[own] = _Lora(theirs) if _is_plain(own, theirs) else _Other(theirs)
+    for number, mlp in _whole_mlps(model):
+        if any(isinstance(changes.get(one), _Other) for one in mlp.modules()):  # experts take more than their tokens
+            changes = {one: change for one, change in changes.items() if one not in set(mlp.modules())}
+            changes[mlp], places[mlp] = (
+                _Other(mlp_module(decoder_layers(tuned)[number])),
+                places[next(with_weights(mlp))],
+            )
+    return _attach(model, name, changes, places, before, expected)
+
+
+def _whole_mlps(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    """MLPs that are one module, with their layers."""
+    each = ((number, mlp_modules(layer)) for number, layer in enumerate(decoder_layers(model)))
+    return [(number, found[0]) for number, found in each if len(found) == 1]
+
+
+def _changed(own: nn.Module, theirs: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Modules that a twin has otherwise, the outermost: wrapped ones, and those with other numbers."""
+    if type(own) is not type(theirs) or not _equal(own, theirs):
+        yield path, own, theirs
+        return
+    others = dict(theirs.named_children())
+    if others.keys() != dict(own.named_children()).keys():
+        raise UnsupportedModel(f"an adapter that adds modules to {path or 'the model'} is no arm: measure it by itself")
+    for name, child in own.named_children():
+        yield from _changed(child, others[name], f"{path}.{name}".lstrip("."))
+
+
+def _is_plain(own: nn.Module, theirs: nn.Module) -> bool:
+    """Whether an adapter's module is a LoRA that adds to what the base's gives, and changes nothing else in it."""
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
     from transformers.pytorch_utils import Conv1D
 
-    model = base.model
-    places = parts_of(model)
-    try:
-        with_adapter(model, base.tokenizer, base.name, adapter, may_be_identical=may_be_identical)
-        model.eval().requires_grad_(False)
-        expected = _probe(model)
-        mlps = [mlp_module(layer) for layer in decoder_layers(model)]
-        tuned_mlps = [_shallow(mlp) for mlp in mlps]
-    finally:
-        put_on = [
-            (parent, child, module)
-            for parent in model.modules()
-            for child, module in parent.named_children()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        ]
-        for parent, child, module in put_on:
-            own = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
-            setattr(parent, child, own)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-    changes: dict[nn.Module, Change] = {}
-    for parent, child, module in put_on:
-        own = getattr(parent, child)
-        plain = isinstance(module, LoraLayer) and not module.lora_variant and isinstance(own, nn.Linear | Conv1D)
-        changes[own] = _Lora(module) if plain else _Other(module)
-    for mlp, with_all in zip(mlps, tuned_mlps, strict=True):
-        inside = [changes.get(one) for one in mlp.modules()]
-        if any(isinstance(one, _Other) for one in inside):  # experts take more than their tokens
-            changes = {one: change for one, change in changes.items() if one not in set(mlp.modules())}
-            changes[mlp], places[mlp] = _Other(with_all), places[next(with_weights(mlp))]
-    return _attach(model, name, changes, places, expected)
+    if not isinstance(theirs, LoraLayer) or theirs.lora_variant or not isinstance(own, nn.Linear | Conv1D):
+        return False
+    return _equal(own, theirs.get_base_layer())
+
+
+def _refuse_changed(base: LoadedModel, kept: Mapping[str, str], name: str, configs: Mapping[str, Any] | None) -> None:
+    """Refuse an adapter that reached the base itself: all further numbers of the base would be another model's."""
+    now = digests(base.model)
+    if changed := sorted(tensor for tensor in kept.keys() | now.keys() if kept.get(tensor) != now.get(tensor)):
+        (config,) = (configs or {"": None}).values()
+        raise UnsupportedModel(
+            f"arm {name!r}: loading its adapter{special(config)} changed {len(changed)} tensors of the base, such as "
+            f"{changed[0]}: load the base anew, and measure each model by itself"
+        )
 
 
 def _attach_checkpoint(
@@ -260,10 +279,10 @@ def _attach_checkpoint(
 ) -> tuple[str, Tuned]:
     _refuse_other_kind(base, other)
     ours, theirs = base.model, other.model
+    before = _probe(ours)
     path = {module: where for where, module in ours.named_modules()}
     units = {module: module for module in with_weights(ours)}
-    for layer in decoder_layers(ours):
-        mlp = mlp_module(layer)
+    for _, mlp in _whole_mlps(ours):
         units |= dict.fromkeys(with_weights(mlp), mlp)
     changed = {
         unit: theirs.get_submodule(path[unit])
@@ -272,8 +291,9 @@ def _attach_checkpoint(
     }
     if not changed and not may_be_identical:
         raise BadInput(f"checkpoint {other.name!r} is the base itself: name it in `identical` if it should be")
-    parts = parts_of(ours) | {mlp_module(one): Place(i, {"mlp": None}) for i, one in enumerate(decoder_layers(ours))}
-    return _attach(ours, name, {unit: _Other(module) for unit, module in changed.items()}, parts, _probe(theirs))
+    parts = parts_of(ours) | {mlp: Place(number, {"mlp": None}) for number, mlp in _whole_mlps(ours)}
+    changes = {unit: _Other(module) for unit, module in changed.items()}
+    return _attach(ours, name, changes, parts, before, _probe(theirs))
 
 
 def _attach(
@@ -281,13 +301,14 @@ def _attach(
     name: str,
     changes: Mapping[nn.Module, Change],
     places: Mapping[nn.Module, Place],
+    before: Tensor,
     expected: Tensor,
 ) -> tuple[str, Tuned]:
-    """Attach after a check: in one batch with the base, a tuned row gives what the tuned model gives by itself."""
+    """Attach after a check: in one batch, base and tuned rows give what each model gave by itself, `before` the arm."""
     tuned = Tuned({module: Changed(change, places[module]) for module, change in changes.items()})
     arm = attach(model, name, tuned)
-    base, found = _probe(model, [None, Arm(arm)])
-    gap = max(relative_gap(base, _probe(model)[0]), relative_gap(found, expected[0]))
+    base, found = _probe(model, [None, Arm(arm)]).unbind(1)
+    gap = max(relative_gap(base, before[:, 0]), relative_gap(found, expected[:, 0]))
     if not gap <= tolerance(model):
         raise UnsupportedModel(
             f"arm {name!r}: in one batch with the base its logits part by {gap:.1e} of their size from those it has by "
@@ -298,18 +319,20 @@ def _attach(
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, arms: Iterable[Arm | None] = (None,)) -> Tensor:
-    """Logits of the probe under each arm, in one batch."""
-    arms = list(arms)
-    ids = probe_ids(model).expand(len(arms), -1)
+    """Logits of two texts under each arm, in one batch: `[text, arm, pos, vocab]`."""
+    arms, text = list(arms), probe_ids(model)
+    ids = torch.stack([text[0], text[0].flip(0)]).repeat_interleave(len(arms), 0)
     with routed(model, arms) as routes:
-        codes = torch.tensor([[0 if arm is None else routes.code[arm]] for arm in arms]).expand_as(ids)
+        codes = torch.tensor([[0 if arm is None else routes.code[arm]] for arm in arms]).repeat(2, 1).expand_as(ids)
         routes.choose(codes)
-        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.view(2, len(arms), *logits.shape[1:])
 
 
 def _equal(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules have the same parameters and buffers of their own."""
     with align_module_device(theirs):  # where its weights are on disk
-        own, others = (dict(one.named_parameters(recurse=False)) for one in (ours, theirs))
+        own, others = (dict(tensors_of(one, recurse=False)) for one in (ours, theirs))
         same = own.keys() == others.keys()
         return same and all(torch.equal(one, others[name].to(one.device)) for name, one in own.items())
 

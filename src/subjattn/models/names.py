@@ -13,6 +13,18 @@ from subjattn.models.packaged import PACKAGES, packaged_model
 from subjattn.worlds import folder_of, is_world, world_of
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+
 def resolve_model(name: str) -> str:
     """A folder or hub id (with `@revision` where given); BadInput where the name can be neither."""
     if name in PACKAGES:
@@ -24,8 +36,10 @@ def resolve_model(name: str) -> str:
         if (path / "adapter_config.json").is_file():
             raise BadInput(f"folder {name!r} holds an adapter: give its base model, and the folder as the adapter")
         if (path / "config.json").is_file():
+            _refuse_other_weights(path)
             return str(path)
-        raise BadInput(f"folder {name!r} holds no config.json: give a folder saved by save_pretrained()")
+        inside = _inside(path, "config.json")
+        raise BadInput(f"folder {name!r} holds no config.json: {inside or 'give a folder saved by save_pretrained()'}")
     repository, _ = parted(name)
     if path.is_absolute() or name.startswith(("./", "../", "~")) or repository.count("/") > 1:
         raise BadInput(f"no such folder: {name!r}")
@@ -62,6 +76,27 @@ def _nearest(name: str) -> str:
     return f", on the hub it may be '{maker}/{name}'" if maker else ""
 
 
+def _inside(folder: Path, file: str) -> str:
+    """Which folders in this one hold a file: what to give in its place; nothing where none does."""
+    found = sorted(str(path.parent) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{file}"))
+    more = f" (or {', '.join(map(repr, found[1:4]))}{' …' if len(found) > 4 else ''})" if found[1:] else ""
+    return f"give the folder in it that does, {found[0]!r}{more}" if found else ""
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a model's folder whose weights are in another format than safetensors alone, saying how to convert it."""
+    if any(folder.glob("*.safetensors")):
+        return
+    kinds = {"*.bin": "pickled PyTorch weights", "*.h5": "TensorFlow weights", "*.msgpack": "Flax weights"}
+    for pattern, what in (kinds | {"*.pt": kinds["*.bin"], "*.pth": kinds["*.bin"], "*.gguf": "GGUF weights"}).items():
+        if files := sorted(path.name for path in folder.glob(pattern) if path.name != "training_args.bin"):
+            more = f", gguf_file={files[0]!r}" if pattern == "*.gguf" else ""
+            raise BadInput(
+                f"folder {str(folder)!r} holds {what} ({files[0]}), and only safetensors are loaded: if you trust the "
+                f"file, convert it by AutoModelForCausalLM.from_pretrained(folder{more}).save_pretrained(folder)"
+            )
+
+
 def located(name: str) -> tuple[str, str | None]:
     """What transformers loads a model from: a folder, or a repository of the hub and its commit."""
     source = resolve_model(name)
@@ -81,19 +116,21 @@ def resolve_adapter(adapter: str) -> str:
         from huggingface_hub import snapshot_download
 
         try:
-            wanted = ["adapter_config.json", "adapter_model.safetensors"]
+            wanted = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", *TOKENIZER_FILES]
             commit = commit_of(repository, revision)
             folder = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:300]
             raise BadInput(f"adapter {adapter!r} is no folder and cannot be fetched: {reason}") from None
     if not (folder / "adapter_config.json").is_file():
-        raise BadInput(
-            f"folder {adapter!r} holds no adapter_config.json: give a folder saved by peft's save_pretrained()"
-        )
+        inside = _inside(folder, "adapter_config.json") or "give a folder saved by peft's save_pretrained()"
+        raise BadInput(f"folder {adapter!r} holds no adapter_config.json: {inside}")
     if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        how = "PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
         raise BadInput(
             f"adapter {adapter!r} has no adapter_model.safetensors: pickled weights are not loaded, save it again"
+            + (f", if you trust adapter_model.bin, by {how}" if pickled else "")
         )
     return str(folder)
 

@@ -19,11 +19,14 @@ def plot_probes(correct: xr.DataArray, selectivity: xr.DataArray | None = None) 
 
     Args:
         correct: `(fact, layer, role)`, with or without `arm`: `correct` (or `ranked`) of `probe`.
-        selectivity: `selectivity`, over the same; None: accuracy alone.
+        selectivity: `selectivity`, over the same; None, or no number in it as where no two names share a last token:
+            accuracy alone.
 
     Raises:
         BadInput: other dimensions, or an array without a number.
     """
+    if selectivity is not None and bool(selectivity.isnull().all()):
+        selectivity = None
     rows = [correct] if selectivity is None else [correct, selectivity]
     arms = list(by_arm(correct, _DIMS))
     spacing = {"horizontal_spacing": 0.04, "vertical_spacing": 0.14}

@@ -19,11 +19,11 @@ COLOURS = {
 
 
 def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
-    """Estimate and interval of every claim and style, turned so that the claimed direction is right.
+    """Estimate and interval of every claim and style, with the signs that they have in tables.
 
     Args:
         claims: as in `summary.json`. The band holds effects too small to matter. The thin line is the interval
-            adjusted for the family of claims; small marks are replicates.
+            adjusted for the family of claims; small marks are replicates. An arrow points to the claimed side.
     """
     figure = Drawing()
     labels = []
@@ -31,7 +31,8 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
         for style, found in reversed(claim["styles"].items()):
             if found["estimate"] is None:
                 continue
-            labels.append(escaped(f"{claim['id']} · {style}"))
+            side = "→" if claim["direction"] == "increase" else "←"
+            labels.append(escaped(f"{claim['id']} · {style} {side}"))
             for trace in _traces(claim, found, labels[-1]):
                 figure.add_trace(trace)
     for verdict, colour in COLOURS.items():
@@ -46,7 +47,10 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
         width=900,
         margin={"l": 20, "r": 20, "t": 50, "b": 68},
         plot_bgcolor="white",
-        xaxis={"title": "effect in the claimed direction,<br>in smallest effects that matter", "gridcolor": "#e4e7eb"},
+        xaxis={
+            "title": "effect (arrow: claimed direction),<br>in smallest effects that matter",
+            "gridcolor": "#e4e7eb",
+        },
         yaxis={
             "categoryorder": "array",
             "categoryarray": labels,
@@ -60,17 +64,16 @@ def plot_claims(claims: Sequence[dict[str, Any]]) -> Drawing:
 
 def _traces(claim: dict[str, Any], found: dict[str, Any], label: str) -> Iterator[go.Scatter]:
     """Replicates as small marks, then the adjusted interval as a thin line and the plain one as a thick line."""
-    unit = claim["smallest_effect"] * (1 if claim["direction"] == "increase" else -1)
 
-    def turned(value: float) -> float:
-        return float((value - claim["against"]) / unit)
+    def scaled(value: float) -> float:
+        return float((value - claim["against"]) / claim["smallest_effect"])
 
-    colour, middle = COLOURS[found["verdict"]], turned(found["estimate"])
+    colour, middle = COLOURS[found["verdict"]], scaled(found["estimate"])
     plain, adjusted = ((found[f"{of}ci_low"], found[f"{of}ci_high"]) for of in ("", "adjusted_"))
     hover = f"{found['verdict']}: {found['estimate']:.4g} [{plain[0]:.4g}, {plain[1]:.4g}]<extra></extra>"
     if own := found.get("replicates"):
         yield go.Scatter(
-            x=[turned(value) for value in own.values()],
+            x=[scaled(value) for value in own.values()],
             y=[label] * len(own),
             mode="markers",
             marker={"color": colour, "size": 9, "symbol": "line-ns-open", "opacity": 0.7},
@@ -79,7 +82,7 @@ def _traces(claim: dict[str, Any], found: dict[str, Any], label: str) -> Iterato
             showlegend=False,
         )
     for ends, width in ((adjusted, 1), (plain, 3)):
-        low, high = sorted(map(turned, ends))
+        low, high = map(scaled, ends)
         yield go.Scatter(
             x=[low, high],
             y=[label, label],

@@ -61,16 +61,20 @@ def ablate(prompt: Prompt, what: Ablation, tokenizer: PreTrainedTokenizerBase) -
 
     Args:
         prompt: as it is asked.
-        what: `masked`: each token of the subject becomes the token of "_", so positions stay;
+        what: `masked`: each token of the subject becomes the token of "_" (the BOS, where the tokenizer of an invented
+            world knows no "_"), so positions stay;
             `relation_only`: the subject's tokens are taken out, and the prompt has no subject any more;
             `subject_only`: the subject's tokens alone (behind a BOS, if there is one) predict the answer.
         tokenizer: of the prompt.
+
+    Raises:
+        BadInput: nothing is left of the prompt, or the tokenizer has nothing to mask by.
     """
     start, stop = prompt.subject_span
     bos = 1 if prompt.ids[0] == tokenizer.bos_token_id and start > 0 else 0
     end = prompt.prediction + 1
     if what == "masked":
-        mask = tokenizer.encode("_", add_special_tokens=False)[-1]
+        mask = _mask(tokenizer)
         ids = (*prompt.ids[:start], *[mask] * (stop - start), *prompt.ids[stop:])
         made = replace(prompt, ids=ids, subject="_")
     elif what == "relation_only":
@@ -86,3 +90,13 @@ def ablate(prompt: Prompt, what: Ablation, tokenizer: PreTrainedTokenizerBase) -
         raise BadInput(f"fact {prompt.fact_id}: nothing of the prompt {prompt.text!r} is left without its subject")
     tokens = tuple(str(tokenizer.decode([token])) for token in made.ids)
     return replace(made, tokens=tokens, text="".join(tokens[: made.prediction + 1]))
+
+
+def _mask(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands for a masked one: one that a model of this tokenizer was trained on."""
+    (*_, mask) = tokenizer.encode("_", add_special_tokens=False) or [tokenizer.unk_token_id]
+    if mask is not None and (mask != tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(mask) == "_"):
+        return int(mask)
+    if tokenizer.bos_token_id is None:
+        raise BadInput("this tokenizer knows neither '_' nor a BOS: there is no token to mask a subject by")
+    return int(tokenizer.bos_token_id)

@@ -22,7 +22,9 @@ from subjattn.run.plan import SCHEMA, Plan, Stage, wrong_schema
 
 RECORD = "stage.json"
 RESULTS = ("summary.json", "report.html")
-"""Stand for all that lies beside them: taken away before a stage takes its place."""
+"""Stand for all that lies beside them: set aside before a stage takes its place, until their successors are whole."""
+PREVIOUS = "previous"
+"""The folder in which finished results wait for their successors."""
 UNFINISHED = ".unfinished"
 """Ends the names of what is not yet whole."""
 KEPT = ".kept"
@@ -132,10 +134,21 @@ class Folder:
         of = digest_of([record["recipe"], record["inputs"]])[:12]
         return target.with_name(f".{target.name}.{of}{KEPT}")
 
+    @property
+    def has_results(self) -> bool:
+        """Whether a run was finished here, whether or not another was begun since."""
+        return any((place / name).is_file() for place in (self.root, self.root / PREVIOUS) for name in RESULTS)
+
     def retire(self) -> None:
-        """Take away results that no longer stand for what lies beside them."""
+        """Set results aside that no longer stand for what lies beside them."""
         for name in RESULTS:
-            (self.root / name).unlink(missing_ok=True)
+            if (self.root / name).is_file():
+                (self.root / PREVIOUS).mkdir(exist_ok=True)
+                (self.root / name).replace(self.root / PREVIOUS / name)
+
+    def settle(self) -> None:
+        """Take away earlier results, once their successors are whole."""
+        shutil.rmtree(self.root / PREVIOUS, ignore_errors=True)
 
     def sweep(self) -> None:
         """Take away what a killed process left unfinished."""

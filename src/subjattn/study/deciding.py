@@ -20,8 +20,8 @@ def power_of(run: Run) -> list[dict[str, Any]]:
     """For every claim and style of a run: the share of studies of other sizes that would decide it.
 
     Returns:
-        Rows with `claim`, `style`, `effect` (in the claimed direction), `smallest_effect`, `scope`, `curve`: for each
-        number of replicates, the share by number of facts.
+        Rows with `claim`, `style`, `estimate` (with its own sign, as in tables and plots), `direction`, the one that is
+        claimed, `smallest_effect`, `scope`, `curve`: for each number of replicates, the share by number of facts.
     """
     rows = []
     for claim, styles in _seen(run):
@@ -35,7 +35,8 @@ def power_of(run: Run) -> list[dict[str, Any]]:
                 {
                     "claim": claim.id,
                     "style": style,
-                    "effect": plan.effect,
+                    "estimate": row["estimate"],
+                    "direction": claim.direction,
                     "smallest_effect": claim.smallest_effect,
                     "scope": row["scope"],
                     "verdict": row["verdict"],

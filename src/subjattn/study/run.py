@@ -36,6 +36,7 @@ def run_study(
     on: str | None = None,
     executors: Sequence[Executor] = (),
     first: Sequence[str] = (),
+    replace: bool = False,
     show: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run a study into a folder and return its summary; what is finished there already is reused.
@@ -51,14 +52,21 @@ def run_study(
         on: `ray` for a local Ray, `ray://HOST:PORT` for a cluster; None: this machine.
         executors: or any executors of yours, one for every stage that may run at a time; the folder is on storage
             that all of them see.
+        first: measures that are made, and shown, before all others.
+        replace: whether finished results of a changed study may be made anew; they lie in `previous/` until then.
+        show: what is done with a summary of the measures made first.
 
     Raises:
+        BadInput: the folder holds finished results of a changed study, and `replace` is not set.
         StagesFailed: some stages failed; the others are made, and a second run makes those that failed.
         SubjattnError: something about the study cannot be right; finished stages stay.
     """
     out = Path(out)
     check_place(workers, on)
-    with opened(out, lambda: plan_study(config), console) as (plan, folder, progress), ExitStack() as stack:
+    with (
+        opened(out, lambda: plan_study(config), console, replace=replace) as (plan, folder, progress),
+        ExitStack() as stack,
+    ):
         register(config, folder)
         execute(plan.before_models, folder, progress)
         if not executors:
@@ -92,6 +100,7 @@ def write_results(config: StudyConfig, plan: Plan, folder: Folder) -> dict[str, 
         with replacing(folder.root / name) as path:
             path.write_text(text, encoding="utf-8")
     write(folder.root)
+    folder.settle()
     return summary
 
 

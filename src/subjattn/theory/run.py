@@ -39,6 +39,7 @@ def run_theory(
     *,
     workers: int | None = None,
     on: str | None = None,
+    replace: bool = False,
 ) -> dict[str, pd.DataFrame]:
     """Run a study of one-layer worlds into a folder, and return its tables; what is finished there is reused.
 
@@ -48,6 +49,7 @@ def run_theory(
         console: where progress is shown.
         workers: processes; None: as many as suit the machine.
         on: as for `run_study`.
+        replace: as for `run_study`.
 
     Raises:
         StagesFailed: some stages failed; the others are made.
@@ -56,7 +58,7 @@ def run_theory(
 
     out = Path(out)
     check_place(workers, on)
-    with opened(out, lambda: plan_theory(config), console) as (plan, folder, progress):
+    with opened(out, lambda: plan_theory(config), console, replace=replace) as (plan, folder, progress):
         execute(plan.before_models, folder, progress)
         with executors_of(Place.of(plan, folder, workers, on), progress) as executors:
             execute(plan, folder, progress, executors)
@@ -74,6 +76,7 @@ def run_theory(
             with replacing(out / name) as path:
                 path.write_text(text, encoding="utf-8")
         write(out)
+        folder.settle()
         return tables
 
 
