@@ -20,6 +20,8 @@ NEEDS = {
     "base": "a tuned model beside its base",
     "facts": "the facts beside their prompts, and others of the table",
     "trained": "the facts that the model was trained on",
+    "reference": "in other arms of a study, what the reference model gave",
+    "known_elsewhere": "which facts the reference model answers rightly in another style, where there is one",
 }
 HEAD = """# Measures
 

@@ -223,6 +223,17 @@ def test_a_bar_for_each_part_of_the_update() -> None:
         plot_parts(share * np.nan)
 
 
+def test_a_fact_of_five_draws_is_one_fact() -> None:
+    from subjattn.study.across import _mean_of_replicates
+
+    cells = crossed(layer=2)
+    draws = [cells + noise for noise in (-0.1, 0.0, 0.1)]
+    found, expected = (in_rows(shares(of), "layer") for of in (_mean_of_replicates(draws), cells))
+    for row, one in zip(found, expected, strict=True):
+        assert row["n"] == one["n"] <= cells.sizes["fact"]
+        assert row["into"]["tuned"]["real"]["share"] == pytest.approx(one["into"]["tuned"]["real"]["share"])
+
+
 def test_rows_hold_what_shares_do() -> None:
     cells = crossed(layer=3)
     for row in in_rows(shares(cells), "layer"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import subjattn
 
@@ -95,7 +97,11 @@ def test_public_names_are_pinned() -> None:
 
 
 def test_version_is_the_packages() -> None:
-    assert subjattn.__version__ == version("subjattn")
+    root = Path(__file__).parent.parent
+    newest = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = re.search(r"^version: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest and cited
+    assert {subjattn.__version__, version("subjattn"), newest[1], cited[1]} == {subjattn.__version__}
 
 
 def test_import_and_help_do_not_load_torch() -> None:

@@ -16,6 +16,7 @@ import xarray as xr
 
 import subjattn as sa
 from subjattn.errors import BadInput
+from subjattn.evidence.ratios import ratio
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
@@ -104,6 +105,15 @@ def test_a_route_is_tested_by_blocked_edges(route: Any, tiny: LoadedModel, asked
         else:
             assert row["all_drop"].isnull() and row["others_drop"].isnull()
     assert np.isfinite(found["random_drop"]).any() or route == "total"
+
+
+def test_nothing_is_enough_where_ablating_everything_helps() -> None:
+    """Planted: all of the kind hold the answer down, and the set holds it down by more than half of that."""
+    facts = {"fact": [f"f{i}" for i in range(40)]}
+    everything = xr.DataArray(np.random.default_rng(0).normal(-1.35, 0.1, 40), facts, ("fact",))
+    with pytest.raises(BadInput, match=r"what it is a share of is negative \(-1.3"):
+        ratio(0.64 * everything, everything, positive=True)
+    assert float(ratio(0.64 * everything, everything).mean()) == pytest.approx(0.64)
 
 
 def test_a_route_has_verdicts_and_is_a_part_of_the_measure(tiny: LoadedModel, asked: PromptSet) -> None:

@@ -51,7 +51,7 @@ def plain_next(model: LoadedModel, ids: list[int]) -> torch.Tensor:
 
 
 def test_greedy_answers_and_their_confidence_are_plain_argmax(tiny: LoadedModel, shots: list[Prompt]) -> None:
-    drawn = Sampler(tiny.model, NONE, NONE, 0, 0.5, 4).draw(shots, seeds(shots))
+    drawn = Sampler(tiny.model, NONE, NONE, 0, 0.5).draw(shots, seeds(shots), [4] * len(shots))
     for prompt, found in list(zip(shots, drawn, strict=True))[::5]:
         ids, logprob = list(prompt.ids[: prompt.prediction + 1]), 0.0
         for _ in range(4):
@@ -67,7 +67,7 @@ def test_samples_follow_the_models_distribution(tiny: LoadedModel, shots: list[P
     """Two tokens of 20,000 samples against probabilities of whole passes; the first is checked with padding."""
     n, temperature = 20_000, 0.5
     some = shots[:3]
-    drawn = Sampler(tiny.model, NONE, NONE, n, temperature, 2).draw(some, seeds(some))
+    drawn = Sampler(tiny.model, NONE, NONE, n, temperature).draw(some, seeds(some), [2] * len(some))
     for prompt, found in zip(some, drawn, strict=True):
         assert sum(found.samples.values()) == n
         ids = list(prompt.ids[: prompt.prediction + 1])
@@ -92,11 +92,12 @@ def test_sharing_and_batching_change_nothing(
     tiny: LoadedModel, shots: list[Prompt], held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [
-        Sampler(tiny.model, NONE, NONE, 16, 0.5, 3).draw([p], [s])[0] for p, s in zip(shots, seeds(shots), strict=True)
+        Sampler(tiny.model, NONE, NONE, 16, 0.5).draw([p], [s], [3])[0]
+        for p, s in zip(shots, seeds(shots), strict=True)
     ]
     monkeypatch.setattr(sampling, "CACHED_TOKENS", held)
     for share in (True, False):
-        together = Sampler(tiny.model, NONE, NONE, 16, 0.5, 3).draw(shots, seeds(shots), share=share)
+        together = Sampler(tiny.model, NONE, NONE, 16, 0.5).draw(shots, seeds(shots), [3] * len(shots), share=share)
         assert [found.greedy for found in together] == [found.greedy for found in alone]
         assert [found.samples for found in together] == [found.samples for found in alone]
 
@@ -107,19 +108,19 @@ def test_the_shared_beginning_is_computed_once(
     sizes: list[tuple[int, ...]] = []
     run = Sampler._run
     monkeypatch.setattr(Sampler, "_run", lambda s, ids, c, p: sizes.append(tuple(ids.shape)) or run(s, ids, c, p))
-    Sampler(tiny.model, NONE, NONE, 0, 0.5, 1).draw(shots, seeds(shots))
+    Sampler(tiny.model, NONE, NONE, 0, 0.5).draw(shots, seeds(shots), [1] * len(shots))
     whole = sum(prompt.prediction + 1 for prompt in shots)
     assert sizes[0][0] == 1 and sum(a * b for a, b in sizes) < whole / 3
 
 
 def test_answers_end_where_their_line_or_text_ends(tiny: LoadedModel, shots: list[Prompt]) -> None:
-    free = Sampler(tiny.model, NONE, NONE, 8, 1.0, 5).draw(shots[:4], seeds(shots))
+    free = Sampler(tiny.model, NONE, NONE, 8, 1.0).draw(shots[:4], seeds(shots), [5] * 4)
     ending = next(token for token in free[0].greedy[1:])
-    ends = Sampler(tiny.model, NONE, frozenset({ending}), 8, 1.0, 5).draw(shots[:4], seeds(shots))
+    ends = Sampler(tiny.model, NONE, frozenset({ending}), 8, 1.0).draw(shots[:4], seeds(shots), [5] * 4)
     assert ends[0].greedy == free[0].greedy[: free[0].greedy.index(ending, 1) + 1]
     first = free[1].greedy[0]
-    assert len(Sampler(tiny.model, NONE, frozenset({first}), 0, 1.0, 5).draw(shots[1:2], [[0]])[0].greedy) > 1
-    assert Sampler(tiny.model, frozenset({first}), NONE, 0, 1.0, 5).draw(shots[1:2], [[0]])[0].greedy == (first,)
+    assert len(Sampler(tiny.model, NONE, frozenset({first}), 0, 1.0).draw(shots[1:2], [[0]], [5])[0].greedy) > 1
+    assert Sampler(tiny.model, frozenset({first}), NONE, 0, 1.0).draw(shots[1:2], [[0]], [5])[0].greedy == (first,)
 
 
 WORDS = st.text(st.sampled_from("aAnNtThHeE  .-'éßœ가각́̂oY\u1100\u1161"), max_size=12)
@@ -187,7 +188,7 @@ def test_labels_are_counts_of_right_answers(tiny: LoadedModel, cities: pd.DataFr
                 numbers = [i for i, prompt in enumerate(group) if prompt.fact_id == fact_id]
                 for i in numbers:
                     seed = [0, index, slick.zlib.crc32(str(fact_id).encode())]  # type: ignore[attr-defined]
-                    drawn = Sampler(tiny.model, NONE, NONE, 5, 0.5, 3).draw([group[i]], [seed])[0]
+                    drawn = Sampler(tiny.model, NONE, NONE, 5, 0.5).draw([group[i]], [seed], [3])[0]
 
                     def text(tokens: tuple[int, ...]) -> str:
                         lines = tiny.tokenizer.decode(list(tokens), skip_special_tokens=True).strip().splitlines()

@@ -44,7 +44,7 @@ def cosine(a: str, b: str) -> float:
 def test_paths_connect_as_by_hand(graph: KnowledgeGraph, facts: list[Edge], own: list[Edge], more: list[Edge]) -> None:
     def by_hand(fact: Edge, there: list[Edge]) -> float:
         left = 1.0
-        for edge in there:
+        for edge in set(there):
             if edge.relation == fact.relation:
                 left *= 1 - cosine(fact.subject, edge.subject) * cosine(fact.answer, edge.answer)
         return 1 - left
@@ -68,7 +68,8 @@ def test_rank_correlations() -> None:
     rng = np.random.default_rng(1)
     x = pd.Series(rng.normal(size=80))
     y = (x + rng.normal(size=80)).round(1)
-    found = _rank_correlation(x, y)
+    alone = pd.DataFrame({"answer": [str(i) for i in range(80)]})
+    found = _rank_correlation(x, y, alone)
     assert found["rho"] == pytest.approx(stats.spearmanr(x, y).statistic) and found["n"] == 80
     drawn = stats.bootstrap(
         (x.to_numpy(), y.to_numpy()),
@@ -80,9 +81,22 @@ def test_rank_correlations() -> None:
         rng=3,
     )
     np.testing.assert_allclose([found["low"], found["high"]], drawn.confidence_interval, atol=0.03)
-    assert _rank_correlation(x, y.where(y.index < 9))["n"] == 9
+    assert _rank_correlation(x, y.where(y.index < 9), alone)["n"] == 9
     for few in (y.where(y.index < 9), y * 0):
-        assert np.isnan(_rank_correlation(x, few)["rho"])
+        assert np.isnan(_rank_correlation(x, few, alone)["rho"])
+
+
+def test_an_interval_of_rho_counts_answers_and_not_their_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: noise that all facts of an answer share. Facts resampled alone would be sure of it."""
+    monkeypatch.setattr("subjattn.study.graph_account.DRAWS", 200)
+    outside = {"facts": 0, "answers": 0}
+    for seed in range(40):
+        rng, answers = np.random.default_rng(seed), np.repeat(np.arange(12), 8)
+        x, y = (pd.Series(rng.normal(size=12)[answers] + 0.3 * rng.normal(size=96)) for _ in range(2))
+        for name, labels in (("facts", np.arange(96)), ("answers", answers)):
+            found = _rank_correlation(x, y, pd.DataFrame({"answer": labels.astype(str)}))
+            outside[name] += not found["low"] <= 0 <= found["high"]
+    assert outside["answers"] <= 6 < 12 < outside["facts"]
 
 
 @pytest.fixture(scope="module")

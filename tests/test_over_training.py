@@ -75,6 +75,21 @@ def test_every_kept_step_is_measured_as_its_weights_are(run: Run, raw: dict[str,
     assert across["step"].values.tolist() == [1, 2, 4, 6], "a base has nothing to be compared with"
 
 
+def test_the_best_weights_stand_at_their_own_step(raw: dict[str, Any], tmp_path: Path) -> None:
+    """With `stop: validation` an arm is the model of its best step, which is seldom its last."""
+    stopping = raw["training"] | {"stop": "validation", "epochs": 8, "patience": 2, "learning_rate": 0.05}
+    arms = {"base": {}, "known": {"train": "known"}}
+    few = raw | {"training": stopping, "arms": arms, "replicates": {"draws": 1}, "measures": {"answer_logprob": {}}}
+    run_study(parse_study(few | {"over_training": ["answer_logprob"]}, "over"), tmp_path, workers=1)
+    run = open_run(tmp_path)
+    log = json.loads((tmp_path / "arms/known/draw0-seed0/adapter/training.json").read_text())
+    found = run.over_training("answer_logprob", "known")["answer_logprob"]
+    own = run.measure("answer_logprob", "known", "list")["answer_logprob"]
+    assert log["best_step"] < len(log["losses"]) and len(log["losses"]) not in found["step"]
+    assert found["step"].values.tolist() == sorted(found["step"].values.tolist())
+    np.testing.assert_array_equal(found.sel(step=log["best_step"]), own)
+
+
 def test_the_summary_has_a_curve_with_its_interval(run: Run) -> None:
     rows = pd.DataFrame(run.summary["over_training"])
     own = rows[(rows["arm"] == "known") & (rows["measure"] == "answer_logprob")]

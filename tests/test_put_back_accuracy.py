@@ -235,6 +235,23 @@ def test_the_share_is_a_difference_of_means_over_another() -> None:
     assert gained["share"].sel(patch="real").item() == pytest.approx(again)
 
 
+def test_a_placebo_is_of_the_same_facts() -> None:
+    """Planted: a placebo that does nothing, in the half of the facts with longer prompts, which are harder."""
+    rng = np.random.default_rng(0)
+    base = np.concatenate([rng.random(100) < 0.9, rng.random(100) < 0.4]).astype(float)
+    tuned = np.concatenate([rng.random(100) < 0.6, rng.random(100) < 0.1]).astype(float)
+    placebo = np.where(np.arange(200) < 100, np.nan, tuned)
+    found = returned_accuracy(correct_of(base, tuned, base, placebo))
+    accuracy, lost = found["accuracy"].isel(put=0), (base == 1) & (tuned == 0)
+    assert float(accuracy.sel(cell="placebo")) == float(accuracy.sel(cell="tuned")) == tuned[100:].mean()
+    assert float(accuracy.sel(cell="put_back")) == base[100:].mean()
+    assert found["n"].item() == 100 and found["n_lost"].item() == lost[100:].sum()
+    assert found["right_again"].values.ravel().tolist() == [lost[100:].sum(), 0]
+    assert found.attrs["gap"] == pytest.approx((tuned - base).mean()), "the gap is of all facts"
+    row = accuracy_in_rows(found)["put"][0]
+    assert (row["n"], row["lost"]) == (100, lost[100:].sum())
+
+
 def test_every_share_has_an_interval() -> None:
     """Also where an answer moves it as far as one can: right by the tuned model alone, and wrong with the state put."""
     rng = np.random.default_rng(1)

@@ -8,7 +8,7 @@ import pytest
 
 from subjattn.errors import BadInput
 from subjattn.facts import draw
-from subjattn.measures.answers import choice_logprobs, generate, predict, reason
+from subjattn.measures.answers import choice_logprobs, generate, longest_answers, predict, reason
 from subjattn.measures.scoring import SCORERS, contains_alias, definition_of, exact_match
 from subjattn.models import LoadedModel
 from subjattn.prompts import Style, make_prompts
@@ -38,7 +38,8 @@ def test_every_prediction_names_its_scorer(tiny: LoadedModel, cities: pd.DataFra
     for name, rule in SCORERS.items():
         found = predict(tiny, prompts, name)  # type: ignore[arg-type]
         assert set(found["scorer"]) == {name} and definition_of(name) == rule.definition
-        texts = generate(tiny.model, tiny.tokenizer, prompts, rule.new_tokens, one_line=rule.one_line)
+        most = longest_answers(rule, tiny.tokenizer, prompts)
+        texts = generate(tiny.model, tiny.tokenizer, prompts, most, one_line=rule.one_line)
         assert found["prediction"].tolist() == texts
         own = [rule.correct(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)]
         assert found["correct"].tolist() == own

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ import subjattn as sa
 from subjattn.cli import app
 from subjattn.errors import BadInput
 from subjattn.report import page
+from subjattn.run.folder import Folder
+from subjattn.study.checking import check_study
 from subjattn.study.config import StudyConfig
 from subjattn.study.files import REGISTERED, Run
+from subjattn.study.plan import plan_study
 from subjattn.study.registration import registered_in, registration_of
 from subjattn.study.run import run_study
-from subjattn.study.values import share
+from subjattn.study.terms import Terms
+from subjattn.study.values import Values, share
 
 
 ATTENTION, DRAWS = "attention_to_subject", 4
@@ -44,9 +50,8 @@ CLAIMS = [
     claim("three arms", "accuracy", ["unknown", "known"], minus={"arms": ["base"]}, style="list"),
     claim("share", "direct_share", ["base"], against=0.5, style="sentence"),
     claim("one layer", "knockout_drop_in_parts", ["unknown"], where={"layer": 0, "route": "total"}, style="list"),
-    claim("no cells", "knockout_drop_total", ["unknown"], where={"layer": 0}, style="list"),
     claim("two routes", "knockout_drop_in_parts", ["unknown"], where={"route": ["direct", "total"]}, style="list"),
-    claim("nowhere", ATTENTION, ["unknown", "known"], where={"layer": 77}, style="list"),
+    claim("nowhere", "accuracy.part", ["unknown", "known"], style="list"),
 ]
 
 
@@ -141,7 +146,6 @@ def test_scopes_and_families(run: Run) -> None:
     assert models["scope"] == "these models", "eight of them"
     assert plain["ci_high"] - plain["ci_low"] >= models["ci_high"] - models["ci_low"] - 1e-12
     assert nowhere["verdict"] == "not defined" and "no layer 77" in nowhere["reason"]
-    assert "knockout_drop_total has no cells by 'layer'" in found(run, "no cells")["reason"]
     assert "is of one route, not of 2: name one" in found(run, "two routes")["reason"]
     judged = [of for row in run.summary["claims"] for of in row["styles"].values() if of["estimate"] is not None]
     assert plain["family"] == 1 and models["family"] == len(judged) - 1
@@ -237,6 +241,84 @@ def test_what_a_claim_rests_on_is_part_of_it(study: StudyConfig) -> None:
     knockout = raw["measures"] | {"knockout": {"by": None}}
     for harmless in ({"threads": 2}, {"measures": knockout}, {"arms": raw["arms"] | {"more": {"train": "whole"}}}):
         assert before.claim(plain, changed(study, **harmless)) is True
+
+
+def test_a_contrast_rests_on_its_styles_and_settings(study: StudyConfig) -> None:
+    """Planted: another template, other settings, a measure and a style added; the rows of the others stand."""
+    before, raw = registration_of(study, "now"), study.model_dump(mode="json")
+    row = {"arm_a": "unknown", "arm_b": "known", "style": "list", "measure": ATTENTION}
+    templates = raw["styles"] | {"list": "Town: {subject}\nCountry:"}
+    settings = raw["measures"] | {ATTENTION: {"reduce": "max"}}
+    for changes in ({"styles": templates}, {"measures": settings}, {"seed": 5}):
+        assert before.contrast(row, changed(study, **changes)) == "post hoc", changes
+    more = raw["measures"] | {"logit_lens": {}, "knockout": {"by": None}}
+    added = changed(study, styles=raw["styles"] | {"late": "late"}, measures=more)
+    assert before.contrast(row, added) is True
+    assert before.contrast(row | {"style": "late"}, added) == "post hoc"
+    assert before.contrast(row | {"measure": "lens_logprob"}, added) == "post hoc"
+    assert before.contrast(row | {"measure": "knockout_drop"}, added) == "post hoc"
+    old = replace(before, contrasts=tuple(of[:3] for of in before.contrasts))
+    assert old.contrast(row, added) is True, "registrations before 0.11 know nothing of styles and settings"
+
+
+def test_a_claim_rests_on_the_arm_that_an_arm_is_made_of(study: StudyConfig) -> None:
+    raw = study.model_dump(mode="json")
+    arms = raw["arms"] | {"mended": {"of": "unknown", "restore": {"share": 0.5}}}
+    own = changed(study, arms=arms, claims=[claim("made", ATTENTION, ["mended", "base"])])
+    before = registration_of(own, "now")
+    trained = arms | {"unknown": {"train": "unknown", "training": {"learning_rate": 0.5}}}
+    for changes in ({"arms": trained}, {"arms": arms | {"unknown": {"train": "bottom"}}}):
+        assert before.claim(own.claims[0], changed(own, **changes)) == "post hoc", changes
+    assert before.claim(own.claims[0], changed(own, arms=arms | {"known": {"train": "top"}})) is True
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"where": {"zz": 1}}, "attention_to_subject has no cells by 'zz'; it has layer, head"),
+        ({"where": {"layer": []}}, "where.layer names no cell"),
+        ({"arms": ["known", "known"]}, "arm 'known' minus itself is always 0"),
+        ({"minus": {"arms": ["unknown", "known"]}}, "what 'minus' names is the claim's own"),
+        ({"id": "two\nlines"}, "String should match pattern"),
+        ({"id": " "}, "String should match pattern"),
+    ],
+)
+def test_claims_that_cannot_be_are_refused(study: StudyConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)):
+        changed(study, claims=[claim("one", ATTENTION, ["unknown", "known"]) | fields])
+
+
+@pytest.mark.parametrize("where", [{"layer": "5-99"}, {"layer": 77}, {"head": [0, 4]}, {"layer": "2-1"}, {"layer": -1}])
+def test_cells_that_the_model_has_not_are_refused_before_anything_runs(study: StudyConfig, where: Any) -> None:
+    made = changed(study, claims=[claim("one", ATTENTION, ["unknown", "known"], where=where)])
+    dim = next(iter(where))
+    for look in (plan_study, check_study):
+        with pytest.raises(BadInput, match=rf"claim 'one': no {dim} .*: the model has {dim}s 0 to"):
+            look(made)
+
+
+def test_cells_by_where_are_averaged_as_by_select(run: Run, study: StudyConfig) -> None:
+    """Attention summed by layers, a maximum over layers: both are the mean of their cells."""
+    terms = Terms(study, Folder(run.folder), Values(run.values), run.facts[run.facts["test"]])
+    cells = [{"layer": 0}, {"layer": 1}]
+    for name, measured in ((ATTENTION, ATTENTION), ("knockout_drop_in_parts", "knockout")):
+        by_where = terms.raw("base", "list", name, {"layer": "0-1"})[0]
+        by_rule = terms.raw("base", "list", name, None, cells)[0]
+        np.testing.assert_allclose(by_where, by_rule.sel(fact=by_where["fact"]))
+        assert measured
+
+
+def test_a_share_of_nothing_or_all_has_an_interval() -> None:
+    """Bounded, as no answer of sixty lost is no proof that none would be."""
+    from subjattn.study.terms import _of_values
+
+    facts = {"fact": [f"f{i}" for i in range(60)]}
+    right = xr.DataArray(np.repeat([1.0, 0.0], [40, 20]), facts, ("fact",))
+    for lost, wanted in ((right * 0, 0.0), (right, 1.0)):
+        found = sa.interval(share(lost, right, None), bounds=_of_values((0, 1), [lost, right]))
+        assert found.estimate == pytest.approx(wanted)
+        low, high = found.ends()
+        assert (low, high)[wanted == 0] != wanted and 0.02 < high - low < 0.3
 
 
 def test_claims_may_change_while_nothing_is_measured(study: StudyConfig, tmp_path: Path) -> None:

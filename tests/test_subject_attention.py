@@ -14,11 +14,12 @@ import xarray as xr
 import subjattn as sa
 from subjattn.backends import open_backend
 from subjattn.engine.interventions import Output
+from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
-from subjattn.measures.record import measure_of, values_of
-from subjattn.measures.subject_attention import SINK, behind_neutral_text, controlled_attention
+from subjattn.measures.record import Asked, measure_of, values_of
+from subjattn.measures.subject_attention import SINK, AttentionSettings, behind_neutral_text, controlled_attention
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, PromptSet, ablate, make_prompts
 
@@ -136,6 +137,21 @@ def test_a_sink_at_early_positions_moves_the_maximum_and_not_what_is_controlled(
     assert abs(change("attention_without_sinks")) < 0.5
     assert sunk["sink"].values[..., :5].all() and plain["sink"].values[..., 1:5].mean() < 0.2
     assert abs(float((sunk["attention_without_sinks"] - plain["attention_without_sinks"]).mean())) < 0.05
+
+
+def test_two_models_are_compared_on_one_set_of_sinks(tiny: LoadedModel, asked: PromptSet) -> None:
+    base = controlled_attention(tiny, asked)
+    sunk = WithASink(tiny, 0.9, 5)
+    own = controlled_attention(tiny, asked, backend=sunk)
+    same = controlled_attention(tiny, asked, sink=base["sink"], backend=sunk)
+    assert (own["sink"] != base["sink"]).any() and (same["sink"] == base["sink"]).all()
+    kept = same["attention_without_sinks"].notnull() == base["attention_without_sinks"].notnull()
+    assert kept.all() and (own["attention_without_sinks"] != same["attention_without_sinks"]).any()
+    reference = {"reference": base}
+    through = measure_of("attention_to_subject").run(Asked(tiny, asked, **reference), AttentionSettings())
+    assert (through["sink"] == base["sink"]).all()
+    with pytest.raises(BadInput, match="sinks of .* layers and heads, and the model has"):
+        controlled_attention(tiny, asked, sink=base["sink"].isel(layer=slice(1)))
 
 
 def test_the_measure_holds_all_forms_and_can_leave_them_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -306,8 +307,10 @@ def test_where_nothing_fits_there_is_no_temperature(tiny_models: dict[str, Loade
     """A random model is the less wrong the less sure it is."""
     found = fit_temperature(tiny_models["gpt2"], asked)
     assert np.isnan(found["temperature"]).all() and np.isnan(found["calibrated_logprob"]).all()
-    with pytest.raises(BadInput, match="too few to fit"):
-        fit_temperature(tiny_models["gpt2"], PromptSet("s", asked.prompts[:1]))
+    halves = [[one for one in asked if zlib.crc32(one.fact_id.encode()) % 2 == half] for half in (0, 1)]
+    for few in (asked.prompts[:1], [*halves[0], *halves[1][:4]]):
+        with pytest.raises(BadInput, match="in one half, too few to fit a temperature on"):
+            fit_temperature(tiny_models["gpt2"], PromptSet("s", tuple(few)))
     one = sa.measure("knockout", tiny_models["gpt2"], PromptSet("s", asked.prompts[:1]))
     assert np.isnan(one["knockout_calibrated_drop"]).all()
     assert np.isfinite(one["knockout_drop"].sel(route="direct")).all()

@@ -116,3 +116,20 @@ def test_a_cell_with_few_values_is_no_top_cell() -> None:
     table = top(array, 12)
     assert (0, 0) not in (cells := set(zip(table["layer"], table["head"], strict=True))) and (1, 1) not in cells
     assert table.attrs["n_cells"] == 10 and "2 cells without a value in most facts, or not finite" in repr(table)
+
+
+def test_four_answers_leak_nothing_into_the_other_half() -> None:
+    """Planted: answers far apart in every cell. Halves that share answers would find the chosen cells again."""
+    means = []
+    for seed in range(40):
+        answers = np.repeat(list("abcd"), 15)
+        effect = np.repeat(np.random.default_rng([seed, 1]).normal(size=(4, 10, 20)), 15, axis=0)
+        array = noise(seed, answer=("fact", answers)) * 0.1 + effect
+        table = top(array, 8, by="highest", split=seed)
+        assert table[["low", "high"]].isna().all(axis=None) and "the 2 answers of the other facts are too few" in repr(
+            table
+        )
+        means.append(table["mean"].mean())
+    assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(40) < 0.25
+    with pytest.raises(BadInput, match="all 60 facts have one answer, so no half is independent"):
+        top(noise(0, answer=("fact", ["a"] * 60)), split=0)

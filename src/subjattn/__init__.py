@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.7.0"
+__version__ = "0.11.0"
 
 if TYPE_CHECKING:
     from subjattn.engine.interventions import Block as Block

@@ -83,7 +83,7 @@ def time_slick(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budg
     ways: dict[str, Callable[[], None]] = {
         "shared": lambda: _draw(model, sampler, groups, budget, share=True),
         "unshared": lambda: _draw(model, sampler, groups, budget, share=False),
-        "generate": lambda: _generate(model, sampler, endings, groups[0][:GENERATED]),
+        "generate": lambda: _generate(model, sampler, budget, endings, groups[0][:GENERATED]),
     }
     timed: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
@@ -106,11 +106,13 @@ def time_slick(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budg
 def _draw(model: LoadedModel, sampler: Sampler, groups: list[list[Prompt]], budget: Budget, share: bool) -> None:
     for group in groups:
         given_up = partial(hopeless, model, budget, group)
-        sampler.draw(group, [[budget.seed, i] for i in range(len(group))], hopeless=given_up, share=share)
+        longest = budget.longest(model.tokenizer, group)
+        seeds = [[budget.seed, i] for i in range(len(group))]
+        sampler.draw(group, seeds, longest, hopeless=given_up, share=share)
 
 
-def _generate(model: LoadedModel, sampler: Sampler, endings: list[int], prompts: list[Prompt]) -> None:
-    for prompt in prompts:
+def _generate(model: LoadedModel, sampler: Sampler, budget: Budget, endings: list[int], prompts: list[Prompt]) -> None:
+    for prompt, longest in zip(prompts, budget.longest(model.tokenizer, prompts), strict=True):
         ids = torch.tensor([prompt.ids[: prompt.prediction + 1]], device=model.model.device)
         with torch.inference_mode():
             model.model.generate(  # type: ignore[operator]
@@ -120,7 +122,7 @@ def _generate(model: LoadedModel, sampler: Sampler, endings: list[int], prompts:
                 temperature=sampler.temperature,
                 top_k=0,
                 num_return_sequences=1 + sampler.n_samples,
-                max_new_tokens=sampler.new_tokens,
+                max_new_tokens=longest,
                 eos_token_id=endings,
                 pad_token_id=min(sampler.ends),
             )

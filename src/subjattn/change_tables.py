@@ -189,9 +189,12 @@ def answers_tables(title: str, found: dict[str, Any]) -> list[Any]:
         real, placebo = row["real"], row["placebo"]
         ends = "" if real["share_low"] is None else f" [{_share(real['share_low'])}, {_share(real['share_high'])}]"
         shown = [_percent(real["accuracy"]), _percent(placebo["accuracy"]), _share(real["share"]) + ends]
-        shown += [_share(placebo["share"]), str(real["again"]), str(placebo["again"])]
+        shown += [_share(placebo["share"]), *(f"{of['again']} of {row['lost']}" for of in (real, placebo))]
         made.add_row(Text(row["put"]), *map(Text, shown))
-    made.caption, made.caption_justify = Text(f"again: of {found['lost']} that tuning lost, right again"), "left"
+    caption = (
+        "again: of the answers that tuning lost, right again; all of a row is of the facts that have a placebo there"
+    )
+    made.caption, made.caption_justify = Text(caption), "left"
     return [made, Text(f"of {found['n']} answers {accuracy_gap_in_words(found)}")]
 
 

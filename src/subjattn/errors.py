@@ -2,7 +2,8 @@
 
 SubjattnError
 ├── BadInput            an argument, a file or a field of a study that cannot be right
-│   └── WrongFields     several fields of a study at once, a line each
+│   ├── WrongFields     several fields of a study at once, a line each
+│   └── NotDefined      a number that these prompts cannot give; a study goes on without it
 ├── SpanNotFound        a subject or answer that does not map onto tokens
 ├── UnsupportedModel    a model on which the numbers could not be exact
 │   └── NoActivations   a mixture of two models, of which only answers can be measured
@@ -39,6 +40,10 @@ class WrongFields(BadInput):
 
     def __reduce__(self) -> tuple[type, tuple[Sequence[str]]]:
         return type(self), (self.messages,)
+
+
+class NotDefined(BadInput):
+    """A number that these prompts cannot give, whatever the model answers."""
 
 
 class SpanNotFound(SubjattnError, ValueError):

@@ -100,7 +100,7 @@ def probe(
     """Train linear probes of a label on a model's states, by layer and role, and test them on other subjects.
 
     Beside accuracy, AUROC and macro-F1 stand what a probe reads of labels drawn at random for the name's last token
-    (`control`; `selectivity` is the difference), of the name's characters and of the token embeddings.
+    (`control`; `selectivity` is the difference), of the name's characters, of its length and of the token embeddings.
 
     Example: `subjattn probe --model smollm2-135m --facts cities --n 400 --target answer --figure probe.html`
     """
@@ -161,7 +161,7 @@ def _shown(found: Any, style: str) -> dict[str, Any]:
     scores, console, about = probe_scores(found), Console(), found.attrs
     kept = found.sizes["fact"] - about["left_out"]
     left = f"; left out, with no label of enough subjects: {about['left_out']}" if about["left_out"] else ""
-    baselines = {name: float(found[name].mean()) for name in ("majority", "characters") if name in found}
+    baselines = {name: float(found[name].mean()) for name in ("majority", "length", "characters") if name in found}
     said = ", ".join(f"{name} {share:.2f}" for name, share in baselines.items())
     lines = [f"style “{style}”: {about['target']}, {len(about['classes'])} labels, {kept} facts{left}"]
     lines += [f"without the model: {said}"] if said else []

@@ -30,6 +30,8 @@ from subjattn.evidence.intervals import (
 
 Verdict = Literal["supported", "contradicted", "no effect that matters", "undecided"]
 Arms = Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+OneLine = Annotated[str, Field(min_length=1, pattern=r"^[^\p{C}\u2028\u2029]*[^\p{C}\s][^\p{C}\u2028\u2029]*$")]
+"""A text that shows, without line breaks and control characters."""
 Where = dict[str, str | int | list[str | int]]
 
 
@@ -73,7 +75,7 @@ class Select(_Part):
 class Claim(_Part):
     """A statement about a quantity: of one arm against a number, between two arms, or as a difference of such."""
 
-    id: Annotated[str, Field(min_length=1)]
+    id: OneLine
     statement: Annotated[str, Field(min_length=1)]
     measure: Annotated[str, Field(min_length=1, description="a quantity of a measure of the study")]
     arms: Annotated[Arms, Field(description="one; or two, the first minus the second")]
@@ -163,7 +165,7 @@ def judge(claims: Sequence[tuple[Claim, Interval]], alone: Sequence[bool], dropp
     Args:
         claims: each with the interval of its value, one for every style it is judged in.
         alone: which of them are primary: tested at full level, and not counted among the others.
-        dropped: claims that were stated once and are no more; they count in the family.
+        dropped: claims that were stated once and are no more, or turn out to have no value; they count in the family.
     """
     ps = [claim.p_value(interval) for claim, interval in claims]
     family = [i for i, apart in enumerate(alone) if not apart]

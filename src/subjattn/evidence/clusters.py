@@ -53,7 +53,7 @@ def clusters_of(
         names = {name: array[name].values for name in asked}
     found, notes = {}, []
     for name, labels in names.items():
-        codes = _codes(labels if kept is None else labels[kept])
+        codes = codes_of(labels if kept is None else labels[kept])
         n = int(codes.max()) + 1
         if not 1 < n < len(codes):
             continue
@@ -71,7 +71,7 @@ def clusters_of(
     return found, notes
 
 
-def _codes(labels: np.ndarray) -> np.ndarray:
+def codes_of(labels: np.ndarray) -> np.ndarray:
     """A number for each label; facts without a label are on their own."""
     codes, kinds = pd.factorize(np.asarray(labels, object))
     alone = codes < 0

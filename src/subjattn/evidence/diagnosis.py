@@ -21,6 +21,8 @@ from subjattn.measures.mediation import MEASURE
 
 Status = Literal["supported", "contradicted", "open"]
 Ends = tuple[float, float] | list[float] | None
+ENOUGH = 20
+"""Answers lost, on average over replicates, below which it is open what lost them."""
 LOST, HARDLY, MOST = 0.05, 0.1, 0.5
 """Of the answers, below what it is not asked what lost them, and below what hardly any is lost; of the margin lost,
 what carries it."""
@@ -30,7 +32,7 @@ what carries it."""
 class Sign:
     """A quantity above, or below, a level.
 
-    One that only `vetoes` contradicts where it is there the other way, and is not needed.
+    One that only `vetoes` contradicts where it is there the other way, and need not be there; but it has to be known.
     """
 
     quantity: str
@@ -43,7 +45,7 @@ class Sign:
         above, below = low > self.level, high < self.level
         there, other_way = (above, below) if self.side == "above" else (below, above)
         if self.vetoes:
-            return "contradicted" if other_way else "supported"
+            return "contradicted" if other_way else "open" if ends is None else "supported"
         return "supported" if there else "contradicted" if other_way else "open"
 
     def seen(self, ends: Ends) -> str:
@@ -60,12 +62,12 @@ class Account:
     signs: tuple[Sign, ...]
 
 
-_LOST = Sign("answers_lost", "above", LOST, vetoes=True)
+_LOST = Sign("answers_lost", "above", LOST)
 
 
 def _most(mediator: str) -> tuple[Sign, ...]:
     """That it carries most of what was lost, as other positions do not."""
-    return Sign(f"mediated.{mediator}", "above", MOST), Sign(f"mediated_placebo.{mediator}", "below", MOST, vetoes=True)
+    return Sign(f"mediated.{mediator}", "above", MOST), Sign(f"mediated_placebo.{mediator}", "below", MOST)
 
 
 def _not_most(*mediators: str) -> tuple[Sign, ...]:
@@ -110,10 +112,11 @@ def mediated(found: xr.Dataset) -> dict[str, Ends]:
         found: from `sa.mediation`.
 
     Returns:
-        By name: `answers_lost`, `margin_lost`, and `mediated` and `mediated_placebo` of each mediator, such as
-        `mediated.values at the subject`, shares of the margin lost.
+        By name: `n_lost` (how many answers, twice), `answers_changed`, `answers_lost`, `answers_won`, `margin_lost`,
+        and `mediated` and `mediated_placebo` of each mediator, such as `mediated.values at the subject`, shares of the
+        margin lost.
     """
-    intervals: dict[str, Ends] = {}
+    intervals: dict[str, Ends] = {"n_lost": (n_lost(found), n_lost(found))}
     for quantity in MEASURE.quantities:
         array = quantity.per_fact(found)
         parts = array["part"].values.tolist() if "part" in array.dims else [None]
@@ -122,11 +125,18 @@ def mediated(found: xr.Dataset) -> dict[str, Ends]:
             name = quantity.name if part is None else f"{quantity.name}.{part}"
             try:
                 if quantity.over is not None:
-                    values = ratio(values, quantity.over(found))
-                intervals[name] = interval(values, bounds=quantity.bounds).ends()
+                    values = ratio(values, quantity.over(found), positive=True)
+                bounds = None if quantity.over is not None else quantity.bounds
+                intervals[name] = interval(values, bounds=bounds).ends()
             except BadInput:
                 intervals[name] = None
     return intervals
+
+
+def n_lost(found: xr.Dataset) -> float:
+    """How many facts lost their answer."""
+    lost = next(quantity for quantity in MEASURE.quantities if quantity.name == "answers_lost").per_fact(found)
+    return float(lost.sum())
 
 
 def diagnose(intervals: Mapping[str, Ends]) -> list[dict[str, Any]]:
@@ -138,15 +148,22 @@ def diagnose(intervals: Mapping[str, Ends]) -> list[dict[str, Any]]:
     Returns:
         A row for each account, none where nothing that it needs was measured: `account`, `statement`, `status`, and
         `because`, the quantities of its signs with their intervals: of a contradicted account, those that are there
-        the other way; of an open one, those that leave it open.
+        the other way; of an open one, those that leave it open; it is open where fewer than 20 answers were lost. Where
+        two would be supported, which contradict each other, both are open and named.
     """
     if "answers_lost" not in intervals:
         return []
-    rows = []
+    rows, lost = [], (intervals.get("n_lost") or (0.0,))[0]
     for account in ACCOUNTS:
         found = [(sign, sign.status(intervals.get(sign.quantity))) for sign in account.signs]
+        if _LOST in account.signs and lost < ENOUGH and (_LOST, "contradicted") not in found:
+            found = [(Sign("n_lost", "above", ENOUGH), "open")]
         each = {status for _, status in found}
         status: Status = "contradicted" if "contradicted" in each else "open" if "open" in each else "supported"
         because = [sign.seen(intervals.get(sign.quantity)) for sign, own in found if own == status]
         rows.append({"account": account.name, "statement": account.statement, "status": status, "because": because})
+    named = [row for row in rows if row["status"] == "supported"]
+    if len(named) > 1:
+        for row in named:
+            row |= {"status": "open", "because": [f"either {' or '.join(str(one['account']) for one in named)}"]}
     return rows

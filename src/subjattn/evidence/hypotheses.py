@@ -128,7 +128,7 @@ def test_hypothesis(
     asked: dict[str, tuple[Any, Claim]] = {
         "necessity": (lambda: interval(needed), _claim("necessity", 0.0, smallest_effect)),
         "sufficiency": (
-            lambda: interval(ratio(own["all_drop"] - own["others_drop"], own["all_drop"])),
+            lambda: interval(ratio(own["all_drop"] - own["others_drop"], own["all_drop"], positive=True)),
             _claim("sufficiency", keeps, NEARLY),
         ),
     }

@@ -55,9 +55,11 @@ class KnowledgeGraph:
     def unconnected(self, facts: Sequence[Edge], edges: Iterable[Edge]) -> np.ndarray:
         """`(fact,)`, the logarithm of 1 − connectivity of each fact's subject and answer by edges of its relation.
 
+        An edge that is named twice, such as a fact both known and trained on, counts once.
+
         0 where no edge connects them; −inf where one is the fact itself.
         """
-        found, there = np.zeros(len(facts)), list(edges)
+        found, there = np.zeros(len(facts)), self._distinct(edges)
         for relation in dict.fromkeys(fact.relation for fact in facts):
             own = [edge for edge in there if edge.relation == relation]
             index = [number for number, fact in enumerate(facts) if fact.relation == relation]
@@ -74,10 +76,23 @@ class KnowledgeGraph:
         return connected
 
     def added(self, facts: Sequence[Edge], edges: Iterable[Edge], more: Iterable[Edge]) -> np.ndarray:
-        """`(fact,)`, the logarithm of the connectivity that `more` edges add to those there are; −inf: none."""
+        """`(fact,)`, the logarithm of the connectivity that `more` edges add to those there are; −inf: none.
+
+        Those of them that are there already add nothing.
+        """
+        there = self._distinct(edges)
+        known = set(map(self._known_as, there))
+        new = [edge for edge in self._distinct(more) if self._known_as(edge) not in known]
         with np.errstate(divide="ignore"):
-            gained: np.ndarray = self.unconnected(facts, edges) + np.log(self.connectivity(facts, more))
+            gained: np.ndarray = self.unconnected(facts, there) + np.log(self.connectivity(facts, new))
         return gained
+
+    def _distinct(self, edges: Iterable[Edge]) -> list[Edge]:
+        """Each edge once, however often and in whatever spelling it is named."""
+        return list({self._known_as(edge): edge for edge in edges}.values())
+
+    def _known_as(self, edge: Edge) -> tuple[int, str, int]:
+        return self._of(edge.subject), edge.relation, self._of(edge.answer)
 
     def _of(self, name: str) -> int:
         number = self._number.get(plain_name(name))

@@ -15,7 +15,7 @@ from subjattn.evidence.intervals import CONFIDENCE, interval
 
 RESAMPLES = 999
 _JUDGED = {"accuracy": ("correct", (0, 1)), "auroc": ("ranked", (0, 1)), "selectivity": ("selectivity", (-1, 1))}
-_BESIDE = ("control", "embedding", "characters", "majority", "twin")
+_BESIDE = ("control", "embedding", "characters", "length", "majority", "twin")
 
 
 def probe_scores(found: xr.Dataset) -> pd.DataFrame:
@@ -31,7 +31,7 @@ def probe_scores(found: xr.Dataset) -> pd.DataFrame:
         A row for each place: its labels (`layer`, `role`, …); `n`, the facts tested; `accuracy`, `auroc`, `macro_f1`
         and `selectivity`, each with `…_low` and `…_high` at 95 %; `n_selectivity`, the facts whose name ends with a
         token that others have, of which alone `selectivity` and `control` are; and where they are there `embedding`,
-        `characters`, `majority` and `twin`. NaN where no fact has a value.
+        `characters`, `length`, `majority` and `twin`. NaN where no fact has a value.
 
     Raises:
         BadInput: a dataset that is no probe's.

@@ -12,7 +12,9 @@ from subjattn.errors import BadInput
 from subjattn.evidence.intervals import Scope, interval
 
 
-def ratio(numerator: xr.DataArray, denominator: xr.DataArray, *, scope: Scope | None = None) -> xr.DataArray:
+def ratio(
+    numerator: xr.DataArray, denominator: xr.DataArray, *, scope: Scope | None = None, positive: bool = False
+) -> xr.DataArray:
     """Values whose mean is the mean of `numerator` over the mean of `denominator`.
 
     With θ the ratio, x and y a fact's values and ȳ the denominator's mean: θ + (x − θ·y) / ȳ.
@@ -21,9 +23,11 @@ def ratio(numerator: xr.DataArray, denominator: xr.DataArray, *, scope: Scope | 
         numerator: `(fact, draw, seed)`, with or without the last two.
         denominator: of the same facts and replicates. A value missing in one is left out of both.
         scope: in which the denominator has to differ from 0.
+        positive: the denominator has to be above 0, as what a share is a share of.
 
     Raises:
-        BadInput: the interval of the denominator's mean holds 0: the ratio could be anything.
+        BadInput: the interval of the denominator's mean holds 0, and the ratio could be anything; or it is negative
+            where it must not be.
     """
     both = numerator.notnull() & denominator.notnull()
     x, y = numerator.where(both), denominator.where(both)
@@ -36,6 +40,8 @@ def ratio(numerator: xr.DataArray, denominator: xr.DataArray, *, scope: Scope | 
     if low <= 0 <= high:
         raise BadInput(f"what it is a share of may be nothing (95 % interval {low:.3g} to {high:.3g})")
     mean = float(y.mean())
+    if positive and mean < 0:
+        raise BadInput(f"what it is a share of is negative ({mean:.3g})")
     share = float(x.mean()) / mean
     return share + (x - share * y) / mean
 

@@ -85,11 +85,11 @@ def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
             `seed`.
 
     Returns:
-        A Dataset over `put` or `dose`: `accuracy` by `cell`; by `patch`, real, placebo or random heads, `share` of the
-        gap, `share_low` and `share_high`, NaN where it is not defined, and `right_again`: how many of the `n_lost`
-        answers, right by the base and wrong by the tuned model, are right, facts without a placebo counted as wrong
-        with it; `n`, answers. Attributes `gap`, tuned minus base, and `gap_interval`, NaN where facts are too few for
-        one.
+        A Dataset over `put` or `dose`, all of whose numbers at a place are of the same facts, those with a value in
+        every cell there (a prompt may be too short for a placebo): `accuracy` by `cell`; by `patch`, real, placebo or
+        random heads, `share` of the gap, `share_low` and `share_high`, NaN where it is not defined, and `right_again`:
+        how many of the `n_lost` answers, right by the base and wrong by the tuned model, are right; `n`, answers.
+        Attributes `gap`, tuned minus base, and `gap_interval`, of all facts; NaN where they are too few for one.
 
     Raises:
         BadInput: not from one of them.
@@ -102,24 +102,30 @@ def returned_accuracy(found: xr.Dataset | xr.DataArray) -> xr.Dataset:
         )
     labels, real = correct[along].values, {"put": "put_back", "dose": "raised"}[along]
     base, tuned = (correct.isel({along: 0}, drop=True).sel(cell=cell, drop=True) for cell in ("base", "tuned"))
-    gap, lost = _clustered(tuned - base), (base == 1) & (tuned == 0)
+    gap = _clustered(tuned - base)
     ends = _ends(gap, (-1.0, 1.0))
     defined = ends[0] > 0 or ends[1] < 0
+    dropped = [dim for dim in correct.dims if dim not in (along, "cell")]
+    missing = correct.isnull() & correct.notnull().any(dropped)
+    correct = correct.where(~missing.any("cell"))
+    base, tuned = (correct.sel(cell=cell, drop=True) for cell in ("base", "tuned"))
+    lost = (base == 1) & (tuned == 0)
     patches = {real: "real"} | {cell: cell for cell in correct["cell"].values if cell.startswith(("placebo", "random"))}
     shares, again = [], []
     for cell in patches:
         put = [correct.sel({"cell": cell, along: label}, drop=True) for label in labels]
-        shares.append([_share(_clustered(one - tuned), gap) if defined else (np.nan,) * 3 for one in put])
-        again.append([int(((one == 1) & lost).sum()) for one in put])
+        changes = [one - tuned.sel({along: label}, drop=True) for one, label in zip(put, labels, strict=True)]
+        shares.append([_share(_clustered(change), gap) if defined else (np.nan,) * 3 for change in changes])
+        each = zip(put, labels, strict=True)
+        again.append([int(((one == 1) & lost.sel({along: label}, drop=True)).sum()) for one, label in each])
     table, dims = np.array(shares), ("patch", along)
-    dropped = [dim for dim in correct.dims if dim not in (along, "cell")]
     return xr.Dataset(
         {
             "accuracy": correct.mean(dropped),
             **{name: (dims, table[..., i]) for i, name in enumerate(("share", "share_low", "share_high"))},
             "right_again": (dims, np.array(again)),
-            "n_lost": int(lost.sum()),
-            "n": int(base.notnull().sum()),
+            "n_lost": (along, lost.transpose(along, ...).values.reshape(len(labels), -1).sum(1)),
+            "n": (along, base.notnull().transpose(along, ...).values.reshape(len(labels), -1).sum(1)),
         },
         {along: labels, "cell": correct["cell"].values, "patch": list(patches.values())},
         {"gap": float(gap.mean()), "gap_interval": list(ends)},
@@ -185,15 +191,21 @@ def accuracy_in_rows(found: xr.Dataset) -> dict[str, Any]:
     rows = []
     for place in found["put"].values.tolist():
         there = found.sel(put=place)
-        row: dict[str, Any] = {"put": place}
+        row: dict[str, Any] = {"put": place, "n": int(there["n"]), "lost": int(there["n_lost"])}
         for patch, cell in (("real", "put_back"), ("placebo", "placebo")):
             own = there.sel(patch=patch)
             row[patch] = {name: _plain(own[name]) for name in ("share", "share_low", "share_high")}
             row[patch] |= {"accuracy": _plain(there["accuracy"].sel(cell=cell)), "again": int(own["right_again"])}
         rows.append(row)
-    models = found["accuracy"].isel(put=0)
+    models = found["accuracy"].isel(put=int(found["n"].values.argmax()))
     low, high = (None if np.isnan(end) else end for end in found.attrs["gap_interval"])
-    about = {"n": int(found["n"]), "lost": int(found["n_lost"]), "gap": found.attrs["gap"], "low": low, "high": high}
+    about = {
+        "n": int(found["n"].max()),
+        "lost": int(found["n_lost"].max()),
+        "gap": found.attrs["gap"],
+        "low": low,
+        "high": high,
+    }
     return {**about, "base": float(models.sel(cell="base")), "tuned": float(models.sel(cell="tuned")), "put": rows}
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 import xarray as xr
 
 from subjattn.errors import BadInput
-from subjattn.evidence.clusters import clusters_of
+from subjattn.evidence.clusters import MIN_DF, codes_of
 from subjattn.evidence.intervals import interval
+from subjattn.evidence.squares import cluster_df
 from subjattn.measures.patching import mostly_trivial
 
 
@@ -48,11 +49,13 @@ def top(array: xr.DataArray, n: int = 10, *, by: By = "absolute", split: int | N
             (`patching.trivial_cells` in at least half of the facts) are left out.
         n: how many cells.
         by: `absolute`: the mean's size; `highest` or `lowest`: the mean.
-        split: seed of a random halving of the facts; facts of one answer stay together. None: all facts for both.
+        split: seed of a random halving of the facts; facts of one answer stay together, so that answers chosen on are
+            not measured on. None: all facts for both.
 
     Returns:
         A row a cell, the largest first: a column for each dimension (`layer`, `head`, …), `mean`, `low` and `high` (the
-        95 % interval of `sa.interval`; NaN where there is none), in the array's unit, and `n` facts. `attrs` hold
+        95 % interval of `sa.interval`; NaN where there is none, and with `split` where the other half has too few
+        answers to say anything of answers that were not chosen on), in the array's unit, and `n` facts. `attrs` hold
         `unit`, `n_cells` they were chosen among, `chosen_on` ("the same facts", "other facts", "nothing": all cells are
         there), `split` and `notes`, which are printed beneath the table.
 
@@ -78,8 +81,11 @@ def top(array: xr.DataArray, n: int = 10, *, by: By = "absolute", split: int | N
     order = np.argsort(-np.where(np.isnan(size), -np.inf, size), kind="stable")[: min(n, int((~np.isnan(size)).sum()))]
     if not len(order):
         raise BadInput("no cell has a value")
-    rows = [_row(measured_on.isel(cell=int(cell)), cells) for cell in order]
+    few = _few_answers(measured_on) if split is not None else 0
+    rows = [_row(measured_on.isel(cell=int(cell)), cells, without_interval=bool(few)) for cell in order]
     notes = [note for *_, own in rows for note in own]
+    if few:
+        notes.append(f"no intervals: the {few} answers of the other facts are too few to say anything of other answers")
     if seldom.any():
         notes.append(f"{int(seldom.sum())} cells without a value in most facts, or not finite, are left out")
     n_cells = int((~np.isnan(size)).sum())
@@ -103,7 +109,9 @@ def _by_fact(array: xr.DataArray) -> xr.DataArray:
 def halves(array: xr.DataArray, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
     """Facts in two random halves, the one to choose on first; those of one answer in one of them."""
     n = array.sizes["fact"]
-    groups = clusters_of(array)[0].get("answer", np.arange(n))
+    groups = codes_of(array["answer"].values) if "answer" in array.coords else np.arange(n)
+    if n > 1 and not groups.any():
+        raise BadInput(f"all {n} facts have one answer, so no half is independent of the other: give facts of several")
     halves: tuple[list[int], list[int]] = ([], [])
     for group in np.random.default_rng(seed).permutation(int(groups.max()) + 1):
         min(halves, key=len).extend(np.flatnonzero(groups == group).tolist())
@@ -112,11 +120,20 @@ def halves(array: xr.DataArray, seed: int) -> tuple[xr.DataArray, xr.DataArray]:
     return array.isel(fact=sorted(halves[0])), array.isel(fact=sorted(halves[1]))
 
 
-def _row(values: xr.DataArray, cells: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _few_answers(array: xr.DataArray) -> int:
+    """How many answers the facts share, where these are too few for an interval over answers; else 0."""
+    codes = codes_of(array["answer"].values) if "answer" in array.coords else np.arange(array.sizes["fact"])
+    n = int(codes.max()) + 1
+    return n if n < len(codes) and (n == 1 or cluster_df(codes) < MIN_DF) else 0
+
+
+def _row(values: xr.DataArray, cells: list[str], *, without_interval: bool) -> tuple[dict[str, Any], list[str]]:
     """One cell's row, and what has to be known of its interval."""
     labels = {dim: values[dim].item() for dim in cells}
     plain = values.drop_vars(["cell", *cells], errors="ignore")
     known = int(plain.notnull().any([dim for dim in plain.dims if dim != "fact"]).sum())
+    if without_interval:
+        return labels | {"mean": float(plain.mean()), "low": np.nan, "high": np.nan, "n": known}, []
     try:
         found = interval(plain)
     except BadInput as error:

@@ -51,9 +51,11 @@ def know(
     budget = budget or Budget()
     with alone(out), Progress(console) as progress:
         stated = cost(facts, pool, model.tokenizer, budget)
+        prompts = make_prompts(facts, model.tokenizer, budget.template)
+        longest = max(budget.longest(model.tokenizer, prompts))
         progress.console.print(
             f"{stated['answers']:,} answers: {len(facts):,} facts × {budget.n_prompts} prompts of {budget.shots} "
-            f"shots × (1 greedy + {budget.n_samples} at T = {budget.temperature:g}), {budget.longest} tokens "
+            f"shots × (1 greedy + {budget.n_samples} at T = {budget.temperature:g}), {longest} tokens "
             f"each at most; {stated['prompt_tokens']:,} prompt tokens, {stated['computed_prompt_tokens']:,} of them "
             "computed and the others shared",
             highlight=False,
@@ -72,7 +74,7 @@ def know(
         )
         seconds = time.monotonic() - started
         progress.stage("log-probability of the answers")
-        logprobs = answer_logprob(model, make_prompts(facts, model.tokenizer, budget.template))
+        logprobs = answer_logprob(model, prompts)
     ranked = with_popularity_ranks(pool)[["fact_id", "popularity_in_relation", "popularity_in_answer"]]
     own = facts[[name for name in COLUMNS if name in facts]]
     table = own.merge(ranked, on="fact_id", how="left").merge(labels, on="fact_id", validate="one_to_one")
@@ -84,7 +86,7 @@ def know(
         "adapter_identity": model.adapter and identity(model.adapter),
         "answer_logprob_template": budget.template,
     }
-    table = table.assign(**who, **{**budget.model_dump(), "new_tokens": budget.longest})
+    table = table.assign(**who, **{**budget.model_dump(), "new_tokens": longest})
     found = {
         **who,
         "dtype": str(model.model.dtype).removeprefix("torch."),

@@ -64,7 +64,6 @@ class Sampler:
         newlines: tokens that end the line, save as the first token.
         n_samples: sampled answers per prompt.
         temperature: of the samples.
-        new_tokens: the longest answer.
     """
 
     model: PreTrainedModel
@@ -72,13 +71,13 @@ class Sampler:
     newlines: Container[int]
     n_samples: int
     temperature: float
-    new_tokens: int
 
     @torch.inference_mode()
     def draw(
         self,
         prompts: Sequence[Prompt],
         seeds: Sequence[Sequence[int]],
+        new_tokens: Sequence[int],
         *,
         hopeless: Callable[[int, tuple[int, ...]], bool] = lambda _prompt, _tokens: False,
         share: bool = True,
@@ -87,21 +86,24 @@ class Sampler:
 
         Args:
             prompts: facts asked; their answers are not used.
-            seeds: one seed (a list of numbers) per prompt, which alone decides its samples: not the batch.
+            seeds: one seed (a list of numbers, of one length) per prompt, which alone decides its samples: not the
+                batch.
+            new_tokens: of the longest answer to each prompt.
             hopeless: whether the answer to the prompt of this number that begins with these tokens is wrong whatever
                 follows; its samples are then given up. The greedy answer is drawn to its end all the same.
             share: compute what the prompts begin with once; False computes every prompt whole, for comparison.
         """
         check_model(self.model)
         self._drawn = [Drawn() for _ in prompts]
-        self._seeds, self._hopeless = seeds, hopeless
+        self._seeds, self._hopeless, self._most = seeds, hopeless, new_tokens
         self._shared = shared_tokens(list(prompts)) if share and len(prompts) > 1 else 0
         cache = None
         if self._shared:
             start = torch.tensor([prompts[0].ids[: self._shared]])
             cache = self._run(start, None, torch.zeros(1, dtype=torch.long))[1]
         lengths = [prompt.prediction + 1 for prompt in prompts]
-        for index in _batches(lengths, self.new_tokens, SMALL_BATCH if self._may_pad(max(lengths)) else 1):
+        may_pad = self._may_pad(max(lengths) + max(new_tokens))
+        for index in _batches(lengths, max(new_tokens), SMALL_BATCH if may_pad else 1):
             longest = max(lengths[i] for i in index)
             pads = torch.tensor([longest - lengths[i] for i in index])
             ids = [[0] * (longest - lengths[i]) + list(prompts[i].ids[self._shared : lengths[i]]) for i in index]
@@ -113,7 +115,7 @@ class Sampler:
     def _may_pad(self, longest: int) -> bool:
         """Whether padding goes unseen: a sliding window would count it among the tokens it holds."""
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return window is None or window > longest + self.new_tokens
+        return window is None or window > longest
 
     def _run(self, ids: Tensor, cache: Any, pads: Tensor) -> tuple[Tensor, Any]:
         """Logits at the last token of each row, and the cache that holds it.
@@ -141,7 +143,7 @@ class Sampler:
             for child in children:
                 last = child.tokens[-1]
                 ended = last in self.ends or (len(child.tokens) > 1 and last in self.newlines)
-                if ended or len(child.tokens) == self.new_tokens:
+                if ended or len(child.tokens) == self._most[child.prompt]:
                     self._keep(child)
                 elif child.count and self._hopeless(child.prompt, child.tokens):
                     self._drawn[child.prompt].given_up += child.count
@@ -186,7 +188,8 @@ class Sampler:
         found = []
         for row, branch in enumerate(branches):
             counts: dict[int, int] = {}
-            rng = np.random.default_rng([*self._seeds[branch.prompt], *branch.tokens])
+            # its length too: a list is padded with zeros, and zero may be a token
+            rng = np.random.default_rng([*self._seeds[branch.prompt], len(branch.tokens), *branch.tokens])
             draws = rng.random(branch.count) * sums[row, -1]
             for block, draw in zip(np.searchsorted(sums[row], draws, side="right"), draws, strict=True):
                 within = blocks[row, block].double().cumsum(0).cpu().numpy()

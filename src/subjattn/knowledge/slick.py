@@ -10,14 +10,14 @@ answer and `n_samples` sampled ones. Of the greedy answers P(T=0) are right, of 
 | WeaklyKnown | P(T=0) = 0 and P(T>0) > 0 |
 | Unknown | neither ever |
 
-The budget decides: with more samples some Unknown facts turn out WeaklyKnown, and an answer longer than the
-longest one drawn is never right. `subjattn knowledge` records it with the labels.
+The budget decides: with more samples some Unknown facts turn out WeaklyKnown, and where `new_tokens` is given, an
+answer longer than that is never right. `subjattn knowledge` records it with the labels.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,7 +31,7 @@ from subjattn.errors import BadInput
 from subjattn.facts.splits import CATEGORIES
 from subjattn.knowledge.sampling import Drawn, Sampler
 from subjattn.measures import hf_model, tokenizer_of
-from subjattn.measures.answers import ending_tokens, text_of
+from subjattn.measures.answers import ending_tokens, longest_answers, text_of
 from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel, identity
 from subjattn.models.provenance import weights_sha256
@@ -57,15 +57,18 @@ class Budget(BaseModel):
     shots: PositiveInt = Field(4, description="demonstrations a prompt, of the fact's relation")
     n_samples: NonNegativeInt = Field(16, description="sampled answers a prompt, besides the greedy one")
     temperature: PositiveFloat = 0.5
-    new_tokens: PositiveInt | None = Field(None, description="the longest answer; by default the scorer's")
+    new_tokens: PositiveInt | None = Field(
+        None, description="the longest answer; by default the scorer's, or the accepted answer's where that is longer"
+    )
     scorer: Literal["exact_match", "answer_start", "containment"] = "exact_match"
     template: Template = "Q: {question}\nA:"
     seed: NonNegativeInt = 0
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer."""
-        return self.new_tokens or SCORERS[self.scorer].new_tokens
+    def longest(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of the longest answer to each prompt."""
+        if self.new_tokens is not None:
+            return [self.new_tokens] * len(prompts)
+        return longest_answers(SCORERS[self.scorer], tokenizer, prompts)
 
     def style(self, index: int) -> Style:
         """The few-shot style of the prompt with this number."""
@@ -182,7 +185,8 @@ def _ask(model: LoadedModel, facts: pd.DataFrame, pool: pd.DataFrame, budget: Bu
     sampler, rows = sampler_of(model, budget), []
     for group in answer_groups(facts, pool, model.tokenizer, budget, index):
         seeds = [[budget.seed, index, zlib.crc32(prompt.fact_id.encode())] for prompt in group]
-        drawn = sampler.draw(group, seeds, hopeless=partial(hopeless, model, budget, group))
+        longest = budget.longest(model.tokenizer, group)
+        drawn = sampler.draw(group, seeds, longest, hopeless=partial(hopeless, model, budget, group))
         rows += [_score(prompt, found, model, budget) for prompt, found in zip(group, drawn, strict=True)]
     return pd.DataFrame(rows).set_index("fact_id").reindex(facts["fact_id"]).reset_index()
 
@@ -191,7 +195,7 @@ def sampler_of(model: LoadedModel, budget: Budget) -> Sampler:
     """What draws a model's answers."""
     eos, newlines = ending_tokens(model.model, model.tokenizer)
     lines = newlines if SCORERS[budget.scorer].one_line else frozenset[int]()
-    return Sampler(model.model, eos, lines, budget.n_samples, budget.temperature, budget.longest)
+    return Sampler(model.model, eos, lines, budget.n_samples, budget.temperature)
 
 
 def hopeless(model: LoadedModel, budget: Budget, group: list[Prompt], number: int, tokens: tuple[int, ...]) -> bool:

@@ -20,7 +20,7 @@ from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, opened, tokenizer_of
 from subjattn.measures.intervened import Interventions, followed, greedy, kept, letters
 from subjattn.measures.metrics import measure_rows, parse_metrics
-from subjattn.measures.scoring import SCORERS, ScorerName
+from subjattn.measures.scoring import SCORERS, Scorer, ScorerName
 from subjattn.prompts import Prompt
 from subjattn.prompts.style import CONCLUSION
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from subjattn.measures import Model
 
+BEYOND = 2
+"""Tokens that an answer may have more than its accepted form: a "the" before it, and what shows that it has ended."""
 LOGPROB_ATTRS = {
     "unit": "nats",
     "definition": "log-probability of the first accepted answer, summed over its tokens, the prompt given",
@@ -91,7 +93,8 @@ def predict(
         texts = [ascii_uppercase[i] for i in choice_logprobs(model, prompts).argmax("choice").values]
     else:
         rule = SCORERS[scorer]
-        texts = generate(hf, tokenizer_of(model, tokenizer), prompts, rule.new_tokens, one_line=rule.one_line)
+        own = tokenizer_of(model, tokenizer)
+        texts = generate(hf, own, prompts, longest_answers(rule, own, prompts), one_line=rule.one_line)
     return _judged(prompts, texts, scorer)
 
 
@@ -143,11 +146,12 @@ def answered(
     if not prompts:
         return _judged(prompts, [], scorer)
     hf, rule = hf_model(model), SCORERS.get(scorer)
-    longest = [followed(prompt, prompt.ids[:1] * (rule.new_tokens if rule else 0)) for prompt in prompts]
+    own = None if rule is None else tokenizer_of(model, tokenizer)
+    most = [0] * len(prompts) if rule is None or own is None else longest_answers(rule, own, prompts)
+    longest = [followed(prompt, prompt.ids[:1] * n) for prompt, n in zip(prompts, most, strict=True)]
     run = opened(backend, hf, memory_budget, longest, patterns=patterns)
-    if rule is None:
+    if rule is None or own is None:
         return _judged(prompts, [ascii_uppercase[i] for i in letters(run, prompts, interventions)], scorer)
-    own = tokenizer_of(model, tokenizer)
     eos, newlines = ending_tokens(hf, own)
 
     def enough(number: int, tokens: list[int]) -> bool:
@@ -157,8 +161,17 @@ def answered(
         return len(begun.splitlines()) < 2 and rule.decided(begun, prompts[number].answers)
 
     lines = newlines if rule.one_line else ()
-    tokens = greedy(run, prompts, interventions, eos, lines, rule.new_tokens, enough)
+    tokens = greedy(run, prompts, interventions, eos, lines, most, enough)
     return _judged(prompts, [text_of(own, of, one_line=rule.one_line) for of in tokens], scorer)
+
+
+def longest_answers(rule: Scorer, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+    """Tokens to generate for each prompt: the scorer's, or room for the longest accepted answer where that is more."""
+    long = {
+        answer for prompt in prompts for answer in prompt.answers if len(answer.encode()) + BEYOND > rule.new_tokens
+    }
+    lengths = {answer: len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in long}
+    return [max(rule.new_tokens, *(lengths.get(answer, 0) + BEYOND for answer in prompt.answers)) for prompt in prompts]
 
 
 def _check_scorer(scorer: str) -> None:
@@ -219,7 +232,7 @@ def reason(
     """
     hf = hf_model(model)
     check_answering(hf)
-    texts = generate(hf, tokenizer_of(model, tokenizer), prompts, new_tokens, one_line=True)
+    texts = generate(hf, tokenizer_of(model, tokenizer), prompts, [new_tokens] * len(prompts), one_line=True)
     return {prompt.fact_id: text.partition(CONCLUSION)[0].strip() for prompt, text in zip(prompts, texts, strict=True)}
 
 
@@ -228,15 +241,16 @@ def generate(
     hf: PreTrainedModel | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    new_tokens: int,
+    new_tokens: Sequence[int],
     *,
     one_line: bool,
 ) -> list[str]:
     """Greedy text of at most `new_tokens` tokens behind each prompt, stripped; its first line if `one_line`."""
     eos, newlines = ending_tokens(hf, tokenizer)
     texts = [""] * len(prompts)
-    for index in _of_equal_length(hf, prompts, new_tokens):
-        written = _greedy(hf, [prompts[i] for i in index], eos, newlines if one_line else (), new_tokens)
+    for index in _of_equal_length(hf, prompts, max(new_tokens, default=0)):
+        most = [new_tokens[i] for i in index]
+        written = _greedy(hf, [prompts[i] for i in index], eos, newlines if one_line else (), most)
         for i, tokens in zip(index, written, strict=True):
             texts[i] = text_of(tokenizer, tokens, one_line=one_line)
     return texts
@@ -286,7 +300,7 @@ def _greedy(
     prompts: Sequence[Prompt],
     eos: Container[int],
     newlines: Container[int],
-    new_tokens: int,
+    new_tokens: Sequence[int],
 ) -> list[list[int]]:
     """Argmax decoding with the model's own cache; a row leaves the batch when its text or line ends.
 
@@ -295,13 +309,17 @@ def _greedy(
     tokens: list[list[int]] = [[] for _ in prompts]
     running, decoding = list(range(len(prompts))), Decoding(hf)
     logits = decoding.begin(prompts)
-    for step in range(new_tokens):
+    for step in range(max(new_tokens)):
         new = logits.argmax(-1)
         read = new.tolist()
         for row, token in zip(running, read, strict=True):
             tokens[row].append(token)
-        going = [i for i, token in enumerate(read) if token not in eos and (step == 0 or token not in newlines)]
-        if not going or step == new_tokens - 1:
+        going = [
+            i
+            for i, token in enumerate(read)
+            if token not in eos and (step == 0 or token not in newlines) and step + 1 < new_tokens[running[i]]
+        ]
+        if not going:
             break
         if len(going) < len(running):
             left = torch.tensor(going, device=new.device)

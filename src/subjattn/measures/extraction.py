@@ -19,6 +19,7 @@ from subjattn.engine.interventions import Row
 from subjattn.engine.unembed import unembed
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, shortened
+from subjattn.measures.first_tokens import raise_undefined, shared_first_tokens
 from subjattn.measures.record import Asked, Measure, PerFact, Quantity
 from subjattn.prompts import Prompt
 
@@ -48,8 +49,12 @@ def extraction(model: Model, prompts: Sequence[Prompt], *, memory_budget: int | 
           updates that go by no fact of their own; NaN where one fact alone is asked;
         * `update_token` `(fact, layer, component)` and `answer_token` `(fact,)`: ids of the tokens.
 
+        The first two are NaN where the model's answer begins with a token that begins several of the facts' right
+        answers, and so says nothing of which it gives.
+
     Raises:
         BadInput: no prompts.
+        NotDefined: that is so of every fact.
         UnsupportedModel: the model's residual stream is no sum of what attention and MLPs add.
     """
     check_prompts(prompts)
@@ -72,17 +77,26 @@ def extraction(model: Model, prompts: Sequence[Prompt], *, memory_budget: int | 
         for layer, each in enumerate(zip(added.attn, added.mlp, strict=True)):
             for number, states in enumerate(each):
                 tokens[added.index, layer, number] = likeliest(states)
-    return _labelled(tokens, answers, prompts)
+    shared = {token for _, token in shared_first_tokens(prompts)}
+    tells = ~np.isin(answers, list(shared))
+    if not tells.any():
+        raise_undefined(prompts)
+    return _labelled(tokens, answers, tells, prompts)
 
 
-def _labelled(tokens: np.ndarray, answers: np.ndarray, prompts: Sequence[Prompt]) -> xr.Dataset:
+def _labelled(tokens: np.ndarray, answers: np.ndarray, tells: np.ndarray, prompts: Sequence[Prompt]) -> xr.Dataset:
     words = "the likeliest token of what attention or an MLP adds at the prediction position is the {}"
     own = tokens == answers[:, None, None]
     given = np.bincount(answers, minlength=int(tokens.max()) + 1)
     others = (given[tokens] - own) / (len(prompts) - 1) if len(prompts) > 1 else np.full(own.shape, np.nan)
+    of_fact = np.where(tells, 1.0, np.nan)[:, None, None]
     arrays = {
-        "extracted": (own.astype(float), "share of facts", words.format("model's answer, its first token")),
-        "extracted_others": (others, "share of facts", words.format("model's answer to another fact, share of these")),
+        "extracted": (own * of_fact, "share of facts", words.format("model's answer, its first token")),
+        "extracted_others": (
+            others * of_fact,
+            "share of facts",
+            words.format("model's answer to another fact, share of these"),
+        ),
         "update_token": (tokens, "token id", "the likeliest token of what attention or an MLP adds"),
         "answer_token": (answers, "token id", "the likeliest token of the model"),
     }
@@ -95,7 +109,7 @@ def _labelled(tokens: np.ndarray, answers: np.ndarray, prompts: Sequence[Prompt]
 
 def _any(component: str) -> PerFact:
     """Whether some layer's update is the answer, of the layers that the dataset has."""
-    return lambda dataset: dataset["extracted"].sel(component=component, drop=True).max("layer")
+    return lambda dataset: dataset["extracted"].sel(component=component, drop=True).max("layer", skipna=False)
 
 
 def _any_of_others(component: str) -> PerFact:
@@ -107,7 +121,8 @@ def _any_of_others(component: str) -> PerFact:
         inside = np.array([np.isin(answers, its) for its in tokens])
         n = len(answers) - 1
         shares = (inside.sum(1) - np.diag(inside)) / n if n else np.full(1, np.nan)
-        return dataset["answer_token"].copy(data=shares).assign_attrs(unit="share of facts", definition="")
+        tells = dataset["extracted"].sel(component=component, drop=True).isel(layer=0, drop=True).notnull()
+        return dataset["answer_token"].copy(data=shares).where(tells).assign_attrs(unit="share of facts", definition="")
 
     return value
 
@@ -172,9 +187,11 @@ MEASURE = Measure(
     "tokens may bring more of the answer (`head_contributions`). Not that the answer depends on it (`knockout`), nor "
     "that nothing was extracted where no single layer has it on top, as in most facts of small models (SmolLM2-135M: "
     "0.07 of the cities).",
-    undefined="`extraction_control` and `extraction_over_control` where one fact alone is asked.",
+    undefined="`extraction_control` and `extraction_over_control` where one fact alone is asked. All of facts in which "
+    "the model's answer begins with a token that begins several of the facts' right answers.",
     run=_run,
     cost=lambda shape, _: PASSES * shape.n_facts,
     needs=frozenset({"same_prompts"}),
     figure="extraction",
+    version=2,
 )

@@ -113,12 +113,15 @@ def frequency_shock(
         raise BadInput(f"pool: {len(inside)} of its facts are asked ({inside[0][0]}): a prior is of other facts")
     texts = predict(model, prompts, scorer, tokenizer)["prediction"].tolist()  # type: ignore[arg-type]
     of = ["" if relations is None else relations[prompt.fact_id] for prompt in prompts]
-    right, given = _named(prompts, texts, of, scorer)
-    aliases: dict[Answer, Answer] = {}
-    for prompt, own in zip(prompts, right, strict=True):
-        for answer in prompt.answers:
-            aliases.setdefault((own[0], answer.casefold()), own)
-    prior, taught = (_counts(table, aliases, by_relation=relations is not None) for table in (pool, training))
+    named = _named(prompts, of, scorer)
+    right = [
+        (relation, named[relation].canonical(prompt.answers)) for prompt, relation in zip(prompts, of, strict=True)
+    ]
+    given = [
+        (relation, named[relation].given(text, prompt.answers))
+        for text, prompt, relation in zip(texts, prompts, of, strict=True)
+    ]
+    prior, taught = (_counts(table, named, by_relation=relations is not None) for table in (pool, training))
     curve = _curve(right, given, prior, taught)
     known = {relation for relation, _ in prior} & {relation for relation, _ in taught}
     kept = curve[curve.index.get_level_values("relation").isin(known)]
@@ -145,25 +148,22 @@ def frequency_shock(
     return xr.Dataset(arrays, attrs=attrs).assign(prediction=("fact", np.array(texts, str)))
 
 
-def _named(
-    prompts: Sequence[Prompt], texts: Sequence[str], of: Sequence[str], scorer: str
-) -> tuple[list[Answer], list[Answer]]:
-    """Each fact's right answer, and the one given."""
+def _named(prompts: Sequence[Prompt], of: Sequence[str], scorer: str) -> dict[str, Named]:
+    """What answers are called, by relation."""
     accepted: dict[str, list[Sequence[str]]] = {}
     for prompt, relation in zip(prompts, of, strict=True):
         accepted.setdefault(relation, []).append(prompt.answers)
-    named = {relation: Named(its, SCORERS[scorer]) for relation, its in accepted.items()}
-    right = [
-        (relation, named[relation].canonical(prompt.answers)) for prompt, relation in zip(prompts, of, strict=True)
-    ]
-    return right, [(relation, named[relation](text)) for text, relation in zip(texts, of, strict=True)]
+    return {relation: Named(its, SCORERS[scorer]) for relation, its in accepted.items()}
 
 
-def _counts(table: pd.DataFrame, aliases: Mapping[Answer, Answer], *, by_relation: bool) -> Counter[Answer]:
-    """How often each answer is right in a table; those that no fact asked has stand under their own names."""
-    of = table["relation"] if by_relation else [""] * len(table)
-    each = [(str(relation), str(answers[0]).casefold()) for relation, answers in zip(of, table["answers"], strict=True)]
-    return Counter(aliases.get(own, own) for own in each)
+def _counts(table: pd.DataFrame, named: Mapping[str, Named], *, by_relation: bool) -> Counter[Answer]:
+    """How often each answer is right in a table, in relations that are asked."""
+    of = table["relation"].astype(str) if by_relation else [""] * len(table)
+    return Counter(
+        (relation, named[relation].of_alias(str(answers[0])))
+        for relation, answers in zip(of, table["answers"], strict=True)
+        if relation in named
+    )
 
 
 def _curve(

@@ -68,24 +68,24 @@ def greedy(
     interventions: Sequence[Interventions],
     eos: Container[int],
     newlines: Container[int],
-    new_tokens: int,
+    new_tokens: Sequence[int],
     enough: Callable[[int, list[int]], bool] = lambda _prompt, _tokens: False,
 ) -> list[list[int]]:
     """The likeliest tokens behind each prompt under its interventions, as `predict` takes them without any.
 
     A new line as the first token does not end the line, since the answer may stand below it. `enough` is asked, with
-    the prompt's number and its text so far, whether that is all that is wanted.
+    the prompt's number and its text so far, whether that is all that is wanted; `new_tokens` are the most for each.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
-    for step in range(new_tokens):
+    for step in range(max(new_tokens)):
         rows = [row_of(interventions[i], followed(prompts[i], tokens[i])) for i in going]
         for output in run.forward(rows):
             ends = [len(row.prompt.predicting) for row in output.rows]
             for number, logits in zip(output.index, output.logits.split(ends), strict=True):
                 tokens[going[number]].append(int(logits[-1].argmax()))
         going = [i for i in going if tokens[i][-1] not in eos and (step == 0 or tokens[i][-1] not in newlines)]
-        going = [i for i in going if not enough(i, tokens[i])]
+        going = [i for i in going if step + 1 < new_tokens[i] and not enough(i, tokens[i])]
         if not going:
             break
     return tokens

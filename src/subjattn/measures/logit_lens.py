@@ -16,6 +16,7 @@ from subjattn.engine.interventions import BATCH_TOKENS, Row, batches
 from subjattn.engine.unembed import unembed
 from subjattn.errors import BadInput
 from subjattn.measures import check_prompts, hf_model, labelled, shortened
+from subjattn.measures.first_tokens import telling
 from subjattn.measures.record import Asked, Measure, Quantity, mean_over, one_per_fact
 from subjattn.prompts import Prompt
 
@@ -42,8 +43,11 @@ def logit_lens(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
         * `lens_rank` `(fact, layer)`: how many tokens are likelier, 0 being the likeliest;
         * `settled` `(fact,)`: from which layer on the token stays the likeliest; NaN where the model answers another.
 
+        NaN throughout for facts whose answer begins with the same token as another fact's other answer.
+
     Raises:
         BadInput: no prompts.
+        NotDefined: no answer is told from the others by its first token.
         UnsupportedModel: see `check_model`.
     """
     check_prompts(prompts)
@@ -51,7 +55,7 @@ def logit_lens(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
         raise BadInput("there are no prompts to measure")
     hf = hf_model(model)
     check_model(hf)
-    n_layers, short = len(decoder_layers(hf)), [shortened(prompt) for prompt in prompts]
+    n_layers, short, tells = len(decoder_layers(hf)), [shortened(prompt) for prompt in prompts], telling(prompts)
     logprob, rank = np.empty((len(prompts), n_layers)), np.empty((len(prompts), n_layers))
     for index in batches([len(prompt) for prompt in short], BATCH_TOKENS):
         some = [short[i] for i in index]
@@ -63,6 +67,7 @@ def logit_lens(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
             own = own.to(logits.device)
             logprob[index, layer] = logits.log_softmax(-1).gather(1, own)[:, 0].cpu().numpy()
             rank[index, layer] = (logits > logits.gather(1, own)).sum(-1).cpu().numpy()
+    logprob[~tells], rank[~tells] = np.nan, np.nan
     attrs = {"paper": PAPER}
     dataset = xr.Dataset(
         {
@@ -129,9 +134,11 @@ MEASURE = Measure(
     reads="From where on the answer can be read by the model's own final norm and unembedding. Not where it is known: "
     "these were made for the last layer, and a low log-probability in early ones does not say that the answer is not "
     "there. Nats go by sureness.",
-    undefined="`lens_settled` where the model answers another token.",
+    undefined="`lens_settled` where the model answers another token. All of facts whose answer begins with the same "
+    "token as another fact's other answer, which the first token does not tell apart.",
     run=_run,
     cost=lambda shape, _: 3 * shape.n_facts,
     needs=frozenset({"same_prompts"}),
     figure="logit_lens",
+    version=2,
 )

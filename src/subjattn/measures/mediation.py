@@ -11,8 +11,7 @@ outputs at the subject are upstream of its values, so what the MLPs lost shows i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,14 @@ from torch import Tensor
 from subjattn.backends import Backend
 from subjattn.engine.forward import states
 from subjattn.engine.interventions import Arm, Patch, Row, Run, wide
-from subjattn.errors import BadInput, SpanNotFound
+from subjattn.errors import BadInput
 from subjattn.measures import check_askable, labelled, opened, shortened
+from subjattn.measures.first_tokens import first_tokens, telling
 from subjattn.measures.put_back import NEEDS
 from subjattn.measures.record import Asked, Measure, Quantity, Settings
 from subjattn.measures.swapping import only_arm
 from subjattn.measures.transfer import PATCHES, elsewhere, transfer
 from subjattn.models.arms import BASE, Arms
-from subjattn.prompts.make import first_token
 
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def mediation(
     tuned: str | None = None,
     *,
     relations: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
 ) -> xr.Dataset:
@@ -76,6 +76,8 @@ def mediation(
         prompts: whom to ask.
         tuned: the arm; None: the only one.
         relations: by fact id; without, all are of one relation.
+        known: ids of facts that the base answers rightly when asked in another way; None: all facts count. Chosen by
+            its answers here, facts on which it was right by chance would look lost.
         seed: of the placebo's positions.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
 
@@ -87,10 +89,13 @@ def mediation(
         all sum to 1; `values at the subject`; `MLP outputs at the subject`; and `answer prior`, the mean logits of
         other facts of the relation, of one half of all subjects taken for the other. `patch` is `real` or `placebo`,
         as many other positions, drawn at random; NaN where there are too few, and of the prior, which has none. The
-        prior is NaN for relations of fewer than 2 facts in a half.
+        prior is NaN for relations of fewer than 2 facts in a half. All is NaN for facts that are not `known`, and those
+        whose answers' first tokens begin other facts' answers too. Coordinates `has_placebo` and `has_prior` `(fact,)`
+        say whether a fact could have them.
 
     Raises:
         BadInput: an argument that does not fit, or logits that are not finite.
+        NotDefined: no answer is told from the others by its first token.
         UnsupportedModel, NotFired: states could not be put.
     """
     check_askable(prompts)
@@ -107,16 +112,21 @@ def mediation(
             f"fact {asked[wrong[0]].fact_id}: logits are not finite: a model's weights are broken, or overflow in this "
             "precision; load it in bfloat16 or float32"
         )
+    counted = telling(asked, [margin.accepted[prompt.fact_id] for prompt in asked], relations)
+    if known is not None:
+        counted &= np.array([prompt.fact_id in known for prompt in asked])
+    plain = [np.where(counted, one, np.nan) for one in plain]
     margins = np.full((len(asked), len(MEDIATORS), len(PATCHES), 2, 2), np.nan)
-    lost = np.flatnonzero((plain[0] > 0) & (plain[1] <= 0))
+    lost, shifted_by = np.flatnonzero((plain[0] > 0) & (plain[1] <= 0)), _shifts(logits, prompts, relations or {})
     if some := [asked[i] for i in lost]:
         for mediator, component in _STATES.items():
             how: dict[str, Any] = {"metric": [margin], "seed": seed, "memory_budget": memory_budget}
             put = transfer(arms, some, component, name, at="subject", by=None, **how)["margin"]
             margins[lost, MEDIATORS.index(mediator)] = put.transpose("fact", "patch", "state", "late")
         margins[lost, MEDIATORS.index(ATTENTION)] = _by_attention(arms, run, some, models, margin, seed)
-        for late, shifted in enumerate(_by_prior(logits, prompts, relations or {})):
-            margins[lost, MEDIATORS.index(PRIOR), 0, 1 - late, late] = margin.of(shifted[lost], some)
+        for late, sign in enumerate((1, -1)):
+            shifted = logits[late][lost] + sign * shifted_by[lost]
+            margins[lost, MEDIATORS.index(PRIOR), 0, 1 - late, late] = margin.of(shifted, some)
     for late in range(2):
         margins[..., late, late] = plain[late][:, None, None]
     array = labelled(
@@ -131,7 +141,13 @@ def mediation(
         tuned=name,
     )
     coords = {"mediator": list(MEDIATORS), "patch": list(PATCHES), "state": list(models), "late": list(models)}
-    return array.assign_coords(coords).to_dataset()
+    room = [len(_elsewhere_all(prompt)) >= len(prompt.subject_positions) for prompt in asked]
+    could = {"has_placebo": ("fact", np.array(room)), "has_prior": ("fact", ~np.isnan(shifted_by[:, 0]))}
+    return array.assign_coords(coords | could).to_dataset()
+
+
+def _elsewhere_all(prompt: Prompt) -> list[int]:
+    return [at for at in range(prompt.prediction) if at not in prompt.subject_positions]
 
 
 class Margin:
@@ -140,7 +156,7 @@ class Margin:
     __name__ = "margin"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
-        self._accepted = {prompt.fact_id: _first_tokens(tokenizer, prompt) for prompt in prompts}
+        self.accepted = {prompt.fact_id: first_tokens(tokenizer, prompt) for prompt in prompts}
 
     def __call__(self, logits: Float[Tensor, "answer vocab"], prompt: Prompt) -> float:
         return float(self.of(logits[:1].cpu().numpy(), [prompt])[0])
@@ -150,18 +166,9 @@ class Margin:
         found = np.full(len(logits), np.nan)
         for i, (own, prompt) in enumerate(zip(logits, prompts, strict=True)):
             others = own.copy()
-            others[self._accepted[prompt.fact_id]] = -np.inf
-            found[i] = (own[self._accepted[prompt.fact_id]].max() - others.max()) / own.std()
+            others[self.accepted[prompt.fact_id]] = -np.inf
+            found[i] = (own[self.accepted[prompt.fact_id]].max() - others.max()) / own.std()
         return found
-
-
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Of all accepted answers, but those whose tokens merge with the prompt's."""
-    found = {prompt.answer_ids[0]}
-    for answer in prompt.answers[1:]:
-        with suppress(SpanNotFound):
-            found.add(first_token(tokenizer, prompt, answer))
-    return sorted(found)
 
 
 def _logits(run: Backend, rows: Sequence[Row]) -> Float[np.ndarray, "row vocab"]:
@@ -219,7 +226,7 @@ def exchanged(
     what is kept leaves too little, less is taken.
     """
     taken, held = (_inside(some, weights) for some in (positions, kept))
-    own, left = (torch.where(held, weights, 0.0), 1 - (weights * held).sum(-1, keepdim=True))
+    own, left = (torch.where(held, weights, 0.0), (1 - (weights * held).sum(-1, keepdim=True)).clamp_min(0))
     put = torch.where(taken, others, 0.0)
     put = put * (left / put.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
     rest, instead = (torch.where(taken | held, 0.0, one) for one in (weights, others))
@@ -240,20 +247,19 @@ def _patches(prompt: Prompt, weights: Float[Tensor, "layer head key"]) -> Iterat
         yield Patch(layer, at, weights[layer, head][None], "pattern", head)
 
 
-def _by_prior(
+def _shifts(
     logits: Float[np.ndarray, "model fact vocab"], prompts: Sequence[Prompt], relations: Mapping[str, str]
-) -> Iterator[Float[np.ndarray, "fact vocab"]]:
-    """Logits of either model, moved by the mean difference between the two in other facts of the relation."""
+) -> Float[np.ndarray, "fact vocab"]:
+    """Mean difference between the two models' logits in other facts of the relation; NaN where these are too few."""
     half = np.array([zlib.crc32(prompt.subject.encode()) % 2 for prompt in prompts])
     relation = np.array([relations.get(prompt.fact_id, "") for prompt in prompts])
     difference = logits[1] - logits[0]
-    shift = np.full_like(difference, np.nan)
+    shift: np.ndarray = np.full_like(difference, np.nan)
     for one, side in product(set(relation.tolist()), (0, 1)):
         others = (relation == one) & (half != side)
         if others.sum() >= LEAST:
             shift[(relation == one) & (half == side)] = difference[others].mean(0)
-    yield logits[0] + shift
-    yield logits[1] - shift
+    return shift
 
 
 class MediationSettings(Settings):
@@ -265,14 +271,13 @@ class MediationSettings(Settings):
 
 PASSES = 5.0
 """Forward passes of a prompt that a fact costs, roughly, where one answer in six is lost."""
-FEW = 5
-"""Answers lost, below which it is not said by what."""
 
 
 def _run(asked: Asked, settings: MediationSettings) -> xr.Dataset:
     few = asked.few(settings.facts)
     relations, budget = asked.relations or None, asked.memory_budget
-    found = mediation(asked.both, few, relations=relations, seed=settings.seed, memory_budget=budget)
+    known = asked.known_elsewhere
+    found = mediation(asked.both, few, relations=relations, known=known, seed=settings.seed, memory_budget=budget)
     asked.tell(PASSES * len(few))
     return found
 
@@ -294,25 +299,41 @@ def _own(dataset: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     return cells["base", "base"].isel(first, drop=True), cells["tuned", "tuned"].isel(first, drop=True)
 
 
-def _answers_lost(dataset: xr.Dataset) -> xr.DataArray:
-    base, tuned = _own(dataset)
-    return (tuned <= 0).where(base > 0).astype(float)
-
-
 def _lost(dataset: xr.Dataset) -> xr.DataArray:
-    """Of the margin, in answers lost; NaN where they are few."""
+    """Which facts lost their answer, of all that count."""
     base, tuned = _own(dataset)
-    lost = (base > 0) & (tuned <= 0)
-    return (base - tuned).where(lost & (lost.sum() >= FEW))
+    return ((base > 0) & (tuned <= 0)).where(base.notnull()).astype(float)
+
+
+def _won(dataset: xr.Dataset) -> xr.DataArray:
+    base, tuned = _own(dataset)
+    return ((base <= 0) & (tuned > 0)).where(base.notnull()).astype(float)
+
+
+def _right(dataset: xr.Dataset) -> xr.DataArray:
+    base, _ = _own(dataset)
+    return (base > 0).where(base.notnull()).astype(float)
+
+
+def _margin_lost(dataset: xr.Dataset) -> xr.DataArray:
+    """Of the margin, by the facts that lost their answer; 0 of the others, so that which they are may differ by "
+    "draw."""
+    base, tuned = _own(dataset)
+    return (base - tuned) * _lost(dataset)
 
 
 def _carried(dataset: xr.Dataset, patch: str) -> xr.DataArray:
-    """What a mediator moves the margin by in answers lost, `(fact, part)`, averaged over both directions."""
+    """What a mediator moves the margin by, `(fact, part)`, averaged over both directions; 0 where nothing was lost."""
     cells = {which: cell.sel(patch=patch, drop=True) for which, cell in _cells(dataset).items()}
     back = cells["base", "tuned"] - cells["tuned", "tuned"]
     forth = cells["base", "base"] - cells["tuned", "base"]
-    found = ((back + forth) / 2).where(_lost(dataset).notnull())
-    return found.rename(mediator="part").transpose("fact", "part").assign_attrs(definition="")
+    lost = _lost(dataset)
+    found = ((back + forth) / 2).where(lost != 0, 0.0).where(lost.notnull())
+    there = found["mediator"] != PRIOR if patch == "placebo" else True
+    if "has_placebo" in dataset.coords:
+        able = dataset["has_placebo"] if patch == "placebo" else (found["mediator"] != PRIOR) | dataset["has_prior"]
+        found = found.where(able)
+    return found.where(there).rename(mediator="part").transpose("fact", "part").assign_attrs(definition="")
 
 
 MEASURE = Measure(
@@ -321,11 +342,28 @@ MEASURE = Measure(
     paper=PAPER,
     quantities=(
         Quantity(
+            "answers_changed",
+            "difference of shares",
+            "answers that the tuned model starts rightly minus those that the base does, over all facts",
+            lambda dataset: _won(dataset) - _lost(dataset),
+            bounds=(-1, 1),
+            smallest_effect=0.05,
+        ),
+        Quantity(
             "answers_lost",
-            "share",
-            "of the answers that the base starts rightly, those that the tuned model does not",
-            _answers_lost,
+            "share of the base's right answers",
+            "answers that the base starts rightly and the tuned model does not, over those that the base does",
+            _lost,
+            over=_right,
             bounds=(0, 1),
+            smallest_effect=0.05,
+        ),
+        Quantity(
+            "answers_won",
+            "share of the base's right answers",
+            "answers that the tuned model starts rightly and the base does not, over those that the base does",
+            _won,
+            over=_right,
             smallest_effect=0.05,
         ),
         Quantity(
@@ -333,7 +371,8 @@ MEASURE = Measure(
             "standard deviations",
             "margin of the right answer's first token over the best other one, in standard deviations of the logits: "
             "the base's minus the tuned model's, in answers lost",
-            _lost,
+            _margin_lost,
+            over=_lost,
             smallest_effect=0.1,
         ),
         Quantity(
@@ -342,7 +381,7 @@ MEASURE = Measure(
             "what one thing put back into the tuned model returns of the margin lost, and the tuned model's costs the "
             "base, averaged",
             lambda dataset: _carried(dataset, "real"),
-            over=_lost,
+            over=_margin_lost,
         ),
         Quantity(
             "values_over_mlps",
@@ -352,29 +391,32 @@ MEASURE = Measure(
                 _carried(dataset, "real").sel(part=VALUES, drop=True)
                 - _carried(dataset, "real").sel(part=MLPS, drop=True)
             ),
-            over=_lost,
+            over=_margin_lost,
         ),
         Quantity(
             "mediated_placebo",
             "share of the margin lost",
             "the same at as many other positions of the prompt, drawn at random",
             lambda dataset: _carried(dataset, "placebo"),
-            over=_lost,
+            over=_margin_lost,
         ),
     ),
     control="`mediated_placebo`: the two models' states exchanged at as many other positions of the prompt, drawn at "
     "random; of attention, weights on other tokens, those on the subject left as they are. The prior is taken from one "
     "half of the facts for the other, and has none.",
-    reads="Of the margin by which answers were lost, the share that goes through one thing, all else being one model's "
-    "or the other's. Shares need not add up to 1: attention, values and MLP outputs stand on one path. What the MLPs "
-    "lost is lost in the values too, and what values lost within the name in the MLPs in part; `values_over_mlps` "
-    "tells which carries more. A temperature moves none of it. Not which heads or layers: all are exchanged together "
-    "(`transfer`). Of the answer's first token alone.",
-    undefined="For facts that the base does not start rightly: they have nothing to lose. Shares where fewer than five "
-    "answers are lost. The prior for relations of fewer than two facts in a half; placebos where a prompt has too few "
-    "other positions.",
+    reads="`answers_changed` is the net change, and answers lost stand beside those won: an arm that wins more than it "
+    "loses has lost nothing as a whole. Of the margin by which answers were lost, the share that goes through one "
+    "thing, all else being one model's or the other's. Shares need not add up to 1: attention, values and MLP outputs "
+    "stand on one path. What the MLPs lost is lost in the values too, and what values lost within the name in the MLPs "
+    "in part; `values_over_mlps` tells which carries more. A temperature moves none of it. Not which heads or layers: "
+    "all are exchanged together (`transfer`). Of the answer's first token alone.",
+    undefined="Of facts whose first token begins another fact's answer too, which it cannot tell apart (years, "
+    "numbers); in a study of several styles, of facts that the base does not answer rightly in the next one, so that "
+    "none counts because the base was right by chance. Shares where nothing may be lost. The prior for relations of "
+    "fewer than two facts in a half; placebos where a prompt has too few other positions.",
     run=_run,
     cost=lambda shape, settings: PASSES * min(settings.facts, shape.n_facts),
     settings=MediationSettings,
-    needs=NEEDS | {"facts"},
+    needs=NEEDS | {"facts", "known_elsewhere"},
+    version=2,
 )

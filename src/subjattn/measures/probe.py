@@ -2,7 +2,8 @@
 
 A probe that is right says that a label can be read from a state, not that the model reads it. So in the same result
 stand a control task whose labels follow the name's last token (Hewitt & Liang 2019), a probe of the name's characters,
-one of the token embeddings, the most frequent label and, if asked, a twin of the model with random weights.
+one of its length, which every state holds, one of the token embeddings, the most frequent label and, if asked, a twin
+of the model with random weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from subjattn.measures.probing import (
     Method,
     Task,
     by_characters,
+    by_length,
     by_majority,
     out_of_fold,
     ranked,
@@ -79,8 +81,9 @@ def probe(
     """Whether a label can be read from a model's states by a linear probe, by layer, role and, of `z`, head.
 
     Every fact is tested by a probe that was trained on other subjects; penalties are chosen among training subjects.
-    Read accuracy beside the control and the name's characters. No maximum over layers is a result: the layer would be
-    chosen on the facts it is measured on.
+    Read accuracy beside the control, the name's characters and its length: a label that goes with the number of a
+    name's tokens is read from any model's states, and selectivity does not show it. No maximum over layers is a result:
+    the layer would be chosen on the facts it is measured on.
 
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode; or arms, with `arm`.
@@ -103,7 +106,7 @@ def probe(
         `selectivity`, their difference, both NaN where no training fact has the name's last token; `predicted`, the
         number of a label in the attribute `classes`, -1 where there is none; with `twin` also `twin`. Over
         `(fact, role)` `embedding`, from the input of layer 0; over `(fact,)` `characters`, from the name's characters,
-        and `majority`. Coordinates `label` and `fold`.
+        `length`, from how many tokens, words and characters it has, and `majority`. Coordinates `label` and `fold`.
 
     Raises:
         BadInput: fewer than two labels of enough subjects, a prompt without a subject, or an argument does not fit.
@@ -123,9 +126,15 @@ def probe(
     names = [prompts[i].subject for i in task.kept]
     known = {
         "characters": right(by_characters(names, task, method), task.labels),
+        "length": right(by_length(prompts, task, method), task.labels),
         "majority": by_majority(task),
     }
-    for key, what in (("characters", "a probe of the name's characters"), ("majority", "the most frequent label")):
+    words = {
+        "characters": "a probe of the name's characters",
+        "length": "a probe of how many tokens, words and characters the name has",
+        "majority": "the most frequent label",
+    }
+    for key, what in words.items():
         values = _spread(known[key], task, len(prompts))
         found[key] = labelled(key, values, prompts, unit="share right", definition=f"{what} of the training folds")
     if twin:

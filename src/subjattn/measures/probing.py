@@ -281,6 +281,17 @@ def by_characters(names: Sequence[str], task: Task, method: Method) -> Float[np.
     return scores
 
 
+def by_length(prompts: Sequence[Prompt], task: Task, method: Method) -> Float[np.ndarray, "kept class"]:
+    """Out-of-fold scores of a probe that sees the name's length alone: how many tokens, words and characters it has."""
+    counts = [
+        (len(prompt.subject_positions), len(prompt.subject.split()), len(prompt.subject))
+        for prompt in (prompts[i] for i in task.kept)
+    ]
+    features = np.concatenate([np.equal.outer(of, np.unique(of)).astype(float) for of in np.array(counts).T], axis=1)
+    scores: np.ndarray = out_of_fold(features, [features], task, task.labels[None], method)[0, 0]
+    return scores
+
+
 def by_majority(task: Task) -> Float[np.ndarray, " kept"]:
     """1 where a fact's label is the most frequent one of the other folds."""
     found = np.empty(len(task.kept))

@@ -124,9 +124,9 @@ class _Put:
 
 
 def _others(prompt: Prompt, at: At, rng: np.random.Generator) -> list[int] | None:
-    """Positions of the prompt that are neither put nor predict, in a random order; None where they are too few."""
+    """Positions that are not put, do not predict and are not the subject's, in a random order; None where too few."""
     own = [position for position in places_in(prompt, at)[0] if position <= prompt.prediction]
-    others = [position for position in range(prompt.prediction) if position not in own]
+    others = sorted(set(range(prompt.prediction)) - set(own) - set(prompt.subject_positions))
     return rng.permutation(others).tolist() if len(others) >= len(own) else None
 
 

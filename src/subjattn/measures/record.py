@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from subjattn.models.arms import Arms
     from subjattn.prompts import Prompt, PromptSet
 
-Need = Literal["subject", "same_prompts", "known", "swaps", "base", "facts", "trained"]
+Need = Literal["subject", "same_prompts", "known", "swaps", "base", "facts", "trained", "reference", "known_elsewhere"]
 """`subject`: facts that have one; `same_prompts`: every arm reads the same tokens; `known`: which facts the reference
 model answers rightly; `swaps`: pairs of prompts whose subjects are swapped; `base`: a tuned model beside its base;
 `facts`: the facts beside their prompts, those of the pool and those that the model was trained on, if any; `trained`:
-not defined for a model whose training facts are not known."""
+not defined for a model whose training facts are not known; `reference`: in other arms the reference model's arrays, for
+what has to be the same in all; `known_elsewhere`: which facts the reference model answers rightly in another style,
+where there is one."""
 
 
 class Settings(BaseModel):
@@ -137,6 +139,9 @@ class Asked:
         relations: by fact id, for measures that need `facts`.
         pool: facts that are not asked, with `relation` and `answers`; None where there are none.
         training: those that the model was trained on, as it was taught them; None where that is not known.
+        reference: the reference model's arrays of this measure, for measures that need `reference`; None for that model
+            itself, and where nothing is compared.
+        known_elsewhere: facts that the reference model answers rightly in another style; None where there is none.
     """
 
     model: LoadedModel
@@ -151,6 +156,8 @@ class Asked:
     relations: Mapping[str, str] = field(default_factory=dict)
     pool: pd.DataFrame | None = None
     training: pd.DataFrame | None = None
+    reference: xr.Dataset | None = None
+    known_elsewhere: frozenset[str] | None = None
 
     @property
     def both(self) -> Arms:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool
 from pydantic import Field
 
 from subjattn.backends import Backend, BackendName
+from subjattn.errors import BadInput
 from subjattn.measures import check_askable, hf_model, labelled, opened, tokenizer_of
 from subjattn.measures.attention import PAPER, REDUCTIONS, by_layer, prediction_rows, subject_attention
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape, mean_over
@@ -50,6 +52,7 @@ def controlled_attention(
     model: Model,
     prompts: Sequence[Prompt],
     *,
+    sink: xr.DataArray | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     backend: BackendName | Backend = "engine",
     memory_budget: int | None = None,
@@ -62,6 +65,8 @@ def controlled_attention(
     Args:
         model: a `LoadedModel` or a plain Hugging Face causal model in eval mode.
         prompts: whom to ask.
+        sink: what this gives of another model asked the same: its sinks are left out here too. Two models are compared
+            on one set, the base's; each with its own set leaves out other positions.
         tokenizer: of a plain model.
         backend: what computes it, by name or opened by `subjattn.backends.open_backend`.
         memory_budget: bytes of working memory beyond the weights; None: enough for 2048 tokens at once.
@@ -77,7 +82,8 @@ def controlled_attention(
         * `sink` `(layer, head, position)`: which positions are.
 
     Raises:
-        BadInput: a prompt ends with its subject, or there is no neutral text of the length needed.
+        BadInput: a prompt ends with its subject, there is no neutral text of the length needed, or sinks of a model of
+            another shape.
         UnsupportedModel: the model's attention cannot be read exactly.
     """
     check_askable(prompts)
@@ -86,15 +92,16 @@ def controlled_attention(
     masked = [ablate(prompt, "masked", own) for prompt in prompts]
     run = opened(backend, hf_model(model), memory_budget, moved)
     values = run.name in ("engine", "hooks")
-    chosen = sorted(range(len(prompts)), key=lambda i: zlib.crc32(prompts[i].fact_id.encode()))[:LOOKED_AT]
-    drawn = [_mean_row(run, [asked[i] for i in chosen]) for asked in (masked, moved)]
-    length = min(row.shape[-1] for row in drawn)
-    sink = np.minimum(*(row[..., :length] for row in drawn)) >= SINK
+    left_out = (
+        _sinks(run, prompts, masked, moved) if sink is None else sink.transpose("layer", "head", "position").values
+    )
     found: dict[str, np.ndarray] = {}
     for output in run.attention_rows(moved):
         for i, row in zip(output.index, prediction_rows(output), strict=True):
             subject, there = list(moved[i].subject_positions), list(prompts[i].subject_positions)
-            kept = _without(row[..., : moved[i].prediction + 1], sink)
+            if left_out.shape[:2] != row.shape[:2]:
+                raise BadInput(f"sinks of {left_out.shape[:2]} layers and heads, and the model has {row.shape[:2]}")
+            kept = _without(row[..., : moved[i].prediction + 1], left_out)
             _put(found, "attention_moved", i, row[..., subject].sum(-1), prompts)
             _put(found, "attention_in_its_place", i, row[..., there].sum(-1), prompts)
             _put(found, "attention_without_sinks", i, _sum(kept[..., subject]), prompts)
@@ -121,7 +128,18 @@ def controlled_attention(
         )
         for name, words in _FORMS.items()
     }
-    return xr.Dataset(arrays).assign(sink=(("layer", "head", "position"), sink))
+    return xr.Dataset(arrays).assign(sink=(("layer", "head", "position"), left_out))
+
+
+def _sinks(
+    run: Backend, prompts: Sequence[Prompt], masked: Sequence[Prompt], moved: Sequence[Prompt]
+) -> Bool[np.ndarray, "layer head position"]:
+    """Positions that draw attention with the subject masked and behind neutral text, on some of the facts."""
+    chosen = sorted(range(len(prompts)), key=lambda i: zlib.crc32(prompts[i].fact_id.encode()))[:LOOKED_AT]
+    drawn = [_mean_row(run, [asked[i] for i in chosen]) for asked in (masked, moved)]
+    length = min(row.shape[-1] for row in drawn)
+    found: np.ndarray = np.minimum(*(row[..., :length] for row in drawn)) >= SINK
+    return found
 
 
 def behind_neutral_text(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[Prompt]:
@@ -199,7 +217,8 @@ def _run(asked: Asked, settings: AttentionSettings) -> xr.Dataset:
     how = {"reduce": settings.reduce, "value_weighted": settings.value_weighted}
     found = subject_attention(asked.model, asked.prompts, **how, **asked.computing).to_dataset()  # type: ignore[arg-type]
     if settings.controls:
-        found = found.assign(controlled_attention(asked.model, asked.prompts, **asked.computing))
+        sink = None if asked.reference is None else asked.reference.get("sink")
+        found = found.assign(controlled_attention(asked.model, asked.prompts, sink=sink, **asked.computing))
     else:
         found = found.assign(dict.fromkeys(_FORMS, found["attention_to_subject"] * np.nan))
     asked.tell((1 + CONTROLS * settings.controls) * len(asked.prompts))
@@ -246,8 +265,8 @@ MEASURE = Measure(
     ),
     control="The same prompt behind neutral text that moves the subject: `attention_over_its_place` sets a subject's "
     "token against a neutral token that stands where the subject stood, `attention_without_sinks` leaves out positions "
-    "that draw 0.1 or more whatever their token. `attention_value_weighted` counts what is moved, not what is looked "
-    "at.",
+    "that draw 0.1 or more whatever their token, the same in all arms of a study: the base's. "
+    "`attention_value_weighted` counts what is moved, not what is looked at.",
     reads="Where the prediction position reads. Not what it moves there, nor that the answer depends on it: where the "
     "subject arrives by relay through the words in between, it means little (`knockout`, `direct_share`). A fall of "
     "the forms without control may be a wide sink at the first positions.",
@@ -256,8 +275,8 @@ MEASURE = Measure(
     run=_run,
     cost=_cost,
     settings=AttentionSettings,
-    needs=frozenset({"subject", "same_prompts"}),
+    needs=frozenset({"subject", "same_prompts", "reference"}),
     any_backend=True,
     figure="attention",
-    version=2,
+    version=3,
 )

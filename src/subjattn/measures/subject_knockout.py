@@ -166,6 +166,10 @@ def _of(variable: str, route: str) -> PerFact:
     return lambda dataset: dataset[variable].sel(route=route, drop=True).assign_attrs(definition="")
 
 
+def _control(dataset: xr.Dataset) -> xr.DataArray:
+    return dataset["knockout_drop_beside"].sel(beside="direct_control", drop=True)
+
+
 def _right(dataset: xr.Dataset) -> xr.DataArray:
     return dataset["baseline_answered_rightly"].where(dataset["knockout_lost"].sel(route="total", drop=True).notnull())
 
@@ -221,7 +225,15 @@ MEASURE = Measure(
             "nats",
             "fall in the answer's log-probability when as many other edges of the same queries are blocked, that lead "
             "neither to the subject nor to the first token",
-            per_fact=lambda dataset: dataset["knockout_drop_beside"].sel(beside="direct_control", drop=True),
+            per_fact=_control,
+        ),
+        Quantity(
+            "knockout_over_control",
+            "nats",
+            f"fall in the answer's log-probability when the edges {IN_WORDS['direct']} are blocked, minus that when as "
+            "many other edges of the same queries are, over the facts that have both",
+            per_fact=lambda dataset: (_route("direct")(dataset) - _control(dataset)).assign_attrs(unit="nats"),
+            smallest_effect=0.1,
         ),
         *(
             Quantity(
@@ -268,8 +280,9 @@ MEASURE = Measure(
         ),
     ),
     control="`knockout_control`: as many other edges of the same queries, that lead neither to the subject nor to the "
-    "first token. For sureness: the fall at the model's own temperature, right answers lost, and the rank of the "
-    "answer.",
+    "first token. It is of other facts than `knockout_drop` where prompts have too few such edges: "
+    "`knockout_over_control` is the difference over the facts that have both. For sureness: the fall at the model's "
+    "own temperature, right answers lost, and the rank of the answer.",
     reads="How far the answer depends on reading the subject's tokens there, the rest of the row renormalised. Not how "
     "much attention there is, and not what the tokens hold. Nats fall further in a surer model: between arms read the "
     "calibrated forms, `knockout_lost` and `knockout_rank_rise`. Where `direct_share` is small the subject arrives by "
@@ -283,5 +296,5 @@ MEASURE = Measure(
     needs=frozenset({"subject", "same_prompts"}),
     any_backend=True,
     figure="knockout",
-    version=2,
+    version=3,
 )

@@ -158,6 +158,14 @@ PROBE = Measure(
             smallest_effect=0.05,
         ),
         Quantity(
+            "probe_length",
+            "share right",
+            "a probe of how many tokens, words and characters the name has gives the label",
+            per_fact=lambda dataset: dataset["probe_length"],
+            bounds=(0, 1),
+            smallest_effect=0.05,
+        ),
+        Quantity(
             "probe_over_characters",
             "difference of shares",
             f"accuracy minus that of a probe of the name's characters, {_WHERE}",
@@ -168,12 +176,14 @@ PROBE = Measure(
         ),
     ),
     control="`probe_control` and `probe_selectivity`: labels drawn at random for the name's last token, which a probe "
-    "can learn by heart as it can the true ones; `probe_characters`: what the name's spelling gives away. In the array "
-    "the token embeddings, the majority and, with `twin`, a model with random weights.",
+    "can learn by heart as it can the true ones; `probe_characters` and `probe_length`: what the name's spelling and "
+    "its number of tokens give away. In the array the token embeddings, the majority and, with `twin`, a model with "
+    "random weights.",
     reads="Whether a label can be read from a state by a linear map, in subjects that it was not trained on. Not that "
     "the model reads it, nor that it would answer by it (`patching`, `transfer`). Accuracy alone is no finding: read "
-    "selectivity, and what is over the characters. No largest layer is a result, since it would be chosen on the facts "
-    "that it is measured on.",
+    "selectivity, and what is over the characters and the length: states hold how many tokens a name has, so that a "
+    "label that goes with it is read without any knowledge, and the control does not show it. No largest layer is a "
+    "result, since it would be chosen on the facts that it is measured on.",
     undefined="For facts whose label has fewer subjects than there are folds; `probe_control` and `probe_selectivity` "
     "where no training fact of another subject has the name's last token; for a prompt that lacks the role. Fewer than "
     "two labels of enough subjects are refused.",
@@ -182,6 +192,7 @@ PROBE = Measure(
     settings=ProbeSettings,
     needs=frozenset({"subject", "same_prompts", "known", "facts"}),
     figure="probe",
+    version=2,
 )
 
 ACROSS = Measure(

@@ -114,7 +114,10 @@ def subject_sensitivity(
     values: dict[str, Any] = {
         "wrong": wrong.astype(float),
         "swap_flips": np.array([np.mean(its) if its else np.nan for its in other]),
-        "entropy_excess": _entropy_excess(given["own"], [named.canonical(prompt.answers) for prompt in prompts]),
+        "entropy_excess": _entropy_excess(
+            [named.given(text, prompt.answers) for text, prompt in zip(texts["own"], prompts, strict=True)],
+            [named.canonical(prompt.answers) for prompt in prompts],
+        ),
     }
     for name in ("mask", "drop"):
         values[f"{name}_flips"] = np.array([a != b for a, b in zip(given["own"], given[name], strict=True)], float)

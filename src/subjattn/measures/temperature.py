@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PAPER = "Guo et al. 2017"
 GRID = np.geomspace(1 / 8, 16, 85)
 """Temperatures tried, twelve an octave; between them the loss is taken for a parabola in log T."""
+LEAST = 5
+"""Facts in a half, from which a temperature is fitted: fewer would set everyone's by their own chance."""
 FITTING = 1.5
 """Forward passes of a prompt that its part in the fit costs, roughly."""
 
@@ -55,11 +57,13 @@ def fit_temperature(model: Model, prompts: Sequence[Prompt]) -> xr.Dataset:
         NaN where no temperature from 1/8 to 16 fits best: the model knows none of the answers, or all for certain.
 
     Raises:
-        BadInput: fewer than two facts, or facts whose ids all fall into one half.
+        BadInput: fewer than five facts in a half (facts are parted by their ids, not evenly).
     """
     check_prompts(prompts)
-    if len(set(_halves(prompts).tolist())) < 2:
-        raise BadInput(f"{len(prompts)} facts are too few to fit a temperature on half of them: ask more")
+    if (fewest := int(np.bincount(_halves(prompts), minlength=2).min())) < LEAST:
+        raise BadInput(
+            f"{len(prompts)} facts leave {fewest} in one half, too few to fit a temperature on: ask 20 or more"
+        )
     losses = np.empty((len(prompts), len(GRID)))
     for _ in noting_losses(answer_logits(hf_model(model), prompts), losses):
         pass
@@ -143,7 +147,8 @@ def fitted_on_others(losses: np.ndarray, prompts: Sequence[Prompt]) -> tuple[np.
         prompts: the facts.
     """
     halves = _halves(prompts)
-    best = {half: _best(losses[halves != half].mean(0)) if (halves != half).any() else np.nan for half in (0, 1)}
+    others = {half: losses[halves != half] for half in (0, 1)}
+    best = {half: _best(of.mean(0)) if len(of) >= LEAST else np.nan for half, of in others.items()}
     own = np.array([best[half] for half in halves.tolist()])
     at = [
         np.nan if np.isnan(t) else -np.interp(np.log(t), np.log(GRID), row) for t, row in zip(own, losses, strict=True)
@@ -206,7 +211,7 @@ MEASURE = Measure(
     reads="How much surer the model is than it is right, as one number; at its own temperature log-probabilities of "
     "two arms stand on one scale. Not accuracy, and not the sureness of a single fact.",
     undefined="Where no temperature from 1/8 to 16 fits best: the model knows none of the answers, or all for certain. "
-    "Fewer than two facts are refused.",
+    "Fewer than five facts in a half are refused.",
     run=_run,
     cost=lambda shape, _: FITTING * shape.n_facts,
     needs=frozenset({"same_prompts"}),

@@ -263,8 +263,11 @@ def places_in(prompt: Prompt, at: At) -> list[tuple[int, ...]]:
 
 
 def elsewhere(prompt: Prompt, positions: Sequence[int], rng: np.random.Generator) -> tuple[int, ...]:
-    """As many other positions, none of which predicts the answer or is put; nothing where there are too few."""
-    others = [at for at in range(prompt.prediction) if at not in positions]
+    """As many other positions, none of which predicts the answer, is put, or is the subject's; none where too few.
+
+    The subject's own would be no placebo for the prediction: what is put there may bring the answer itself.
+    """
+    others = [at for at in range(prompt.prediction) if at not in positions and at not in prompt.subject_positions]
     if not positions or len(others) < len(positions):
         return ()
     return tuple(sorted(int(at) for at in rng.choice(others, len(positions), replace=False)))

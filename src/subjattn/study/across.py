@@ -33,7 +33,7 @@ def across(config: StudyConfig, terms: Terms, arms: Mapping[str, Any]) -> Iterat
                 continue
             row: dict[str, Any] = {"arm": arm, "style": style, "parts": parts}
             if own:
-                cells = shares(xr.concat(own, "fact"))
+                cells = shares(_mean_of_replicates(own))
                 row |= {"gap": _mean(found, "tuning_gap"), "put": in_rows(cells, "put"), "n": own[0].sizes["fact"]}
             if answers:
                 row["answers"] = accuracy_in_rows(returned_accuracy(_replicated(answers, terms.facts)))
@@ -56,6 +56,11 @@ def _replicated(found: Mapping[Replicate | None, xr.Dataset], facts: pd.DataFram
     correct = arrays[0] if len(arrays) == 1 else xr.combine_by_coords(arrays)["correct"]  # type: ignore[index]
     about = relations.reindex(correct["fact"].values).to_numpy(object)
     return correct.assign_coords(relation=("fact", about))  # type: ignore[no-any-return]
+
+
+def _mean_of_replicates(arrays: list[xr.DataArray]) -> xr.DataArray:
+    """Each fact's mean over replicates: a fact that is asked of five draws is one fact."""
+    return xr.concat(arrays, "replicate").mean("replicate", keep_attrs=True)
 
 
 def _mean(found: Mapping[str, Any], name: str) -> dict[str, float | None]:

@@ -15,10 +15,11 @@ from subjattn.facts import SOURCES, path_of
 from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
-from subjattn.models import describe, load_tokenizer, resolve_adapter, resolve_model
+from subjattn.models import describe, load_tokenizer, model_shape, resolve_adapter, resolve_model
 from subjattn.prompts import Style, example, make_prompts, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.arms import Arm
 from subjattn.study.config import FactsConfig, StudyConfig
+from subjattn.study.consistency import check_labels
 from subjattn.study.plan_facts import split_settings
 from subjattn.study.stages.pool import check_scorer, load_pool, source_of
 from subjattn.study.stages.split import made, naming_fields, training_facts
@@ -38,6 +39,8 @@ def check_study(config: StudyConfig) -> list[str]:
     Raises:
         BadInput: the facts cannot be read or split as asked, or a style cannot ask them; the message says which.
     """
+    if (shape := _shape(config.model)) is not None:
+        check_labels(config, *shape)
     asked = config.facts
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
@@ -108,6 +111,14 @@ def _described(model: str) -> str:
         return describe(model)
     except BadInput:
         return f"{model} (not at hand)"
+
+
+def _shape(model: str) -> tuple[int, int] | None:
+    """Layers and heads of a model, where it is at hand."""
+    try:
+        return model_shape(model)
+    except BadInput:
+        return None
 
 
 def _found(config: StudyConfig) -> tuple[str, pd.DataFrame | None]:

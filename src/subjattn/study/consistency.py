@@ -15,6 +15,8 @@ from subjattn.study.arms import WrongField
 
 
 if TYPE_CHECKING:
+    from subjattn.evidence.claims import Where
+    from subjattn.measures.record import Quantity
     from subjattn.study.config import StudyConfig
 
 
@@ -24,6 +26,8 @@ def check_claims(study: StudyConfig) -> None:
         with _within(f"contrasts.{number}"):
             for arm in pair:
                 study.check_arm(arm)
+            if len(set(pair)) < len(pair):
+                raise BadInput(f"arm {pair[0]!r} minus itself is always 0: name two arms")
     for quantity in study.smallest_effects:
         with _within(f"smallest_effects.{quantity}"):
             quantity_of(quantity, study.measured)
@@ -60,8 +64,14 @@ def _within(field: str) -> Iterator[None]:
 
 def _check_claim(study: StudyConfig, claim: Claim) -> None:
     where = f"claim {claim.id!r}"
-    for _, measure, arms, style, _cells in claim.sides:
-        quantity_of(measure.partition(".")[0], study.measured)
+    sides = [side[1:] for side in claim.sides]
+    each = [(measure, arms, style or claim.style, str(cells)) for measure, arms, style, cells in sides]
+    if len(set(each)) < len(each):
+        raise ValueError(f"{where}: what 'minus' names is the claim's own, and their difference always 0")
+    for measure, arms, style, cells in sides:
+        _check_cells(where, quantity_of(measure.partition(".")[0], study.measured)[1], cells)
+        if len(set(arms)) < len(arms):
+            raise ValueError(f"{where}: arm {arms[0]!r} minus itself is always 0: name two arms, or one by itself")
         for arm in arms:
             study.check_arm(arm)
         for name in (style, claim.style):
@@ -85,6 +95,30 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
         )
     if claim.select is not None:
         _check_select(study, claim, involved)
+
+
+def _check_cells(where: str, quantity: Quantity, cells: Where) -> None:
+    for dim, asked in cells.items():
+        if dim not in quantity.cells:
+            known = ", ".join(quantity.cells) or "none"
+            raise ValueError(f"{where}: {quantity.name} has no cells by {dim!r}; it has {known}")
+        if asked == []:
+            raise ValueError(f"{where}: where.{dim} names no cell")
+
+
+def check_labels(study: StudyConfig, n_layers: int, n_heads: int) -> None:
+    """Refuse claims of layers and heads that the study's model does not have."""
+    sizes = {"layer": n_layers, "head": n_heads}
+    for number, claim in enumerate(study.claims):
+        for dim, asked in [item for side in claim.sides for item in side[4].items() if item[0] in sizes]:
+            for one in asked if isinstance(asked, list) else [asked]:
+                first, dash, last = str(one).partition("-")
+                ends = [int(end) for end in (first, last if dash else first) if end.isdigit()]
+                if len(ends) < 2 or not 0 <= ends[0] <= ends[1] < sizes[dim]:
+                    raise BadInput(
+                        f"claim {claim.id!r}: no {dim} {one}: the model has {dim}s 0 to {sizes[dim] - 1}",
+                        field=f"claims.{number}.where",
+                    )
 
 
 def _check_select(study: StudyConfig, claim: Claim, arms: set[str]) -> None:

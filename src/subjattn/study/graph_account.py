@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from scipy import stats
 
 from subjattn.errors import BadInput
+from subjattn.evidence.clusters import clusters_of
 from subjattn.evidence.knowledge_graph import Edge, KnowledgeGraph
 from subjattn.measures.embeddings import name_embeddings
 from subjattn.prompts.style import Style, demonstrations_of, shown_to
@@ -23,8 +25,10 @@ PREDICTORS = ("graph", "trained_graph", "similarity", "popularity")
 OUTCOMES = ("rescued", "logprob_gain")
 MIN_FACTS = 10
 """Facts that a rank correlation is made of at least."""
-DRAWS = 2000
+DRAWS = 1000
 """Of its facts, for the interval."""
+ABOUT = ("relation", "answer")
+"""By which facts belong together."""
 
 
 def graph_account(run: Run, model: LoadedModel | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -46,8 +50,9 @@ def graph_account(run: Run, model: LoadedModel | None = None) -> tuple[pd.DataFr
         Facts: a row for each arm, style with shots, replicate and test fact: predictors; `before` and `after`, right
         without and with demonstrations; `rescued`, `after` of those that were wrong before, else NaN; where the study
         measured `answer_logprob`, `logprob_gain`. Judged: for each arm, style, outcome and predictor Spearman's `rho`
-        with the outcome's mean over replicates, its 95 % interval `low`, `high` (facts resampled, percentiles) and
-        `n` facts; NaN where fewer than 10 have an outcome, or one of the two does not vary.
+        with the outcome's mean over replicates, its 95 % interval `low`, `high` (percentiles, the wider of facts
+        and of whole answers or relations resampled) and `n` facts; NaN where fewer than 10 have an outcome, or one of
+        the two does not vary.
 
     Raises:
         BadInput: a study without such styles, or without accuracy.
@@ -61,9 +66,10 @@ def graph_account(run: Run, model: LoadedModel | None = None) -> tuple[pd.DataFr
         model = load_model(run.study["model"], dtype=run.study["dtype"])
     facts = pd.concat([rows for pair in pairs for rows in _asked(run, model, *pair)], ignore_index=True)
     outcomes = [name for name in OUTCOMES if name in facts]
-    mean = facts.groupby(["arm", "style", "fact_id"], sort=False)[[*PREDICTORS, *outcomes]].mean().reset_index()
+    mean = facts.groupby(["arm", "style", "fact_id", *ABOUT], sort=False)[[*PREDICTORS, *outcomes]].mean().reset_index()
     judged = [
-        {"arm": arm, "style": style, "outcome": outcome, "predictor": name} | _rank_correlation(own[name], own[outcome])
+        {"arm": arm, "style": style, "outcome": outcome, "predictor": name}
+        | _rank_correlation(own[name], own[outcome], own[list(ABOUT)])
         for (arm, style), own in mean.groupby(["arm", "style"], sort=False)
         for outcome in outcomes
         for name in PREDICTORS
@@ -94,14 +100,14 @@ def _asked(run: Run, model: LoadedModel, before: str, after: str) -> Iterator[pd
         float(graph.similarity([fact.subject], [edge.subject for edge in of]).mean())
         for fact, of in zip(asked, shown, strict=True)
     ]
-    by_shown = np.array([graph.added([fact], [], of)[0] for fact, of in zip(asked, shown, strict=True)])
     for (arm, one), own in taught.items():
         if not {before, after} <= set(run.styles_of(arm)):
             continue
         draw, seed = one or (None, None)
-        table = pd.DataFrame({"arm": arm, "style": after, "draw": draw, "seed": seed, "fact_id": test["fact_id"]})
-        table["graph"] = graph.unconnected(asked, [*known, *own]) + by_shown
-        table["trained_graph"] = graph.unconnected(asked, own) + by_shown
+        table = test[["fact_id", *ABOUT]].assign(arm=arm, style=after, draw=draw, seed=seed)
+        for column, there in (("graph", [*known, *own]), ("trained_graph", own)):
+            added = [graph.added([fact], there, of)[0] for fact, of in zip(asked, shown, strict=True)]
+            table[column] = np.array(added)
         table["similarity"], table["popularity"] = alike, test["popularity"]
         for column, style in (("before", before), ("after", after)):
             table[column] = _of_facts(run, "accuracy", arm, style, one, table["fact_id"])
@@ -140,14 +146,22 @@ def _of_facts(run: Run, quantity: str, arm: str, style: str, one: Replicate | No
     return found
 
 
-def _rank_correlation(x: pd.Series, y: pd.Series) -> dict[str, Any]:
-    """Spearman's, with its 95 % interval by resampling pairs (those in which one does not vary left out)."""
-    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
-    if len(pairs) < MIN_FACTS or (pairs.nunique() < 2).any():
+def _rank_correlation(x: pd.Series, y: pd.Series, about: pd.DataFrame) -> dict[str, Any]:
+    """Spearman's, with its 95 % interval: the wider of facts resampled and of whole clusters of `about`."""
+    pairs = pd.DataFrame({"x": x, "y": y}).assign(**about).dropna(subset=["x", "y"])
+    if len(pairs) < MIN_FACTS or (pairs[["x", "y"]].nunique() < 2).any():
         return {"rho": np.nan, "low": np.nan, "high": np.nan, "n": len(pairs)}
-    drawn = np.random.default_rng(0).integers(0, len(pairs), (DRAWS, len(pairs)))
     columns = pairs["x"].to_numpy(), pairs["y"].to_numpy()
-    low, high = np.nanquantile(_spearman(*(column[drawn] for column in columns)), [0.025, 0.975])
+    labels = {name: ("fact", pairs[name].to_numpy(object)) for name in about}
+    clusterings, _ = clusters_of(xr.DataArray(columns[0], labels, ("fact",)))
+    rng, ends = np.random.default_rng(0), []
+    for codes in (np.arange(len(pairs)), *clusterings.values()):
+        members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        draws = rng.integers(0, len(members), (DRAWS, len(members)))
+        resampled = (np.concatenate([members[i] for i in draw]) for draw in draws)
+        found = [float(_spearman(*(column[index] for column in columns))) for index in resampled]
+        ends.append(np.nanquantile(found, [0.025, 0.975]))
+    low, high = np.min(ends, 0)[0], np.max(ends, 0)[1]
     return {"rho": float(_spearman(*columns)), "low": float(low), "high": float(high), "n": len(pairs)}
 
 

@@ -90,6 +90,11 @@ class _Builder(FactStages):
                     inputs["shown"] = f"{files.shared_prompts(mix.base_style)}:prompts.parquet"
                 if measure.name != "accuracy":
                     inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
+                if "reference" in measure.needs and name != reference:
+                    first = config.replicates_of(reference, measure.name)[0]
+                    inputs["reference"] = files.measured(reference, first, style, measure.name)
+                if "known_elsewhere" in measure.needs and (other := self._other_style(style)):
+                    inputs["chosen_elsewhere"] = f"{files.chosen(other)}:chosen.json"
                 if "facts" in measure.needs:
                     inputs["pool"] = f"{files.POOL}:facts.parquet"
                     if arm.train and replicate is not None:
@@ -105,6 +110,12 @@ class _Builder(FactStages):
                 if measure.name in config.measured_over_training(name, style):
                     over = files.over_training(name, replicate, style, measure.name)
                     yield self._over_training(name, measured, over)
+
+    def _other_style(self, style: str) -> str | None:
+        """The next style that the reference is asked in, after the last the first; None where there is none."""
+        asked = self.config.styles_of(self.config.untrained)
+        others = asked[asked.index(style) + 1 :] + asked[: asked.index(style)] if style in asked else asked
+        return next(iter(others), None)
 
     def _made(self, name: str) -> dict[str, Any]:
         """What an arm that is made of another is."""

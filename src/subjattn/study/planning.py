@@ -11,6 +11,7 @@ from subjattn.measures.record import Shape
 from subjattn.models import check_adapter, identity, model_shape, resolve_adapter, resolve_model
 from subjattn.run.plan import Stage
 from subjattn.study.config import StudyConfig
+from subjattn.study.consistency import check_labels
 
 
 USUAL_POOL = 30_000
@@ -28,6 +29,7 @@ class Planner:
             arm.adapter: identity(resolve_adapter(arm.adapter)) for arm in config.arms.values() if arm.adapter
         }
         n_layers, n_heads = model_shape(config.model)
+        check_labels(config, n_layers, n_heads)
         for name, arm in config.arms.items():
             if arm.model and model_shape(arm.model) != (n_layers, n_heads):
                 raise BadInput(

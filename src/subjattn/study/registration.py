@@ -34,7 +34,7 @@ class Registered:
         digest: of all of it; None where nothing is known of it.
         time: when, in UTC.
         claims: as plain data, by id, each with what it rests on.
-        contrasts: each a pair of arms, with what all contrasts rest on.
+        contrasts: each a pair of arms, with what all its rows rest on, each style, and each measure's settings.
     """
 
     digest: str | None
@@ -47,9 +47,19 @@ class Registered:
         return True if self.claims.get(claim.id) == _stated(claim, config) else "post hoc"
 
     def contrast(self, row: Mapping[str, Any], config: StudyConfig) -> Status:
-        """Whether the two arms of a contrast were to be compared."""
-        pair = (row["arm_a"], row["arm_b"])
-        return True if _paired(pair, config) in self.contrasts else "post hoc"
+        """Whether the two arms of a contrast were to be compared, in this style, by this measure as it is set now."""
+        now = _paired((row["arm_a"], row["arm_b"]), config)
+        before = next((of for of in self.contrasts if of[:3] == now[:3]), None)
+        if before is None:
+            return "post hoc"
+        if len(before) == 3:  # registrations before 0.11 know nothing of styles and measures
+            return True
+        measure = quantity_of(row["measure"].partition(".")[0], config.measured)[0].name
+        same = all(
+            then.get(name) == of[name]
+            for then, of, name in zip(before[3:], now[3:], (row["style"], measure), strict=True)
+        )
+        return True if same else "post hoc"
 
     def dropped(self, config: StudyConfig) -> list[str]:
         """Claims that were stated and are no more in the study."""
@@ -80,7 +90,10 @@ def _stated(claim: Claim, config: StudyConfig) -> dict[str, Any]:
 
 def _paired(pair: tuple[str, str], config: StudyConfig) -> list[Any]:
     rests = _rests_on(config, set(pair))
-    return [*pair, digest_of(rests | ({"smallest": effects} if (effects := config.smallest_effects) else {}))]
+    smallest = {"smallest": effects} if (effects := config.smallest_effects) else {}
+    styles = {name: digest_of(style.model_dump(mode="json")) for name, style in config.styles.items()}
+    measures = {name: digest_of(settings.model_dump(mode="json")) for name, settings in config.measures.items()}
+    return [*pair, digest_of(rests | smallest), styles, measures]
 
 
 def _rests_on(config: StudyConfig, arms: set[str]) -> dict[str, Any]:
@@ -89,6 +102,12 @@ def _rests_on(config: StudyConfig, arms: set[str]) -> dict[str, Any]:
     for name in ("leave_out_given", "where"):  # registrations of 0.5 know nothing of them
         if not content["facts"][name]:
             content["facts"].pop(name)
+    arms = arms | {config.source(arm) for arm in arms}
+    asked = {mix.base_style for arm in arms if (mix := config.arms[arm].mix) and mix.base_style}
+    for arm in arms & set(config.trained):
+        asked |= set(config.training_of(arm).styles or ())
+    if asked:
+        content["asked"] = {name: config.styles[name].model_dump(mode="json") for name in sorted(asked)}
     return content | {"arms": {arm: config.arms[arm].model_dump(mode="json") for arm in sorted(arms)}}
 
 

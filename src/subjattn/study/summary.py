@@ -88,7 +88,7 @@ class Summary:
             "arms": arms,
             "across": list(across(config, self.inside, arms)),
             "contrasts": list(self._contrasts()),
-            "diagnosis": list(_diagnosis(config, arms)),
+            "diagnosis": list(_diagnosis(config, self.inside, arms)),
             "flips": list(flips(config, self.inside)),
             "overview": list(overview(config, self.folder, self.inside.values.table, self.facts)),
             "over_training": list(over_training(config, self.folder, self.facts)),
@@ -118,7 +118,7 @@ class Summary:
             own = {} if dataset is None or quantity.over else quantity.per_fact(dataset).attrs
             found[quantity.name] = {
                 "unit": str(own.get("unit", quantity.unit)),
-                "definition": str(own.get("definition", quantity.definition)),
+                "definition": str(own.get("definition") or quantity.definition),
                 "paper": measure.paper,
                 "across": "base" in measure.needs,
             }
@@ -238,7 +238,10 @@ class Summary:
         return {i: change.to_dict() for i, change in zip(found, judge_changes([*found.values()]), strict=True)}
 
     def _claims(self) -> list[dict[str, Any]]:
-        """Every claim in each style it is about; those with a value are judged together."""
+        """Every claim in each style it is about; those with a value are judged together.
+
+        Those without one count in the family all the same: whether a claim is defined may depend on the data.
+        """
         asked = [(claim, style) for claim in self.config.claims for style in self.config.styles_of_claim(claim)]
         found = [or_reason(self.inside.claim, claim, style) for claim, style in asked]
         pairs = [(claim, tested.interval) for (claim, _), (tested, _) in zip(asked, found, strict=True) if tested]
@@ -248,6 +251,10 @@ class Summary:
             if tested
         ]
         dropped = sum(len(self.registered.claims[name]["order"]) for name in self.registered.dropped(self.config))
+        dropped += sum(
+            tested is None and not (claim.primary and style == self.config.styles_of_claim(claim)[0])
+            for (claim, style), (tested, _) in zip(asked, found, strict=True)
+        )
         judged, styles = (
             iter(judge(pairs, alone, dropped)),
             {claim.id: dict[str, Any]() for claim in self.config.claims},
@@ -266,12 +273,14 @@ class Summary:
         ]
 
 
-def _diagnosis(config: StudyConfig, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _diagnosis(config: StudyConfig, terms: Terms, arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What lost the answers of each tuned arm, by style; a row for each account."""
     for arm, style in product(filter(config.is_tuned, config.arms), config.styles):
         if style not in config.styles_of(arm):
             continue
-        intervals = arms[arm]["styles"][style]["intervals"]
+        intervals = dict(arms[arm]["styles"][style]["intervals"])
+        if (lost := terms.values.of(arm, style, "answers_lost")) is not None:
+            intervals["n_lost"] = (float(lost.sum("fact").mean()),) * 2
         yield from ({"arm": arm, "style": style} | row for row in diagnose(intervals))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from subjattn.run.folder import Folder
 from subjattn.study import files
 from subjattn.study.config import StudyConfig
 from subjattn.study.files import Replicate
-from subjattn.study.values import Cells, Values, datasets, in_cells, labelled, share, some_cells
+from subjattn.study.values import Cells, Values, datasets, every_cell, in_cells, labelled, share, some_cells
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,14 @@ class Terms:
         raw = _jointly(raw)
         first, *others = (sign * share(*_pair(own), scope) for own, sign in zip(raw, signs, strict=True))
         values = reduce(lambda a, b: difference(a, -b), others, first)
-        found = interval(values, scope=scope, bounds=self._bounds(names, signs), models=len(arms))
+        own = [self.named(name)[1].bounds for name in names]
+        if any(bounds is None for bounds in own):
+            found = interval(values, scope=scope, models=len(arms))
+        else:
+            each = [_of_values(bounds or (0, 0), of) for bounds, of in zip(own, raw, strict=True)]
+            found = interval(values, scope=scope, bounds=_summed(each, signs), models=len(arms))
+            found = replace(found, bounds=_summed([bounds or (0, 0) for bounds in own], signs))
         return Tested(found, _each_replicate(raw, signs))
-
-    def _bounds(self, names: list[str], signs: list[float]) -> tuple[float, float] | None:
-        """Of a sum of quantities, some of them subtracted."""
-        quantities = [self.named(name)[1] for name in names]
-        if any(quantity.bounds is None or quantity.over for quantity in quantities):
-            return None
-        ends = [sorted(sign * end for end in of.bounds or ()) for of, sign in zip(quantities, signs, strict=True)]
-        return sum(low for low, _ in ends), sum(high for _, high in ends)
 
     @staticmethod
     def _left_for_test(claim: Claim, values: xr.DataArray) -> xr.DataArray:
@@ -140,7 +137,8 @@ class Terms:
         tables: list[list[pd.DataFrame]] = []
         for replicate, dataset in self.datasets(arm, style, measure.name).items():
             draw, seed = replicate or (None, None)
-            arrays = in_cells(some_cells(dataset, quantity, where), quantity, cells)
+            some = some_cells(dataset, quantity, where)
+            arrays = in_cells(some, quantity, every_cell(some, where) if cells is None else cells)
             if any(array.dims != ("fact",) for array in arrays):
                 raise BadInput(f"cells of {quantity.name!r} leave dimensions {arrays[0].dims}: name a part by where")
             tables.append(
@@ -168,18 +166,30 @@ class Terms:
             raise BadInput(f"{measure.name} has no arrays in style {style!r} to choose cells on")
         if missing := [dim for dim in select.over if dim not in sources[0].dims or quantity.cells.get(dim) != "mean"]:
             raise BadInput(f"select: {quantity.name} has no cells by {missing[0]!r}")
-        every = [
-            dict(zip(select.over, places, strict=True))
-            for places in itertools.product(*(range(sources[0].sizes[dim]) for dim in select.over))
-        ]
+        every = every_cell(sources[0], select.over)
         sizes = [np.mean([_mean(source, quantity, cell) for source in sources]) for cell in every]
         order = np.argsort(-np.nan_to_num(np.array(sizes), nan=-np.inf), kind="stable")[: select.top]
         return [every[int(i)] for i in order]
 
 
-def _mean(dataset: xr.Dataset, quantity: Quantity, cell: dict[str, int]) -> float:
+def _mean(dataset: xr.Dataset, quantity: Quantity, cell: Mapping[str, int]) -> float:
     own = [float(array.mean()) for array in in_cells(dataset, quantity, [cell])]
     return own[0] / own[1] if len(own) > 1 else own[0]
+
+
+def _of_values(bounds: tuple[float, float], raw: list[xr.DataArray]) -> tuple[float, float]:
+    """Between what a quantity's values lie; those of a share (`ratio`) reach as far as one fact can move it."""
+    if len(raw) == 1:
+        return bounds
+    share, most = float(raw[0].mean()) / float(raw[1].mean()), float(raw[1].max()) / float(raw[1].mean())
+    low, high = (share + (end - share) * most for end in bounds)
+    return low - 1e-9, high + 1e-9
+
+
+def _summed(bounds: list[tuple[float, float]], signs: list[float]) -> tuple[float, float]:
+    """Of a sum of quantities, some of them subtracted."""
+    ends = [sorted(sign * end for end in of) for of, sign in zip(bounds, signs, strict=True)]
+    return sum(low for low, _ in ends), sum(high for _, high in ends)
 
 
 def _pair(own: list[xr.DataArray]) -> tuple[xr.DataArray, xr.DataArray | None]:

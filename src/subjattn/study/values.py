@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -110,9 +111,7 @@ def labelled(facts: pd.DataFrame, values: pd.Series) -> xr.DataArray:
 
 def share(values: xr.DataArray, over: xr.DataArray | None, scope: Scope | None) -> xr.DataArray:
     """Values whose mean is the quantity's: as they are, or those of a share. BadInput where it is not defined."""
-    if over is not None and float(over.mean()) < 0:
-        raise BadInput(f"what it is a share of is negative ({float(over.mean()):.3g})")
-    return values if over is None else ratio(values, over, scope=scope)
+    return values if over is None else ratio(values, over, scope=scope, positive=True)
 
 
 def datasets(
@@ -170,10 +169,15 @@ Cells = list[Mapping[str, int]]
 """Cells that a rule chose, by their places."""
 
 
-def in_cells(dataset: xr.Dataset, quantity: Quantity, cells: Cells | None) -> list[xr.DataArray]:
-    """What a quantity is (and what it is a share of) per fact: of all cells of a dataset, or mean over some."""
-    reductions = [quantity.per_fact, *([quantity.over] if quantity.over else [])]
-    if cells is None:
-        return [reduce(dataset) for reduce in reductions]
+def in_cells(dataset: xr.Dataset, quantity: Quantity, cells: Cells) -> list[xr.DataArray]:
+    """What a quantity is (and what it is a share of) per fact: its mean over cells, each by itself."""
     parts = [dataset.isel({dim: [place] for dim, place in cell.items()}) for cell in cells]
-    return [sum(reduce(part) for part in parts) / len(parts) for reduce in reductions]  # type: ignore[misc]
+    reductions = [quantity.per_fact, *([quantity.over] if quantity.over else [])]
+    return [xr.concat([reduce(part) for part in parts], "cell").mean("cell") for reduce in reductions]
+
+
+def every_cell(dataset: xr.Dataset, dims: Iterable[str]) -> Cells:
+    """All cells along these dimensions."""
+    own = list(dims)
+    places = itertools.product(*(range(dataset.sizes[dim]) for dim in own))
+    return [dict(zip(own, place, strict=True)) for place in places]

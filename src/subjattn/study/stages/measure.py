@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from subjattn.errors import NoActivations
+from subjattn.errors import NoActivations, NotDefined
 from subjattn.measures.record import VALUE_COLUMNS, Asked, Measure, measure_of, values_of
 from subjattn.models.arms import Arms
 from subjattn.prompts import PromptSet
@@ -31,7 +31,7 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
         return
     try:
         dataset, arms = _measured(measure, prompts, chosen, settings, inputs, context)
-    except NoActivations as error:
+    except (NoActivations, NotDefined) as error:
         (out / "not_defined.json").write_text(json.dumps({"reason": str(error)}))
         return
     _storable(dataset).to_netcdf(out / "array.nc", engine="h5netcdf")
@@ -42,7 +42,8 @@ def work(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, con
 def over_training(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, context: Context) -> None:
     """Write `array.nc` and `values.parquet` with a `step`, of the weights that training kept; or `not_defined.json`.
 
-    Step 0 is the model before training; measures that compare with it begin at the first step kept.
+    Step 0 is the model before training; measures that compare with it begin at the first step kept. The arm itself
+    stands at the step that its weights are of: the last, or with `stop: validation` the best.
     """
     measure, prompts, chosen, reason = _given(settings, inputs)
     if reason:
@@ -52,9 +53,10 @@ def over_training(settings: Mapping[str, Any], inputs: Mapping[str, Path], out: 
     others = {role: path for role, path in inputs.items() if role != "adapter"}
     steps: dict[int, Path | None] = {} if "base" in measure.needs else {0: None}
     steps |= {int(path.name): path for path in sorted(adapter.glob("steps/*"), key=lambda path: int(path.name))}
-    steps[len(json.loads((adapter / "training.json").read_text())["losses"])] = adapter
+    log = json.loads((adapter / "training.json").read_text())
+    steps[log.get("best_step", len(log["losses"]))] = adapter
     found, tables = [], []
-    for step, folder in steps.items():
+    for step, folder in (steps := dict(sorted(steps.items()))).items():
         own = others if folder is None else others | {"adapter": folder}
         found.append(_measured(measure, prompts, chosen, settings, own, context)[0])
         rows = pd.DataFrame(values_of(measure, found[-1]), columns=VALUE_COLUMNS)
@@ -95,6 +97,8 @@ def _measured(
         memory_budget=None if context.memory_share == 1 else _half_of_what_is_free(model),
         tell=context.tell,
         arms=arms,
+        reference=_reference(inputs),
+        known_elsewhere=_known_elsewhere(inputs),
         **_facts(inputs, prompts),
     )
     return measure.run(asked, measure.parse(settings["settings"])), arms
@@ -123,6 +127,18 @@ def _facts(inputs: Mapping[str, Path], prompts: PromptSet) -> dict[str, Any]:
         "pool": pool[~inside],
         "training": pd.read_parquet(inputs["training"]) if "training" in inputs else None,
     }
+
+
+def _reference(inputs: Mapping[str, Path]) -> xr.Dataset | None:
+    """The reference model's arrays, where a measure needs them and they are defined."""
+    path = inputs["reference"] / "array.nc" if "reference" in inputs else None
+    return xr.load_dataset(path, engine="h5netcdf") if path is not None and path.is_file() else None
+
+
+def _known_elsewhere(inputs: Mapping[str, Path]) -> frozenset[str] | None:
+    if "chosen_elsewhere" not in inputs:
+        return None
+    return frozenset(json.loads(inputs["chosen_elsewhere"].read_text())["known"])
 
 
 def _storable(dataset: xr.Dataset) -> xr.Dataset:
