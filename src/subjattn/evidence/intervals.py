@@ -312,9 +312,8 @@ def _counted(table: np.ndarray, lost: int, drawn: str | None) -> list[str]:
     n, r, gaps = len(table), table.shape[1] * table.shape[2], int(np.isnan(table).sum())
     notes = [f"{lost} of {lost + r} replicates are lost"] if lost else []
     if gaps:
-        notes.append(
-            f"{gaps} values of {table.size} are missing; the interval assumes not because of what they would be"
-        )
+        assumed = "the interval assumes that this has nothing to do with what they would be"
+        notes.append(f"{gaps} values of {table.size} are missing; {assumed}")
     notes += [f"{n} facts, where {MIN_FACTS} are needed for a verdict"] if n < MIN_FACTS else []
     if drawn and _replicates(table).shape[1] < MIN_REPLICATES:
         notes.append(f"two {drawn} are a screen: {MIN_REPLICATES} are needed for a verdict")

@@ -58,4 +58,5 @@ MEASURE = Measure(
     run=_run,
     cost=lambda shape, _: shape.n_facts * PREDICTING,
     settings=AccuracySettings,
+    version=2,
 )

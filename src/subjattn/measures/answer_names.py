@@ -42,9 +42,10 @@ _KOREAN = re.compile(
     "입니다|이다|다|이에요|예요|이고|고|이며|며|이라|라고|이라고|이었다|였다|인|임){1,3}"
 )
 _MAGNITUDE = (
-    r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b|milli\w+|тысяч\w*|милли\w+|[百千万萬億亿兆백천만억조]"
+    r"(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|bn|mn|mln|mrd)s?\b|milli\w+|тысяч\w*|милли\w+|"
+    "[百千万萬億亿兆백천만억조]"
 )
-_NUMBER_GOES_ON = re.compile(rf"[-.,:/^'·٫٬–]?\d|\s\d|\s?(?:{_MAGNITUDE})", re.IGNORECASE)
+_NUMBER_GOES_ON = re.compile(rf"[-.,:/^'·٫٬–]?\d|\s(?:\d{{3}}(?!\d)|\d+/\d)|\s?(?:{_MAGNITUDE})", re.IGNORECASE)
 _WORD_GOES_ON = re.compile(r"[-+#♯♭]|[–·・&@]\w|'(?!s\b)\w|\.(?:com|org|net|io|js)\b")
 _SIGN = r"(?:[-<>≤≥√][$€£¥]?\.?|(?<!\.)\.)\d"
 _LEAD = re.compile(rf"^(?:(?!{_SIGN})\W)*(?:the\s+)?", re.IGNORECASE)
@@ -59,6 +60,7 @@ def folded(text: str) -> str:
     """Text in compatibility form without accents and invisible characters, with one space for any."""
     text = re.sub("[\u2070-\u2079\u00b2\u00b3\u00b9]+", lambda found: "^" + found[0], text)
     text = re.sub("(?<=\\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("(?<!\\w)–(?=\\d)", "-", text)
     kept, base = [], ""
     for char in unicodedata.normalize("NFKD", text):
         if unicodedata.category(char) == "Cf" or _POINTS.match(char):

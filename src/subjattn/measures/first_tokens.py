@@ -1,4 +1,4 @@
-"""First tokens of answers, and whether they tell one answer from another.
+"""First tokens of answers: their margin over others, and whether they tell one answer from another.
 
 What is measured at the prediction position is of the answer's first token alone. Where several answers begin with it,
 as years and numbers do with "1" or a space, it says nothing of which answer it is.
@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from subjattn.errors import NotDefined, SpanNotFound
 from subjattn.measures.candidates import same_answers
@@ -19,6 +19,7 @@ from subjattn.prompts.make import first_token
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from subjattn.prompts import Prompt
@@ -87,3 +88,24 @@ def raise_undefined(prompts: Sequence[Prompt]) -> NoReturn:
         f"the first token of an answer tells none of them from others ({prompt.tokens[prompt.prediction + 1]!r} of "
         f"{prompt.answers[0]!r}): ask for answers that begin with different tokens"
     )
+
+
+class Margin:
+    """A metric: of the accepted answers' first tokens over the best other one, in standard deviations of the logits."""
+
+    __name__ = "margin"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
+        self.accepted = {prompt.fact_id: first_tokens(tokenizer, prompt) for prompt in prompts}
+
+    def __call__(self, logits: Float[Tensor, "answer vocab"], prompt: Prompt) -> float:
+        return float(self.of(logits[:1].cpu().numpy(), [prompt])[0])
+
+    def of(self, logits: Float[np.ndarray, "fact vocab"], prompts: Sequence[Prompt]) -> Float[np.ndarray, " fact"]:
+        """Of each prompt's next token; NaN where logits are."""
+        found = np.full(len(logits), np.nan)
+        for i, (own, prompt) in enumerate(zip(logits, prompts, strict=True)):
+            others = own.copy()
+            others[self.accepted[prompt.fact_id]] = -np.inf
+            found[i] = (own[self.accepted[prompt.fact_id]].max() - others.max()) / own.std()
+        return found

@@ -261,4 +261,5 @@ MEASURE = Measure(
     settings=ShockSettings,
     needs=frozenset({"facts", "trained"}),
     figure="frequency_shock",
+    version=2,
 )

@@ -260,4 +260,5 @@ MEASURE = Measure(
     cost=_cost,
     settings=HiddenSettings,
     needs=frozenset({"subject", "same_prompts", "facts"}),
+    version=2,
 )

@@ -240,5 +240,5 @@ MEASURE = Measure(
     settings=HypothesesSettings,
     needs=frozenset({"subject", "same_prompts"}),
     any_backend=True,
-    version=2,
+    version=3,
 )

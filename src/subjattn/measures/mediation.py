@@ -27,7 +27,7 @@ from subjattn.engine.forward import states
 from subjattn.engine.interventions import Arm, Patch, Row, Run, wide
 from subjattn.errors import BadInput
 from subjattn.measures import check_askable, labelled, opened, shortened
-from subjattn.measures.first_tokens import first_tokens, telling
+from subjattn.measures.first_tokens import Margin, telling
 from subjattn.measures.put_back import NEEDS
 from subjattn.measures.record import Asked, Measure, Quantity, Settings
 from subjattn.measures.swapping import only_arm
@@ -36,8 +36,6 @@ from subjattn.models.arms import BASE, Arms
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from subjattn.engine.interventions import Component
     from subjattn.prompts import Prompt
 
@@ -141,34 +139,9 @@ def mediation(
         tuned=name,
     )
     coords = {"mediator": list(MEDIATORS), "patch": list(PATCHES), "state": list(models), "late": list(models)}
-    room = [len(_elsewhere_all(prompt)) >= len(prompt.subject_positions) for prompt in asked]
+    room = [prompt.prediction >= 2 * len(prompt.subject_positions) for prompt in asked]
     could = {"has_placebo": ("fact", np.array(room)), "has_prior": ("fact", ~np.isnan(shifted_by[:, 0]))}
     return array.assign_coords(coords | could).to_dataset()
-
-
-def _elsewhere_all(prompt: Prompt) -> list[int]:
-    return [at for at in range(prompt.prediction) if at not in prompt.subject_positions]
-
-
-class Margin:
-    """A metric: of the accepted answers' first tokens over the best other one, in standard deviations of the logits."""
-
-    __name__ = "margin"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
-        self.accepted = {prompt.fact_id: first_tokens(tokenizer, prompt) for prompt in prompts}
-
-    def __call__(self, logits: Float[Tensor, "answer vocab"], prompt: Prompt) -> float:
-        return float(self.of(logits[:1].cpu().numpy(), [prompt])[0])
-
-    def of(self, logits: Float[np.ndarray, "fact vocab"], prompts: Sequence[Prompt]) -> Float[np.ndarray, " fact"]:
-        """Of each prompt's next token; NaN where logits are."""
-        found = np.full(len(logits), np.nan)
-        for i, (own, prompt) in enumerate(zip(logits, prompts, strict=True)):
-            others = own.copy()
-            others[self.accepted[prompt.fact_id]] = -np.inf
-            found[i] = (own[self.accepted[prompt.fact_id]].max() - others.max()) / own.std()
-        return found
 
 
 def _logits(run: Backend, rows: Sequence[Row]) -> Float[np.ndarray, "row vocab"]:

@@ -135,6 +135,7 @@ MEASURE = (
         cost=_cost,
         settings=TransferSettings,
         needs=NEEDS,
+        version=2,
     ),
     Measure(
         name="transfer_by_layer",
@@ -150,5 +151,6 @@ MEASURE = (
         settings=LayerSettings,
         needs=NEEDS,
         figure="transfer",
+        version=2,
     ),
 )

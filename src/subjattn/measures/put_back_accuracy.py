@@ -206,4 +206,5 @@ MEASURE = Measure(
     cost=lambda shape, settings: min(settings.facts, shape.n_facts) * len(places_of(settings.components)) * PASSES,
     settings=AccuracySettings,
     needs=NEEDS,
+    version=2,
 )

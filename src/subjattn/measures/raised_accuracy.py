@@ -225,4 +225,5 @@ MEASURE = Measure(
     cost=_cost,
     settings=RaisedSettings,
     needs=frozenset({"subject", "same_prompts", "base"}),
+    version=2,
 )

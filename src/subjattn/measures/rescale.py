@@ -329,5 +329,5 @@ MEASURE = Measure(
     needs=frozenset({"subject", "same_prompts"}),
     any_backend=True,
     figure="rescale",
-    version=2,
+    version=3,
 )

@@ -333,4 +333,5 @@ MEASURE = Measure(
     cost=lambda shape, _: _COST * shape.n_facts,
     settings=SensitivitySettings,
     needs=frozenset({"subject", "same_prompts", "facts"}),
+    version=2,
 )

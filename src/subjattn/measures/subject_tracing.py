@@ -133,5 +133,5 @@ MEASURE = Measure(
     needs=frozenset({"subject", "same_prompts", "known"}),
     any_backend=True,
     figure="trace",
-    version=2,
+    version=3,
 )

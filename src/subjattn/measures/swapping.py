@@ -257,5 +257,5 @@ MEASURE = Measure(
     settings=SwapSettings,
     needs=frozenset({"subject", "same_prompts", "base"}),
     figure="swap_weights",
-    version=2,
+    version=3,
 )

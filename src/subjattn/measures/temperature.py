@@ -215,4 +215,5 @@ MEASURE = Measure(
     run=_run,
     cost=lambda shape, _: FITTING * shape.n_facts,
     needs=frozenset({"same_prompts"}),
+    version=2,
 )
