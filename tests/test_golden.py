@@ -23,7 +23,7 @@ CHANGED = {"ci_low", "ci_high", "n", "caveat", "verdict", "route", "pooled", "re
 """Fields of 0.3 that mean another thing since 0.5 has other intervals."""
 
 FORMS = ("max", "last", "value_weighted", "without_sinks", "over_its_place")
-BESIDE_NATS = ("control", "calibrated", "calibrated_total", "lost", "rank_rise")
+BESIDE_NATS = ("control", "over_control", "calibrated", "calibrated_total", "lost", "rank_rise")
 SINCE_0_8 = {*(f"attention_{name}" for name in FORMS), *(f"knockout_{name}" for name in BESIDE_NATS)}
 """Quantities that these two measures have given since."""
 
@@ -45,6 +45,9 @@ def agree(found: Any, expected: Any, where: str) -> None:
     if isinstance(expected, dict):
         for name in set(expected) - CHANGED - SINCE_0_8:
             agree(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, list):
+        for number, (own, of) in enumerate(zip(found, expected, strict=True)):
+            agree(own, of, f"{where}.{number}")
     elif isinstance(expected, float):
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-6), where
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -130,6 +131,13 @@ def test_answers_are_the_same_by_way_of_others(asked: PromptSet) -> None:
     names = [("A", "b"), ("B",), ("C",), ("c", "D"), ("E",)]
     found = same_answers([replace(asked[0], answers=own) for own in names])
     assert found[0] == found[1] and found[2] == found[3] and len(set(found)) == 3
+
+
+@pytest.mark.parametrize("name", ["São Tomé", "Кёнигсберг", "Άργος", "서울", "ガーナ", "दिल्ली क़", "İzmir"])
+def test_spellings_of_one_answer_are_one_answer(asked: PromptSet, name: str) -> None:
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD", "NFKC")]
+    found = same_answers([replace(asked[0], answers=(own,)) for own in (*forms, f"{name}\u200b", "Lima")])
+    assert len(set(found[:-1])) == 1 and found[-1] not in found[:-1]
 
 
 @contextmanager

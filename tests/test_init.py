@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from subjattn import cli
 from subjattn.errors import BadInput
 from subjattn.facts import load_facts
 from subjattn.facts.splits import split
-from subjattn.study.checking import check_study
 from subjattn.study.draft import draft, sizes_of
 from subjattn.study.read import parse_study
 
@@ -125,22 +123,3 @@ def test_multiple_choice_has_no_subject_to_measure() -> None:
         "accuracy",
         "answer_logprob",
     ]
-
-
-@pytest.mark.parametrize(
-    ("split", "said"),
-    [("", True), ("  split: {within: []}\n", True), ("  split: {by: popularity}\n", False)],
-)
-def test_a_ranking_that_nobody_chose_is_said(
-    tmp_path: Path, split: str, said: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = "".join(f"Land{i},Town{i % 3},{i}\n" for i in range(60))
-    (tmp_path / "facts.csv").write_text("subject,answer,popularity\n" + rows)
-    text = (
-        f"name: a\nfacts:\n  source: {tmp_path / 'facts.csv'}\n  n_train: null\n  n_test: 3\n{split}"
-        "styles: {a: 'City {subject} is'}\narms: {base: {}, known: {train: known}, unknown: {train: unknown}}\n"
-    )
-    with caplog.at_level(logging.WARNING):
-        check_study(parse_study(yaml.safe_load(text), "test"))
-    found = [record.getMessage() for record in caplog.records if "facts.split.by is not set" in record.getMessage()]
-    assert len(found) == said and all("known and unknown are ranked by popularity" in one for one in found)

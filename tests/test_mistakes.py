@@ -214,7 +214,7 @@ STUDIES = [
     ),
     (
         "base: {}",
-        "base: {train: known}",
+        "base: {train: top}",
         [
             "study.yaml:2: facts.split.by: none of the 30 facts has a popularity: rank by another column, such as answer_logprob"
         ],

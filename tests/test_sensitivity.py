@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from subjattn.measures import hf_model
 from subjattn.measures.pooled import pseudo_values
 from subjattn.measures.record import measure_of, values_of
 from subjattn.measures.scoring import SCORERS, Named
-from subjattn.measures.subject_sensitivity import subject_sensitivity
+from subjattn.measures.subject_sensitivity import _modal, _partners, subject_sensitivity
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, PromptSet, ablate, make_prompts
 from subjattn.prompts.make import first_token
@@ -199,6 +201,19 @@ def test_a_fact_without_partners_has_no_swap(tiny_models: dict[str, LoadedModel]
     assert np.isnan(found["detached"]).all()
     assert not np.isnan(found["mask_distance"]).any()
     assert np.isnan(found["entropy_excess"]).all()
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_another_spelling_of_the_answer_is_no_partner_and_no_other_answer(asked: PromptSet, form: str) -> None:
+    """Two facts whose answer is São Tomé in two normal forms; the one most taught in NFC."""
+    first = replace(asked[0], answers=(unicodedata.normalize(form, "São Tomé"),))
+    spelled = unicodedata.normalize("NFD" if form == "NFC" else "NFC", "são tomé")
+    prompts = [first, replace(first, answers=(spelled,)), replace(first, answers=("Lima",))]
+    never = lambda text, answers: False  # noqa: E731
+    assert _partners(prompts, ["x"] * 3, never, 2, 0)[:2] == [[2], [2]]
+    training = pd.DataFrame({"relation": "r", "answers": [["São Tomé"]] * 2})
+    found = _modal(prompts, None, training, ["x"] * 3, never)
+    assert np.isnan(found).tolist() == [True, True, False]
 
 
 def test_bad_questions_are_refused(tiny_models: dict[str, LoadedModel], asked: PromptSet) -> None:

@@ -174,6 +174,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished stu
 
 def _run(config: Any, out: Path, workers: int | None = None, on: str | None = None, *, replace: bool = False) -> None:
     from subjattn.study.files import open_run
+    from subjattn.study.known_before import known_before
     from subjattn.study.run import run_study
 
     summary = run_study(config, out, workers=workers, on=on, replace=replace)
@@ -187,7 +188,10 @@ def _run(config: Any, out: Path, workers: int | None = None, on: str | None = No
             console.print(tables.arms_table(summary, style), "")
     if summary["claims"]:
         console.print(tables.claims_table(summary), "")
-    show_gap(open_run(out))
+    finished = open_run(out)
+    show_gap(finished)
+    if said := known_before(finished):
+        console.print(Text(said), "")
     typer.echo(out / "report.html")
 
 

@@ -83,6 +83,20 @@ class ArmSpec:
         known, unknown = ArmSpec("known", "known"), ArmSpec("unknown", "unknown")
         return [known] if self.share == 0 else [unknown] if self.share == 1 else [known, unknown]
 
+    @property
+    def by_knowledge(self) -> bool:
+        """Whether it asks for facts that rank as known or unknown."""
+        return self.kind in ("known", "unknown", "mixed", "unknown-in")
+
+    @property
+    def unknown(self) -> Fraction | None:
+        """The share of unknown facts it asks for (`unknown-in`: in its relations); None if it does not say."""
+        if self.kind == "category":
+            return Fraction(self.spec == "Unknown")
+        if not self.by_knowledge:
+            return None
+        return self.share if self.kind == "mixed" else Fraction(self.kind != "known")
+
     def n_unknown(self, n: np.ndarray) -> np.ndarray:
         """Unknown facts among `n` of a mixed arm, halves rounded up."""
         return (2 * self.share.numerator * n + self.share.denominator) // (2 * self.share.denominator)
@@ -275,7 +289,7 @@ def _taking_part(facts: pd.DataFrame, by: str, within: Sequence[str]) -> pd.Data
         few = f" in a group of three with the same {' and '.join(within)}" if facts[by].notna().any() else ""
         raise BadInput(
             f"none of the {len(facts)} facts has a {by}{few}: rank by another column"
-            f"{' or within less' if few else ', such as answer_logprob'}",
+            f"{' or within less' if few else '' if by == 'answer_logprob' else ', such as answer_logprob'}",
             field="within" if few else "by",
         )
     return table

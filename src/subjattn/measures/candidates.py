@@ -16,6 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from subjattn.errors import BadInput
+from subjattn.facts.names import plain_name
 from subjattn.prompts import Prompt
 
 
@@ -85,10 +86,13 @@ def deal(
 
 
 def same_answers(prompts: Sequence[Prompt]) -> Int[np.ndarray, " fact"]:
-    """Numbers of answers; facts that share an accepted one, at once or by way of others, have the same number."""
+    """Numbers of answers; facts that share an accepted one, at once or by way of others, have the same number.
+
+    Spellings that `facts.names` takes for one name are one answer.
+    """
     numbers: dict[str, int] = {}
     edges = [
-        (fact, len(prompts) + numbers.setdefault(answer.casefold(), len(numbers)))
+        (fact, len(prompts) + numbers.setdefault(plain_name(answer), len(numbers)))
         for fact, prompt in enumerate(prompts)
         for answer in prompt.answers
     ]

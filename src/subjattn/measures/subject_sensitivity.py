@@ -20,6 +20,7 @@ from torch import Tensor
 
 from subjattn.engine.answers import answer_logits
 from subjattn.errors import BadInput
+from subjattn.facts.names import plain_name
 from subjattn.measures import check_askable, hf_model, labelled, shortened, tokenizer_of
 from subjattn.measures.accuracy import PREDICTING
 from subjattn.measures.answers import predict
@@ -165,15 +166,14 @@ def _partners(prompts: Sequence[Prompt], texts: Sequence[str], fits: Any, swaps:
         start, stop = prompts[i].subject_span
         around = (*prompts[i].ids[:start], -1, *prompts[i].ids[stop : prompts[i].prediction + 1])
         alike.setdefault(around, []).append(i)
+    names = [{plain_name(answer) for answer in prompt.answers} for prompt in prompts]
     found: list[list[int]] = [[] for _ in prompts]
     for members in alike.values():
         for at, i in enumerate(members):
-            own = {answer.casefold() for answer in prompts[i].answers}
             for j in members[at + 1 :] + members[:at]:
                 if len(found[i]) == swaps:
                     break
-                shared = own & {answer.casefold() for answer in prompts[j].answers}
-                if not shared and not fits(texts[i], prompts[j].answers):
+                if not names[i] & names[j] and not fits(texts[i], prompts[j].answers):
                     found[i].append(j)
     return found
 
@@ -246,7 +246,7 @@ def _modal(
         if not counts:
             continue
         modal = min(counts, key=lambda answer: (-counts[answer], answer))
-        if modal.casefold() not in {answer.casefold() for answer in prompt.answers}:
+        if plain_name(modal) not in {plain_name(answer) for answer in prompt.answers}:
             values[i] = fits(texts[i], [modal])
     return values
 

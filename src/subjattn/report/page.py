@@ -27,6 +27,7 @@ from subjattn.study import files
 from subjattn.study.deciding import needed_in_words
 from subjattn.study.files import Run, open_run
 from subjattn.study.gaps import factuality_gap, has_gap
+from subjattn.study.known_before import known_before
 from subjattn.study.mixing_curves import mixing_curves
 from subjattn.study.registration import registered_in
 
@@ -78,6 +79,7 @@ def _content(run: Run) -> dict[str, Any]:
         "mixing": _mixing(run),
         "over_training": _over_training(run),
         "composition": _composition(run),
+        "known_before": known_before(run),
         "gap": factuality_gap(run).to_dict("records") if has_gap(run) else [],
         "quantities": summary["quantities"],
         "plotly": Markup(get_plotlyjs()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from subjattn.facts import SOURCES, path_of
 from subjattn.facts.files import SUFFIXES
 from subjattn.facts.given import answer_in_subject
 from subjattn.facts.shuffle import taught
+from subjattn.facts.splits import parse_arm
 from subjattn.models import describe, load_tokenizer, model_shape, resolve_adapter, resolve_model
 from subjattn.prompts import Style, example, make_prompts, notice_first, notice_relations, on_line, subject_lengths
 from subjattn.study.arms import Arm
@@ -27,8 +27,6 @@ from subjattn.worlds import is_world
 
 
 log = logging.getLogger(__name__)
-
-RANKED = re.compile(r"unknown|known|mixed|top|bottom")
 
 
 def check_study(config: StudyConfig) -> list[str]:
@@ -45,7 +43,6 @@ def check_study(config: StudyConfig) -> list[str]:
     size = "all an arm can have" if asked.n_train is None else f"{asked.n_train} an arm"
     train = f"{size} to train, " if config.trained else ""
     found, pool = _found(config)
-    _notice_ranking(config)
     lines = [
         f"{config.name}: {_described(config.model)}, {config.dtype}, seed {config.seed}",
         f"facts: {asked.source}{found}; {train}{asked.n_test} to test, right by {config.scorer}",
@@ -63,6 +60,7 @@ def check_study(config: StudyConfig) -> list[str]:
         if arm.of:
             trained = f"made of {arm.of}: " + (f"restore {arm.restore}" if arm.restore else f"mix {arm.mix}")
         lines.append(f"arm {name}: {trained}")
+    lines += _ranking(config)
     many = config.replicates
     if config.trained:
         styles = ", ".join(config.training_styles())
@@ -71,16 +69,22 @@ def check_study(config: StudyConfig) -> list[str]:
     return [*lines, f"contrasts: {len(config.contrasts)}, claims: {len(config.claims)}; the study is valid"]
 
 
-def _notice_ranking(config: StudyConfig) -> None:
-    """Say where known and unknown go by popularity because the study does not say what they go by."""
+def _ranking(config: StudyConfig) -> list[str]:
+    """What ranks facts for the arms that are trained on part of the ranking; a warning where popularity does."""
     split = config.facts.split
-    arms = [name for name, spec in config.trained.items() if RANKED.search(spec)]
-    if arms and split.by == "popularity" and "by" not in split.model_fields_set:
+    specs = {name: parse_arm(spec) for name, spec in config.trained.items()}
+    ranked = [name for name, spec in specs.items() if spec.by_knowledge or spec.kind in ("top", "bottom")]
+    known = [name for name in ranked if specs[name].by_knowledge]
+    if known and split.by == "popularity":
         log.warning(
-            "note: facts.split.by is not set, so %s are ranked by popularity, which need not be what the model knows: "
-            "set it to answer_logprob to rank by the model itself, as `subjattn init` does, or to popularity",
-            " and ".join(arms),
+            "note: %s are ranked by popularity, which need not be what the model knows: set facts.split.by to "
+            "answer_logprob to rank by the base model itself",
+            " and ".join(known),
         )
+    within = ("relation",) if split.controlled else split.within
+    among = f", among facts of the same {' and '.join(within)}" if within and split.by != "category" else ""
+    said = ", the base model's log-probability of the answer" if split.by == "answer_logprob" else ""
+    return [f"facts of {', '.join(ranked)}: ranked by {split.by}{said}{among}"] if ranked else []
 
 
 def _shown(name: str, style: Style, pool: pd.DataFrame | None) -> str:

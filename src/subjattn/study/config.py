@@ -27,6 +27,7 @@ from subjattn.models import PACKAGED
 from subjattn.prompts import Style
 from subjattn.study.arms import Arm, Name, Replicates, Section, TrainingConfig, WrongField
 from subjattn.study.consistency import check_claims, check_made, check_training
+from subjattn.worlds import is_world
 
 
 MEASURED = ("accuracy", "answer_logprob", "attention_to_subject", "knockout", "patching", "token_attention")
@@ -58,7 +59,11 @@ class HeldOut(Section):
 class SplitConfig(Section):
     """How facts are ranked and what arms must have in common; see `subjattn.facts.splits`."""
 
-    by: Literal["popularity", "category", "p_greedy", "p_sampled", "confidence", "answer_logprob"] = "popularity"
+    by: Literal["popularity", "category", "p_greedy", "p_sampled", "confidence", "answer_logprob"] = Field(
+        "popularity",
+        description="what ranks facts; by default answer_logprob, the base model's own log-probability of the answer, "
+        "if an arm is trained on known, unknown or mixed facts, else popularity",
+    )
     within: list[Literal["relation", "answer"]] = Field(["relation", "answer"])
     match: list[Literal["relation", "answer", "n_tokens"]] = Field(["relation", "answer", "n_tokens"])
     controlled: bool = False
@@ -99,7 +104,7 @@ class FactsConfig(Section):
     @property
     def scored(self) -> bool:
         """Whether the model itself must say how likely each answer is, before facts can be ranked."""
-        return self.split.by == "answer_logprob" and self.knowledge is None
+        return self.split.by == "answer_logprob" and (self.knowledge is None or is_world(self.knowledge))
 
 
 class StudyConfig(Section):
@@ -181,6 +186,17 @@ class StudyConfig(Section):
             )
         check_made(self)
         check_claims(self)
+        return self
+
+    @model_validator(mode="after")
+    def _ranked(self) -> Self:
+        """Say what ranks facts where the study does not, so that every record of the study says it."""
+        split = self.facts.split
+        if "by" not in split.model_fields_set and self.trained:
+            by = "answer_logprob" if any(parse_arm(spec).by_knowledge for spec in self.specs) else split.by
+            facts = self.facts.model_copy(update={"split": split.model_copy(update={"by": by})})
+            object.__setattr__(self, "facts", facts)
+            self.model_fields_set.add("facts")
         return self
 
     @property

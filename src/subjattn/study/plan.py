@@ -86,19 +86,7 @@ class _Builder(FactStages):
                 if replicate not in config.replicates_of(name, measure.name):
                     continue
                 inputs = weights | {"prompts": f"{prompts}:prompts.parquet"}
-                if (mix := config.arms[name].mix) is not None and mix.base_style:
-                    inputs["shown"] = f"{files.shared_prompts(mix.base_style)}:prompts.parquet"
-                if measure.name != "accuracy":
-                    inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
-                if "reference" in measure.needs and name != reference:
-                    first = config.replicates_of(reference, measure.name)[0]
-                    inputs["reference"] = files.measured(reference, first, style, measure.name)
-                if "known_elsewhere" in measure.needs and (other := self._other_style(style)):
-                    inputs["chosen_elsewhere"] = f"{files.chosen(other)}:chosen.json"
-                if "facts" in measure.needs:
-                    inputs["pool"] = f"{files.POOL}:facts.parquet"
-                    if arm.train and replicate is not None:
-                        inputs["training"] = files.training_facts(config.trained[source], replicate[0])
+                inputs |= self._further_inputs(name, replicate, style, measure)
                 about = model | {"own_prompts": own} | self._beside_base(name, measure)
                 if config.facts.where == "correct" and measure.name != "accuracy":
                     about["where"] = "correct"
@@ -110,6 +98,25 @@ class _Builder(FactStages):
                 if measure.name in config.measured_over_training(name, style):
                     over = files.over_training(name, replicate, style, measure.name)
                     yield self._over_training(name, measured, over)
+
+    def _further_inputs(self, name: str, replicate: Replicate | None, style: str, measure: Measure) -> dict[str, str]:
+        """What a measure of an arm is made from besides its weights and prompts."""
+        config, reference = self.config, self.config.untrained
+        inputs: dict[str, str] = {}
+        if (mix := config.arms[name].mix) is not None and mix.base_style:
+            inputs["shown"] = f"{files.shared_prompts(mix.base_style)}:prompts.parquet"
+        if measure.name != "accuracy":
+            inputs["chosen"] = f"{files.chosen(style)}:chosen.json"
+        if "reference" in measure.needs and name != reference:
+            first = config.replicates_of(reference, measure.name)[0]
+            inputs["reference"] = files.measured(reference, first, style, measure.name)
+        if "known_elsewhere" in measure.needs and (other := self._other_style(style)):
+            inputs["chosen_elsewhere"] = f"{files.chosen(other)}:chosen.json"
+        if "facts" in measure.needs:
+            inputs["pool"] = f"{files.POOL}:facts.parquet"
+            if (source := config.source(name)) in config.trained and replicate is not None:
+                inputs["training"] = files.training_facts(config.trained[source], replicate[0])
+        return inputs
 
     def _other_style(self, style: str) -> str | None:
         """The next style that the reference is asked in, after the last the first; None where there is none."""

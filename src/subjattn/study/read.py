@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from subjattn.errors import BadInput, WrongFields
 from subjattn.study.arms import WrongField
 from subjattn.study.config import MEASURED, StudyConfig
+from subjattn.study.files import MANIFEST, STUDY
 from subjattn.study.lines import Lines, lines_of
 
 
@@ -83,7 +85,26 @@ def read_raw(path: str | Path, settings: Sequence[str]) -> tuple[dict[str, Any],
         raise BadInput(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path} holds no study: it should be a mapping with 'name', 'arms', 'styles' …")
+    _rank_as_made(raw, path)
     return raw, replace(lines, settings={_apply(raw, setting): setting for setting in settings})
+
+
+def _rank_as_made(raw: dict[str, Any], path: Path) -> None:
+    """Rank as a run did, where this is the study in its folder: before 0.11 it left out a ranking that was the default.
+
+    Its manifest has always said it.
+    """
+    beside = path.with_name(MANIFEST)
+    if path.name != STUDY or not beside.is_file():
+        return
+    try:
+        made = json.loads(beside.read_text(encoding="utf-8"))["study"]
+        by, same = made["facts"]["split"]["by"], made["name"] == raw["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    facts = raw.get("facts") or {}
+    if same and isinstance(facts, dict) and isinstance(split := facts.get("split") or {}, dict):
+        raw["facts"] = facts | {"split": {"by": by} | split}
 
 
 def _wrong(error: ValidationError, above: _Field = ()) -> Iterator[tuple[_Field, tuple[str, str]]]:
