@@ -341,3 +341,9 @@ def test_a_pickled_adapter_is_refused_with_how_to_convert(qwen2: Path, tmp_path:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"if you trust adapter_model.bin, by PeftModel.from_pretrained"):
         load_model(str(qwen2), adapter=adapter)
+
+
+def test_the_file_of_an_adapter_is_answered_with_its_folder(qwen2: Path, tmp_path: Path) -> None:
+    folder = Path(trained(qwen2, tmp_path / "t", LoraConfig(**Q)))
+    with pytest.raises(BadInput, match="is a file: give the folder that holds it"):
+        load_model(str(qwen2), adapter=folder / "adapter_model.safetensors")

@@ -121,14 +121,15 @@ def _other_tokens(
 ) -> AdapterMismatch:
     known = _tokenizer_of(base) if tokenizer is None else tokenizer
     own = _own_tokenizer(resolve_adapter(adapter), known)
-    names = "its folder holds no tokenizer that names them"
+    names, n = "its folder holds no tokenizer that names them", abs(theirs - rows)
     if own is not None:
-        names = _listed(_added(own, known)) or "its tokenizer has no others than the model's"
-    n = abs(theirs - rows)
+        added = _added(own, known)
+        names, n = _listed(added) or "its tokenizer has no others than the model's", len(added) or n
     return AdapterMismatch(
         f"adapter {adapter!r} was trained with {n} {'more' if theirs > rows else 'fewer'} token{'s' * (n > 1)} "
         f"({names}): it has {theirs} rows of embeddings and model {base!r} {rows}; change the base as it was changed "
-        "for training (tokenizer.add_tokens, model.resize_token_embeddings), save both in one folder, and give that"
+        f"for training (tokenizer.add_tokens, model.resize_token_embeddings({theirs})), save both in one folder, and "
+        "give that"
     )
 
 

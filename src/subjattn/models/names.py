@@ -112,6 +112,8 @@ def resolve_adapter(adapter: str) -> str:
     if not folder.is_dir():
         repository, revision = parted(adapter)
         if folder.is_absolute() or adapter.startswith(".") or repository.count("/") != 1:
+            if Path(adapter).is_file():
+                raise BadInput(f"adapter {adapter!r} is a file: give the folder that holds it")
             raise BadInput(f"no such adapter folder: {adapter!r}")
         from huggingface_hub import snapshot_download
 
