@@ -15,6 +15,7 @@ from subjattn.errors import BadInput
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
+from subjattn.measures.first_tokens import telling
 from subjattn.measures.head_contributions import SOURCES, sources_of
 from subjattn.measures.logit_lens import settled
 from subjattn.measures.record import measure_of, values_of
@@ -117,11 +118,14 @@ def test_without_other_answers_there_is_nothing_to_be_over(
 
 def test_the_lens_is_the_models_own_norm_and_unembedding(tiny: LoadedModel, asked: PromptSet) -> None:
     """Against `output_hidden_states`, whose last is behind the final norm already."""
-    found = sa.logit_lens(tiny, asked)
+    found, tells = sa.logit_lens(tiny, asked), telling(asked)
+    np.testing.assert_array_equal(found["lens_logprob"].notnull().all("layer"), tells)
     hf = hf_model(tiny)
     inner = hf.base_model
     norm = getattr(inner, "norm", None) or getattr(inner, "ln_f", None) or inner.final_layer_norm
-    for prompt in asked[:4]:
+    some = [prompt for prompt, alone in zip(asked, tells, strict=True) if alone][:4]
+    assert len(some) > 1
+    for prompt in some:
         with torch.no_grad():
             states = hf(
                 torch.tensor([prompt.ids[: prompt.prediction + 1]]), output_hidden_states=True, use_cache=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _SHOWN = 5
 """Tokens that are named at most."""
 _SAID = ("The capital of France is", " Nairobi", "東京 é\n\n1984")
@@ -87,7 +89,8 @@ def _other_path(key: list[str], ours: Mapping[tuple[str, ...], str]) -> tuple[st
     for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
         if (here := ours.get(tuple(key[start:end]))) is not None:
             theirs = ".".join(key[: start + 1])
-            return None if theirs == here else (theirs, here)
+            same = _NUMBER.sub("", theirs) == _NUMBER.sub("", here)  # another layer is no other path
+            return None if same else (theirs, here)
     return None
 
 
