@@ -76,7 +76,7 @@ def _check_claim(study: StudyConfig, claim: Claim) -> None:
     for measure, arms, style, cells in sides:
         quantity = quantity_of(measure.partition(".")[0], study.measured)[1]
         _check_cells(where, quantity, cells)
-        if quantity.bounds is not None and claim.smallest_effect >= quantity.bounds[1] - quantity.bounds[0]:
+        if quantity.bounds is not None and claim.smallest_effect > quantity.bounds[1] - quantity.bounds[0]:
             raise ValueError(
                 f"{where}: no effect on {quantity.name} can be {claim.smallest_effect:g}: its values lie between "
                 f"{quantity.bounds[0]:g} and {quantity.bounds[1]:g}"
