@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import subjattn as sa
 from subjattn.errors import BadInput, NoActivations
 from subjattn.facts import draw
+from subjattn.measures.answers import longest_answers
 from subjattn.measures.record import measures
 from subjattn.measures.scoring import SCORERS
 from subjattn.models import LoadedModel
@@ -69,7 +70,7 @@ def test_a_mixture_answers_as_the_mixed_probabilities_do(
             ids.append(token)
         assert logprobs[i] == pytest.approx(total, rel=1e-4)
         ids, written = list(prompts[i].ids[: prompts[i].prediction + 1]), []
-        for step in range(SCORERS["answer_start"].new_tokens):
+        for step in range(*longest_answers(SCORERS["answer_start"], pair[0].tokenizer, [prompts[i]])):
             token = int(by_hand(pair, (ids, ids), weight, form).argmax())
             written.append(token)
             ids.append(token)

@@ -20,7 +20,7 @@ from subjattn.errors import BadInput, NotFired
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import intervened
-from subjattn.measures.answers import predict, predict_rows
+from subjattn.measures.answers import longest_answers, predict, predict_rows
 from subjattn.measures.scoring import SCORERS, ScorerName
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, PromptSet, make_prompts
@@ -42,7 +42,7 @@ Mask = Callable[[int], oracles.Mask | None]
 def slowly(model: LoadedModel, prompt: Prompt, scorer: ScorerName, mask: Mask = lambda _: None) -> str:
     """The greedy text, one whole pass a token; the mask by the length of the text so far."""
     rule, ids, text = SCORERS[scorer], list(prompt.ids[: prompt.prediction + 1]), list[int]()
-    for step in range(rule.new_tokens):
+    for step in range(*longest_answers(rule, model.tokenizer, [prompt])):
         logits = oracles.logits(model.model, replace(prompt, ids=tuple(ids + text)), mask(len(ids) + step))
         text.append(int(logits[-1].argmax()))
         line_ends = rule.one_line and step > 0 and "\n" in model.tokenizer.decode(text[-1:])

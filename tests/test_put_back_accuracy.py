@@ -89,7 +89,7 @@ def slowly(apart: dict[str, LoadedModel], name: str, component: str, prompt: Pro
     """The greedy text under a put whose positions go by the text's length, as far as the scorer lets it grow."""
     rule, ids, own = SCORERS["answer_start"], list(prompt.ids[: prompt.prediction + 1]), apart["one"]
     text: list[int] = []
-    for step in range(rule.new_tokens):
+    for step in range(*answers.longest_answers(rule, own.tokenizer, [prompt])):
         so_far = replace(prompt, ids=tuple(ids + text))
         text.append(int(next_logits(apart, name, component, so_far, positions(len(so_far))).argmax()))
         if text[-1] == own.tokenizer.eos_token_id or (step and "\n" in own.tokenizer.decode(text[-1:])):
@@ -162,7 +162,7 @@ def test_the_placebo_grows_with_the_text(tuned: Made, prompts: PromptSet, monkey
     monkeypatch.setattr(module, "_others", lambda *given: orders.append(own(*given)) or orders[-1])
     found = put_back_accuracy(arms, prompts[:3], "mlp_out", "one", at="prediction", seed=2)
     for prompt, order, text in zip(prompts, orders, found["prediction"].sel(cell="placebo").values[:, 0], strict=False):
-        assert sorted(order) == list(range(prompt.prediction))
+        assert sorted(order) == sorted(set(range(prompt.prediction)) - set(prompt.subject_positions))
         expected = slowly(apart, "llama", "mlp_out", prompt, lambda n, p=prompt, o=order: o[: n - p.prediction])
         assert text == expected
     every = put_back_accuracy(arms, prompts[:3], "mlp_out", "one", at="all")
@@ -182,6 +182,7 @@ def test_every_output_of_the_base_gives_the_bases_answers(tuned: Made, prompts: 
 def test_texts_that_end_where_they_are_decided_are_judged_alike(
     tuned: Made, prompts: PromptSet, monkeypatch: pytest.MonkeyPatch, scorer: Any
 ) -> None:
+    monkeypatch.setattr(answers, "longest_answers", lambda rule, _, asked: [rule.new_tokens] * len(asked))
     arms, apart = tuned("llama")
     said = sa.predict(apart["base"], prompts, scorer)["prediction"]
     asked = [replace(p, answers=(text,)) if i % 2 else p for i, (p, text) in enumerate(zip(prompts, said, strict=True))]

@@ -66,7 +66,7 @@ def scored_logits(model: Any, prompt: Prompt, edges: set[tuple[int, int]], dose:
 def slowly(model: LoadedModel, prompt: Prompt, edges: Edges, dose: float, heads: Any = None) -> str:
     """The greedy text, its line's end included, as far as the scorer lets it grow."""
     text: list[int] = []
-    for step in range(SCORERS["answer_start"].new_tokens):
+    for step in range(*answers.longest_answers(SCORERS["answer_start"], model.tokenizer, [prompt])):
         so_far = replace(prompt, ids=(*prompt.ids[: prompt.prediction + 1], *text))
         own = edges(len(so_far))
         of = (own, dose) if heads is None else (own, dose, heads)

@@ -110,7 +110,7 @@ class _Builder(FactStages):
         if "reference" in measure.needs and name != reference:
             first = config.replicates_of(reference, measure.name)[0]
             inputs["reference"] = files.measured(reference, first, style, measure.name)
-        if "known_elsewhere" in measure.needs and (other := self._other_style(style)):
+        if "known_elsewhere" in measure.needs and name != reference and (other := self._other_style(style)):
             inputs["chosen_elsewhere"] = f"{files.chosen(other)}:chosen.json"
         if "facts" in measure.needs:
             inputs["pool"] = f"{files.POOL}:facts.parquet"
