@@ -330,7 +330,8 @@ def test_a_stage_that_fails_is_named_and_loses_nothing(
 ) -> None:
     out, _ = done
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run(monkeypatch, "run", CITIES, "--out", out, "--set", f"model={model}", "--set", "facts.n_test=99999") == 1
+    changed = ("--set", f"model={model}", "--set", "facts.n_test=99999", "--replace")
+    assert run(monkeypatch, "run", CITIES, "--out", out, *changed) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert lines[0].startswith("error: facts/split: facts.n_test: n_test=99999 is not between 1 and the")
     assert lines[1:] == ["error: 1 failed; a second run makes what is left"]
