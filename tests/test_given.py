@@ -95,7 +95,8 @@ def test_a_study_leaves_them_out(tmp_path: Path, tiny_folders: dict[str, Path]) 
     assert ", 3 in 1 relation, 2 with their answer in the name (see facts.leave_out_given)" in check_study(study)[1]
     plain, other = (next(iter(plan_study(one))) for one in (study, without))
     assert set(plain.settings["facts"]) == {"columns", "relations", "pool"} and plain.recipe(1) != other.recipe(1)
-    compared = raw | {"contrasts": [["base", "base"]]}
+    arms = {"base": {}, "same": {"model": str(tiny_folders["llama"])}}
+    compared = raw | {"arms": arms, "contrasts": [["same", "base"]]}
     stated = (
         registration_of(parse_study(compared | {"facts": {"source": str(path), **more}}, "test"))
         for more in ({}, {"leave_out_given": False}, {"leave_out_given": True})

@@ -307,8 +307,8 @@ def test_the_noise_floor_of_kl_is_a_controls_distance_from_the_plain_run(
     [
         ({"routes": "direct"}, "give a list of"),
         ({"routes": ["indirect"]}, "give a list of"),
-        ({"by": "position"}, "by is 'layer'"),
-        ({"by": "window", "window": 0}, "a window 1 or more"),
+        ({"by": "position"}, "by='position' is none of 'layer', 'window', 'head' and None"),
+        ({"by": "window", "window": 0}, "window=0 is no number of layers: give 1 or more"),
         ({"metric": "accuracy"}, "is not among"),
         ({"metric": "logit_diff"}, "needs foils"),
         ({"metric": "kl", "foils": [1]}, "one for every prompt"),
