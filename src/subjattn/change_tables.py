@@ -131,10 +131,12 @@ def _diagnosis(summary: dict[str, Any]) -> list[Any]:
 def _few_lost(found: dict[str, Any]) -> str:
     """Why it is not said by what."""
     share, ends = found.get("answers_lost"), found["intervals"].get("answers_lost")
+    net = found.get("answers_changed")
     if share is None:
         return "the base starts none of these answers rightly: there is nothing to lose"
     known = "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
-    return f"of the answers that the base starts rightly {share:.2f}{known} are lost: too few to ask by what"
+    whole = "" if net is None else f"answers started rightly, tuned − base: {net:+.2f}; "
+    return f"{whole}of those that the base starts rightly {share:.2f}{known} are lost: too few to ask by what"
 
 
 def mediated_table(title: str, found: dict[str, Any]) -> Table:
@@ -143,7 +145,7 @@ def mediated_table(title: str, found: dict[str, Any]) -> Table:
     for heading in ("", "share", "95 % interval", "placebo"):
         made.add_column(Text(heading), justify="right" if heading in ("share", "placebo") else "left")
     names = [name for name in found if name.startswith("mediated.")]
-    for name in ("answers_lost", *names):
+    for name in ("answers_changed", "answers_lost", "answers_won", *names):
         ends, placebo = found["intervals"].get(name), found.get(name.replace("mediated.", "mediated_placebo."))
         share = found.get(name)
         made.add_row(

@@ -335,10 +335,11 @@ MEASURE = Measure(
         ),
         Quantity(
             "answers_won",
-            "share of the base's right answers",
-            "answers that the tuned model starts rightly and the base does not, over those that the base does",
+            "share of the base's wrong answers",
+            "answers that the tuned model starts rightly and the base does not, over those that the base does not",
             _won,
-            over=_right,
+            over=lambda dataset: 1 - _right(dataset),
+            bounds=(0, 1),
             smallest_effect=0.05,
         ),
         Quantity(
