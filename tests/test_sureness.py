@@ -334,3 +334,20 @@ def test_where_nothing_stands_between_there_are_no_relays(tiny: LoadedModel, ask
     assert found["knockout_drop_beside"].sel(beside="relayed").isnull().all()
     found.to_netcdf(tmp_path / "array.nc", engine="h5netcdf")
     assert xr.load_dataset(tmp_path / "array.nc", engine="h5netcdf")["relay_drop"].shape == (6, 2, 0)
+
+
+def test_a_drop_over_its_control_is_of_the_facts_that_have_both() -> None:
+    """Planted: the half of the facts without a control falls by much more than the other."""
+    drop, beside = np.r_[np.full(10, 5.0), np.full(10, 1.0)], np.r_[np.full(10, np.nan), np.full(10, 4.0)]
+    dataset = xr.Dataset(
+        {
+            "knockout_drop": (("fact", "route"), drop[:, None]),
+            "knockout_drop_beside": (("fact", "beside"), beside[:, None]),
+        },
+        {"fact": [f"f{i}" for i in range(20)], "route": ["direct"], "beside": ["direct_control"]},
+    )
+    wanted = ("knockout_drop", "knockout_control", "knockout_over_control")
+    quantities = [quantity for quantity in measure_of("knockout").quantities if quantity.name in wanted]
+    own = {quantity.name: quantity.per_fact(dataset) for quantity in quantities}
+    assert float(own["knockout_drop"].mean()) == 3 and float(own["knockout_control"].mean()) == 4
+    assert float(own["knockout_over_control"].mean()) == -3 and int(own["knockout_over_control"].notnull().sum()) == 10
