@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool
 from pydantic import Field
 
 from subjattn.backends import Backend, BackendName
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, NotDefined
 from subjattn.measures import check_askable, hf_model, labelled, opened, tokenizer_of
 from subjattn.measures.attention import PAPER, REDUCTIONS, by_layer, prediction_rows, subject_attention
 from subjattn.measures.record import Asked, Measure, Quantity, Settings, Shape, mean_over
@@ -216,11 +217,12 @@ class AttentionSettings(Settings):
 def _run(asked: Asked, settings: AttentionSettings) -> xr.Dataset:
     how = {"reduce": settings.reduce, "value_weighted": settings.value_weighted}
     found = subject_attention(asked.model, asked.prompts, **how, **asked.computing).to_dataset()  # type: ignore[arg-type]
+    controls = xr.Dataset(dict.fromkeys(_FORMS, found["attention_to_subject"] * np.nan))
     if settings.controls:
         sink = None if asked.reference is None else asked.reference.get("sink")
-        found = found.assign(controlled_attention(asked.model, asked.prompts, sink=sink, **asked.computing))
-    else:
-        found = found.assign(dict.fromkeys(_FORMS, found["attention_to_subject"] * np.nan))
+        with suppress(NotDefined):  # a model without neutral text has no controls
+            controls = controlled_attention(asked.model, asked.prompts, sink=sink, **asked.computing)
+    found = found.assign(controls)
     asked.tell((1 + CONTROLS * settings.controls) * len(asked.prompts))
     return found
 
@@ -271,7 +273,8 @@ MEASURE = Measure(
     "subject arrives by relay through the words in between, it means little (`knockout`, `direct_share`). A fall of "
     "the forms without control may be a wide sink at the first positions.",
     undefined="Heads for which all tokens concerned are sinks are left out of a fact's mean. All forms but "
-    "`attention_to_subject` with `controls` off; `attention_value_weighted` on a backend that gives no values.",
+    "`attention_to_subject` with `controls` off, and for models without neutral text; `attention_value_weighted` on a "
+    "backend that gives no values.",
     run=_run,
     cost=_cost,
     settings=AttentionSettings,

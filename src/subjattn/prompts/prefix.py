@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from subjattn.errors import BadInput
+from subjattn.errors import NotDefined
 
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def neutral_prefix(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> str:
                 return text
             unknown = True
     if unknown:
-        raise BadInput(
+        raise NotDefined(
             f"this tokenizer knows no neutral text ({tokenizer.unk_token!r} would stand for its words, which says "
             "nothing of a name's place): use measures without such a control, or another model"
         )
-    raise BadInput(f"there is no neutral text of exactly {n_tokens} tokens in this tokenizer: try {n_tokens + 1}")
+    raise NotDefined(f"there is no neutral text of exactly {n_tokens} tokens in this tokenizer: try {n_tokens + 1}")
 
 
 def _beginnings(text: str, n_tokens: int) -> Iterator[str]:
