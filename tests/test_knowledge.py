@@ -117,6 +117,17 @@ def test_the_shared_beginning_is_computed_once(
     assert sizes[0][0] == 1 and sum(a * b for a, b in sizes) < whole / 3
 
 
+def test_draws_behind_token_zero_are_their_own(tiny: LoadedModel, shots: list[Prompt]) -> None:
+    """NumPy pads a list of seeds with zeros: the root and the branch of token 0 would draw the same numbers."""
+    sampler = Sampler(tiny.model, NONE, NONE, 64, 1.0)
+    sampler._seeds = [[7]]
+    even = torch.zeros(1, 512)
+    root, zero, zeros = (
+        sampler._sample([sampling._Branch(0, tokens, 64, False, 0.0)], even)[0] for tokens in ((), (0,), (0, 0))
+    )
+    assert root != zero != zeros != root
+
+
 def test_answers_end_where_their_line_or_text_ends(tiny: LoadedModel, shots: list[Prompt]) -> None:
     free = Sampler(tiny.model, NONE, NONE, 8, 1.0).draw(shots[:4], seeds(shots), [5] * 4)
     ending = next(token for token in free[0].greedy[1:])

@@ -312,6 +312,22 @@ def test_cells_by_where_are_averaged_as_by_select(run: Run, study: StudyConfig) 
         assert measured
 
 
+def test_every_arm_leaves_out_the_references_sinks(run: Run) -> None:
+    base = run.measure(ATTENTION, "base", "list")["sink"].values
+    for arm in ("known", "unknown"):
+        for one in run.replicates(arm):
+            np.testing.assert_array_equal(run.measure(ATTENTION, arm, "list", one)["sink"].values, base)
+    stages = {stage.name: stage.inputs for stage in run.plan}
+    made = {name: inputs for name, inputs in stages.items() if name.endswith(f"/list/{ATTENTION}")}
+    assert {name.split("/")[1] for name, inputs in made.items() if "reference" in inputs} == {"known", "unknown"}
+
+
+def test_every_quantity_is_described(run: Run) -> None:
+    described = run.summary["quantities"]
+    assert {"knockout_calibrated", "knockout_calibrated_total", "knockout_rank_rise"} <= set(described)
+    assert [name for name, about in described.items() if not about["definition"].strip()] == []
+
+
 def test_a_share_of_nothing_or_all_has_an_interval() -> None:
     """Bounded, as no answer of sixty lost is no proof that none would be."""
     facts = {"fact": [f"f{i}" for i in range(60)]}
