@@ -14,10 +14,11 @@ import xarray as xr
 import subjattn as sa
 from subjattn.backends import open_backend
 from subjattn.engine.interventions import Output
-from subjattn.errors import BadInput
+from subjattn.errors import BadInput, NotDefined
 from subjattn.facts import draw
 from subjattn.facts.templates import TEMPLATES
 from subjattn.measures import hf_model
+from subjattn.measures import subject_attention as module
 from subjattn.measures.record import Asked, measure_of, values_of
 from subjattn.measures.subject_attention import SINK, AttentionSettings, behind_neutral_text, controlled_attention
 from subjattn.models import LoadedModel
@@ -163,6 +164,30 @@ def test_the_measure_holds_all_forms_and_can_leave_them_out(
     plain: xr.Dataset = sa.measure("attention_to_subject", tiny_models["llama"], asked, {"controls": False})
     np.testing.assert_array_equal(plain["attention_to_subject"], found["attention_to_subject"])
     assert plain["attention_max"].isnull().all() and "sink" not in plain
+
+
+def test_without_neutral_text_the_other_forms_are_there(
+    tiny: LoadedModel, asked: PromptSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a world whose corpus has no such words; no text of the length needed is refused, as ever."""
+    whole: xr.Dataset = sa.measure("attention_to_subject", tiny, asked)
+
+    def refused(error: type[BadInput]) -> None:
+        def raising(*_: object) -> None:
+            raise error("no neutral text")
+
+        monkeypatch.setattr(module, "behind_neutral_text", raising)
+
+    refused(NotDefined)
+    found: xr.Dataset = sa.measure("attention_to_subject", tiny, asked)
+    for name in ("attention_to_subject", "attention_max", "attention_last", "attention_value_weighted"):
+        xr.testing.assert_allclose(found[name], whole[name])
+    for name in ("attention_without_sinks", "attention_over_its_place"):
+        assert found[name].isnull().all()
+    assert "attention has no controls here: no neutral text" in caplog.text
+    refused(BadInput)
+    with pytest.raises(BadInput):
+        sa.measure("attention_to_subject", tiny, asked)
 
 
 def test_a_subject_of_sinks_alone_has_no_share_without_them(

@@ -7,15 +7,15 @@ positions that draw attention whatever their token are left out. Value weights s
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import Field
 
 from subjattn.backends import Backend, BackendName
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from subjattn.measures import Model
 
+log = logging.getLogger(__name__)
 SINK = 0.1
 """Mean weight from which a position is a sink of a head, if it draws it whatever its token."""
 LOOKED_AT = 32
@@ -92,7 +93,6 @@ def controlled_attention(
     moved = behind_neutral_text(prompts, own, max(prompt.subject_span[1] for prompt in prompts))
     masked = [ablate(prompt, "masked", own) for prompt in prompts]
     run = opened(backend, hf_model(model), memory_budget, moved)
-    values = run.name in ("engine", "hooks")
     left_out = (
         _sinks(run, prompts, masked, moved) if sink is None else sink.transpose("layer", "head", "position").values
     )
@@ -107,6 +107,14 @@ def controlled_attention(
             _put(found, "attention_in_its_place", i, row[..., there].sum(-1), prompts)
             _put(found, "attention_without_sinks", i, _sum(kept[..., subject]), prompts)
             _put(found, "attention_over_its_place", i, _mean(kept[..., subject]) - _mean(kept[..., there]), prompts)
+    found |= _in_place(run, prompts)
+    return _labelled(found, prompts, run).assign(sink=(("layer", "head", "position"), left_out))
+
+
+def _in_place(run: Backend, prompts: Sequence[Prompt]) -> dict[str, Float[np.ndarray, "fact layer head"]]:
+    """The forms that are of the prompt as it stands."""
+    found: dict[str, np.ndarray] = {}
+    values = run.name in ("engine", "hooks")
     for output in run.attention_rows(prompts, value_norms=values):
         rows = prediction_rows(output)
         weighted = rows * by_layer(output.value_norms) if values else rows * np.nan
@@ -116,10 +124,16 @@ def controlled_attention(
             _put(found, "attention_last", i, REDUCTIONS["last"](row[..., at]), prompts)
             whole = its[..., : prompts[i].prediction + 1].sum(-1)
             _put(found, "attention_value_weighted", i, its[..., at].sum(-1) / whole, prompts)
+    return found
+
+
+def _labelled(found: Mapping[str, np.ndarray], prompts: Sequence[Prompt], run: Backend) -> xr.Dataset:
+    """Forms as arrays; those that are not there as NaN."""
+    missing = np.full_like(next(iter(found.values())), np.nan)
     arrays = {
         name: labelled(
             name,
-            found[name],
+            found.get(name, missing),
             prompts,
             ("layer", "head"),
             unit="share of attention",
@@ -129,7 +143,7 @@ def controlled_attention(
         )
         for name, words in _FORMS.items()
     }
-    return xr.Dataset(arrays).assign(sink=(("layer", "head", "position"), left_out))
+    return xr.Dataset(arrays)
 
 
 def _sinks(
@@ -217,12 +231,16 @@ class AttentionSettings(Settings):
 def _run(asked: Asked, settings: AttentionSettings) -> xr.Dataset:
     how = {"reduce": settings.reduce, "value_weighted": settings.value_weighted}
     found = subject_attention(asked.model, asked.prompts, **how, **asked.computing).to_dataset()  # type: ignore[arg-type]
-    controls = xr.Dataset(dict.fromkeys(_FORMS, found["attention_to_subject"] * np.nan))
+    forms = xr.Dataset(dict.fromkeys(_FORMS, found["attention_to_subject"] * np.nan))
     if settings.controls:
         sink = None if asked.reference is None else asked.reference.get("sink")
-        with suppress(NotDefined):  # a model without neutral text has no controls
-            controls = controlled_attention(asked.model, asked.prompts, sink=sink, **asked.computing)
-    found = found.assign(controls)
+        try:
+            forms = controlled_attention(asked.model, asked.prompts, sink=sink, **asked.computing)
+        except NotDefined as error:
+            log.warning("note: attention has no controls here: %s", error)
+            run = opened(asked.backend, hf_model(asked.model), asked.memory_budget, asked.prompts)
+            forms = _labelled(_in_place(run, asked.prompts), asked.prompts, run)
+    found = found.assign(forms)
     asked.tell((1 + CONTROLS * settings.controls) * len(asked.prompts))
     return found
 
@@ -273,8 +291,8 @@ MEASURE = Measure(
     "subject arrives by relay through the words in between, it means little (`knockout`, `direct_share`). A fall of "
     "the forms without control may be a wide sink at the first positions.",
     undefined="Heads for which all tokens concerned are sinks are left out of a fact's mean. All forms but "
-    "`attention_to_subject` with `controls` off, and for models without neutral text; `attention_value_weighted` on a "
-    "backend that gives no values.",
+    "`attention_to_subject` with `controls` off. The forms with a control where the tokenizer knows no neutral text "
+    "(some invented worlds). `attention_value_weighted` on a backend that gives no values.",
     run=_run,
     cost=_cost,
     settings=AttentionSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from subjattn.errors import NotDefined
+from subjattn.errors import BadInput, NotDefined
 
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def neutral_prefix(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> str:
     """A text that says nothing, of exactly `n_tokens` tokens (a BOS not counted), and ends in a new line.
 
     Raises:
-        BadInput: no beginning of the text has that many tokens, nor one with small words or dots added; or the
-            tokenizer does not know its words.
+        NotDefined: the tokenizer does not know the words of any neutral text.
+        BadInput: no beginning of the text has that many tokens, nor one with small words or dots added.
     """
     unknown = False
     for text in (text + _END for of in _TEXTS for text in _beginnings(of, n_tokens)):
@@ -44,7 +44,7 @@ def neutral_prefix(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> str:
             f"this tokenizer knows no neutral text ({tokenizer.unk_token!r} would stand for its words, which says "
             "nothing of a name's place): use measures without such a control, or another model"
         )
-    raise NotDefined(f"there is no neutral text of exactly {n_tokens} tokens in this tokenizer: try {n_tokens + 1}")
+    raise BadInput(f"there is no neutral text of exactly {n_tokens} tokens in this tokenizer: try {n_tokens + 1}")
 
 
 def _beginnings(text: str, n_tokens: int) -> Iterator[str]:
