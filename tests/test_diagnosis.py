@@ -66,6 +66,9 @@ def test_what_is_not_decided_leaves_accounts_open() -> None:
     row = next(row for row in found if row["account"] == "attention looks away")
     assert row["status"] == "open"
     assert row["because"] == [f"{ATTENTION}: 0.10 to 0.90", f"{MLPS}: not defined"]
+    path = LOST | NOTHING_ELSE | {VALUES: MOST, MLPS: MOST}
+    assert statuses(path)["MLP path damaged"] == "supported"
+    assert statuses(path | {OVER: None})["MLP path damaged"] == "open", "what vetoes has to be known"
     both = diagnose(LOST | NOTHING_ELSE | {ATTENTION: MOST, VALUES: MOST, OVER: MOST})
     either = [row for row in both if row["because"] == ["either attention looks away or values shrunk"]]
     assert [row["status"] for row in either] == ["open", "open"]
