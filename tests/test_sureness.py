@@ -27,7 +27,7 @@ from subjattn.measures import hf_model
 from subjattn.measures.knockout import edges_of, knockout
 from subjattn.measures.record import VALUE_COLUMNS, measure_of, values_of
 from subjattn.measures.subject_knockout import answered_rightly, relay_drop
-from subjattn.measures.temperature import at_temperature, fit_temperature
+from subjattn.measures.temperature import GRID, at_temperature, fit_temperature, fitted_on_others
 from subjattn.models import LoadedModel
 from subjattn.prompts import Prompt, PromptSet, make_prompts
 
@@ -311,6 +311,10 @@ def test_where_nothing_fits_there_is_no_temperature(tiny_models: dict[str, Loade
     for few in (asked.prompts[:1], [*halves[0], *halves[1][:4]]):
         with pytest.raises(BadInput, match="in one half, too few to fit a temperature on"):
             fit_temperature(tiny_models["gpt2"], PromptSet("s", tuple(few)))
+    uneven = [*halves[0], *halves[1][:4]]
+    losses = np.tile((np.log(GRID) - 0.3) ** 2, (len(uneven), 1))
+    own, _ = fitted_on_others(losses, uneven)
+    np.testing.assert_array_equal(np.isnan(own), [one in halves[0] for one in uneven])
     one = sa.measure("knockout", tiny_models["gpt2"], PromptSet("s", asked.prompts[:1]))
     assert np.isnan(one["knockout_calibrated_drop"]).all()
     assert np.isfinite(one["knockout_drop"].sel(route="direct")).all()
