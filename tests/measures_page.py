@@ -56,7 +56,8 @@ def page() -> str:
 
 def written() -> str:
     """What `subjattn measure` knows of the measures before it imports them."""
-    return json.dumps([describe(one) for one in measures().values() if built_in(one)], indent=1, ensure_ascii=False)
+    lines = [json.dumps(describe(one), ensure_ascii=False) for one in measures().values() if built_in(one)]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 def built_in(measure: Measure) -> bool:

@@ -203,6 +203,25 @@ def test_a_label_of_the_name_token_is_exposed(
     assert float(found["correct"].where(~known).mean()) < 0.8
 
 
+def test_a_label_of_the_names_length_is_exposed(
+    tiny_models: dict[str, LoadedModel], prompts: PromptSet, plant: Plant
+) -> None:
+    """States that say how many tokens a name has, as every model's do: a probe is right, and knows nothing."""
+
+    def counted(some: PromptSet, layer: int) -> np.ndarray:
+        noise = 0.1 * np.random.default_rng(layer).normal(size=(len(some), 32))
+        return noise + np.eye(32)[[min(len(prompt.subject_positions), 31) for prompt in some]]
+
+    plant(counted)
+    middle = np.median([len(prompt.subject_positions) for prompt in prompts])
+    long = pd.Series({prompt.fact_id: len(prompt.subject_positions) > middle for prompt in prompts})
+    found = sa.probe(tiny_models["llama"], prompts, long, roles="subject_last")
+    assert float(found["correct"].mean()) > 0.9
+    assert float(found["length"].mean()) > 0.97
+    means = sa.probe_scores(found)["length"]
+    np.testing.assert_allclose(means, float(found["length"].mean()))
+
+
 def test_a_label_of_the_names_letters_is_exposed(
     tiny_models: dict[str, LoadedModel], prompts: PromptSet, plant: Plant
 ) -> None:

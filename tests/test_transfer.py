@@ -26,7 +26,7 @@ from subjattn.measures.knockout import knockout
 from subjattn.measures.metrics import measure_rows, parse_metrics
 from subjattn.measures.swapping import shapley, swap_weights
 from subjattn.measures.trace import trace
-from subjattn.measures.transfer import transfer
+from subjattn.measures.transfer import elsewhere, places_in, transfer
 from subjattn.models import LoadedModel
 from subjattn.models.arms import Arms
 from subjattn.prompts import ROLES, Prompt, PromptSet, make_prompts
@@ -284,3 +284,18 @@ def test_what_makes_no_sense_is_refused(tuned: Made, prompts: PromptSet) -> None
         returned(transfer(arms, prompts[:1], tuned="one", layers=[0], at="subject"), "nothing")
     with pytest.raises(BadInput, match="takes a foil"):
         swap_weights(arms, prompts, "one", metric="logit_diff")
+
+
+@pytest.mark.parametrize("at", ["prediction", "subject", "role", "position"])
+def test_a_placebo_is_never_the_subjects(at: Any, tokenizer: Any, cities: pd.DataFrame) -> None:
+    """Put at the subject, the base's states may bring the answer: such a placebo would be none."""
+    prompts = make_prompts(draw(cities, 12, seed=1), tokenizer, TEMPLATES["country"]["sentence"])
+    drawn = 0
+    for prompt, seed in product(prompts, range(5)):
+        for positions in places_in(prompt, at):
+            own = [position for position in positions if position <= prompt.prediction]
+            found = elsewhere(prompt, own, np.random.default_rng(seed))
+            assert not {*found} & {*prompt.subject_positions, *own, *prompt.predicting}
+            assert len(found) in (0, len(own))
+            drawn += bool(found)
+    assert drawn
