@@ -136,7 +136,7 @@ def _few_lost(found: dict[str, Any]) -> str:
         return "the base starts none of these answers rightly: there is nothing to lose"
     known = "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
     whole = "" if net is None else f"answers started rightly, tuned − base: {net:+.2f}; "
-    return f"{whole}of those that the base starts rightly {share:.2f}{known} are lost: too few to ask by what"
+    return f"{whole}lost: {share:.2f}{known} of the base's right answers, too few to attribute"
 
 
 def mediated_table(title: str, found: dict[str, Any]) -> Table:

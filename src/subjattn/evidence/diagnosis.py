@@ -115,9 +115,11 @@ def mediated(found: xr.Dataset) -> dict[str, Ends]:
         and `mediated` and `mediated_placebo` of each mediator, such as `mediated.values at the subject`, shares of the
         margin lost.
     """
-    intervals: dict[str, Ends] = {"n_lost": (n_lost(found), n_lost(found))}
+    intervals: dict[str, Ends] = {}
     for quantity in MEASURE.quantities:
         array = quantity.per_fact(found)
+        if quantity.name == "answers_lost":
+            intervals["n_lost"] = (float(array.sum()),) * 2
         parts = array["part"].values.tolist() if "part" in array.dims else [None]
         for part in parts:
             values = array if part is None else array.sel(part=part, drop=True)
@@ -128,12 +130,6 @@ def mediated(found: xr.Dataset) -> dict[str, Ends]:
             except BadInput:
                 intervals[name] = None
     return intervals
-
-
-def n_lost(found: xr.Dataset) -> float:
-    """How many facts lost their answer."""
-    lost = next(quantity for quantity in MEASURE.quantities if quantity.name == "answers_lost").per_fact(found)
-    return float(lost.sum())
 
 
 def diagnose(intervals: Mapping[str, Ends]) -> list[dict[str, Any]]:

@@ -202,8 +202,7 @@ def escaped(text: str) -> str:
 
 
 def _check_characters(text: str, what: str) -> None:
-    """Refuse broken characters; in questions, of which published ones hold some, those alone that no tokenizer "
-    "takes."""
+    """Refuse broken characters; in questions only those that no tokenizer takes, since published ones hold others."""
     if what in ("question", "choice") and not any("\ud800" <= char <= "\udfff" for char in text):
         return
     if found := broken(text):

@@ -146,12 +146,13 @@ def answered(
     if not prompts:
         return _judged(prompts, [], scorer)
     hf, rule = hf_model(model), SCORERS.get(scorer)
-    own = None if rule is None else tokenizer_of(model, tokenizer)
-    most = [0] * len(prompts) if rule is None or own is None else longest_answers(rule, own, prompts)
+    if rule is None:
+        run = opened(backend, hf, memory_budget, list(map(followed, prompts)), patterns=patterns)
+        return _judged(prompts, [ascii_uppercase[i] for i in letters(run, prompts, interventions)], scorer)
+    own = tokenizer_of(model, tokenizer)
+    most = longest_answers(rule, own, prompts)
     longest = [followed(prompt, prompt.ids[:1] * n) for prompt, n in zip(prompts, most, strict=True)]
     run = opened(backend, hf, memory_budget, longest, patterns=patterns)
-    if rule is None or own is None:
-        return _judged(prompts, [ascii_uppercase[i] for i in letters(run, prompts, interventions)], scorer)
     eos, newlines = ending_tokens(hf, own)
 
     def enough(number: int, tokens: list[int]) -> bool:

@@ -187,8 +187,8 @@ MEASURE = Measure(
     "tokens may bring more of the answer (`head_contributions`). Not that the answer depends on it (`knockout`), nor "
     "that nothing was extracted where no single layer has it on top, as in most facts of small models (SmolLM2-135M: "
     "0.07 of the cities).",
-    undefined="`extraction_control` and `extraction_over_control` where one fact alone is asked. All of facts in which "
-    "the model's answer begins with a token that begins several of the facts' right answers.",
+    undefined="`extraction_control` and `extraction_over_control` where one fact alone is asked. Everything for facts "
+    "in which the model's answer begins with a token that several correct answers share.",
     run=_run,
     cost=lambda shape, _: PASSES * shape.n_facts,
     needs=frozenset({"same_prompts"}),

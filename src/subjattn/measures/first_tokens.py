@@ -50,11 +50,11 @@ def shared_first_tokens(
     answers: dict[tuple[str, int], set[int]] = {}
     for prompt, number, of in zip(prompts, same_answers(prompts).tolist(), own, strict=True):
         for token in of:
-            answers.setdefault((relation_of(prompt, relations), token), set()).add(number)
+            answers.setdefault((_relation_of(prompt, relations), token), set()).add(number)
     return {key for key, numbers in answers.items() if len(numbers) > 1}
 
 
-def relation_of(prompt: Prompt, relations: Mapping[str, str] | None) -> str:
+def _relation_of(prompt: Prompt, relations: Mapping[str, str] | None) -> str:
     return (relations or {}).get(prompt.fact_id, "")
 
 
@@ -72,7 +72,7 @@ def telling(
     shared = shared_first_tokens(prompts, own, relations)
     found = np.array(
         [
-            not any((relation_of(prompt, relations), token) in shared for token in of)
+            not any((_relation_of(prompt, relations), token) in shared for token in of)
             for prompt, of in zip(prompts, own, strict=True)
         ],
         bool,

@@ -134,8 +134,8 @@ MEASURE = Measure(
     reads="From where on the answer can be read by the model's own final norm and unembedding. Not where it is known: "
     "these were made for the last layer, and a low log-probability in early ones does not say that the answer is not "
     "there. Nats go by sureness.",
-    undefined="`lens_settled` where the model answers another token. All of facts whose answer begins with the same "
-    "token as another fact's other answer, which the first token does not tell apart.",
+    undefined="`lens_settled` where the model answers another token. Everything for facts whose answer shares its "
+    "first token with another fact's different answer: the first token does not tell them apart.",
     run=_run,
     cost=lambda shape, _: 3 * shape.n_facts,
     needs=frozenset({"same_prompts"}),

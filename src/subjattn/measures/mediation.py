@@ -380,16 +380,17 @@ MEASURE = Measure(
     control="`mediated_placebo`: the two models' states exchanged at as many other positions of the prompt, drawn at "
     "random; of attention, weights on other tokens, those on the subject left as they are. The prior is taken from one "
     "half of the facts for the other, and has none.",
-    reads="`answers_changed` is the net change, and answers lost stand beside those won: an arm that wins more than it "
-    "loses has lost nothing as a whole. Of the margin by which answers were lost, the share that goes through one "
+    reads="`answers_changed` is the net change. Read `answers_lost` beside `answers_won`: an arm that wins more than "
+    "it loses has lost nothing overall. Of the margin by which answers were lost, the share that goes through one "
     "thing, all else being one model's or the other's. Shares need not add up to 1: attention, values and MLP outputs "
-    "stand on one path. What the MLPs lost is lost in the values too, and what values lost within the name in the MLPs "
-    "in part; `values_over_mlps` tells which carries more. A temperature moves none of it. Not which heads or layers: "
-    "all are exchanged together (`transfer`). Of the answer's first token alone.",
-    undefined="Of facts whose first token begins another fact's answer too, which it cannot tell apart (years, "
-    "numbers); in a study of several styles, of facts that the base does not answer rightly in the next one, so that "
-    "none counts because the base was right by chance. Shares where nothing may be lost. The prior for relations of "
-    "fewer than two facts in a half; placebos where a prompt has too few other positions.",
+    "stand on one path. What the MLPs lost is lost in the values too, and what values lost within the name in the "
+    "MLPs in part; `values_over_mlps` tells which carries more. A temperature moves none of it. Not which heads or "
+    "layers: all are exchanged together (`transfer`). Of the answer's first token alone.",
+    undefined="Facts whose answer shares its first token with another fact's different answer (years, numbers): the "
+    "first token does not tell them apart. In a study with several styles, facts that the base does not answer "
+    "correctly in the next style: facts selected by the answers that are measured would regress to the mean. Shares "
+    "whose denominator is not distinguishable from 0. The prior for relations of fewer than two facts in a half; "
+    "placebos where a prompt has too few other positions.",
     run=_run,
     cost=lambda shape, settings: PASSES * min(settings.facts, shape.n_facts),
     settings=MediationSettings,

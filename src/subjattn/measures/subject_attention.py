@@ -284,8 +284,8 @@ MEASURE = Measure(
         _form("attention_over_its_place", 0.001),
     ),
     control="The same prompt behind neutral text that moves the subject: `attention_over_its_place` sets a subject's "
-    "token against a neutral token that stands where the subject stood, `attention_without_sinks` leaves out positions "
-    "that draw 0.1 or more whatever their token, the same in all arms of a study: the base's. "
+    "token against a neutral token that stands where the subject stood, `attention_without_sinks` leaves out "
+    "positions that draw 0.1 or more whatever their token (in a study, those of the base model in every arm). "
     "`attention_value_weighted` counts what is moved, not what is looked at.",
     reads="Where the prediction position reads. Not what it moves there, nor that the answer depends on it: where the "
     "subject arrives by relay through the words in between, it means little (`knockout`, `direct_share`). A fall of "

@@ -280,7 +280,7 @@ MEASURE = Measure(
         ),
     ),
     control="`knockout_control`: as many other edges of the same queries, that lead neither to the subject nor to the "
-    "first token. It is of other facts than `knockout_drop` where prompts have too few such edges: "
+    "first token. Some prompts have too few such edges, so its mean covers fewer facts than that of `knockout_drop`. "
     "`knockout_over_control` is the difference over the facts that have both. For sureness: the fall at the model's "
     "own temperature, right answers lost, and the rank of the answer.",
     reads="How far the answer depends on reading the subject's tokens there, the rest of the row renormalised. Not how "

@@ -13,7 +13,7 @@ from subjattn.engine.collect import Site
 from subjattn.errors import BadInput
 from subjattn.measures.probe import PAPER, PLACES, probe, probe_across
 from subjattn.measures.probing import Method
-from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings, Shape
+from subjattn.measures.record import Asked, Measure, PerFact, Quantity, Settings, Shape, one_per_fact
 from subjattn.prompts import ROLES
 
 
@@ -149,21 +149,12 @@ PROBE = Measure(
         ),
         _quantity("control", "share right", "a probe of labels drawn at random for the name's last token", (0, 1)),
         _quantity("selectivity", "difference of shares", "accuracy minus that of the control", (-1, 1)),
-        Quantity(
-            "probe_characters",
-            "share right",
-            "a probe of the name's characters gives the label",
-            per_fact=lambda dataset: dataset["probe_characters"],
-            bounds=(0, 1),
-            smallest_effect=0.05,
-        ),
-        Quantity(
-            "probe_length",
-            "share right",
-            "a probe of how many tokens, words and characters the name has gives the label",
-            per_fact=lambda dataset: dataset["probe_length"],
-            bounds=(0, 1),
-            smallest_effect=0.05,
+        *(
+            Quantity(name, "share right", f"{words} gives the label", one_per_fact(name), None, (0, 1), {}, 0.05)
+            for name, words in (
+                ("probe_characters", "a probe of the name's characters"),
+                ("probe_length", "a probe of how many tokens, words and characters the name has"),
+            )
         ),
         Quantity(
             "probe_over_characters",
@@ -181,9 +172,9 @@ PROBE = Measure(
     "random weights.",
     reads="Whether a label can be read from a state by a linear map, in subjects that it was not trained on. Not that "
     "the model reads it, nor that it would answer by it (`patching`, `transfer`). Accuracy alone is no finding: read "
-    "selectivity, and what is over the characters and the length: states hold how many tokens a name has, so that a "
-    "label that goes with it is read without any knowledge, and the control does not show it. No largest layer is a "
-    "result, since it would be chosen on the facts that it is measured on.",
+    "selectivity, and compare with the characters and the length. Every state encodes how many tokens a name has, so "
+    "a probe reads a label that correlates with length without any knowledge, and the control does not show it. No "
+    "largest layer is a result, since it would be chosen on the facts that it is measured on.",
     undefined="For facts whose label has fewer subjects than there are folds; `probe_control` and `probe_selectivity` "
     "where no training fact of another subject has the name's last token; for a prompt that lacks the role. Fewer than "
     "two labels of enough subjects are refused.",
