@@ -291,8 +291,7 @@ def _right(dataset: xr.Dataset) -> xr.DataArray:
 
 
 def _margin_lost(dataset: xr.Dataset) -> xr.DataArray:
-    """Of the margin, by the facts that lost their answer; 0 of the others, so that which they are may differ by "
-    "draw."""
+    """Of the margin, by the facts that lost their answer; 0 of the others: which they are may differ by draw."""
     base, tuned = _own(dataset)
     return (base - tuned) * _lost(dataset)
 
